@@ -209,6 +209,7 @@ async def respond(asked: Sampling, kind: str, **prompt: Any) -> Any:
     name = batcher.model.manifest.name
     if asked.model not in {"", name}:
         raise HTTPException(404, f"there is no model {asked.model!r}; this server has {name}")
+    stops = asked.stop or batcher.model.model.generation_config.stop_strings or ()
     try:
         request = InferenceRequest(
             **prompt,
@@ -216,7 +217,7 @@ async def respond(asked: Sampling, kind: str, **prompt: Any) -> Any:
             temperature=asked.temperature,
             top_p=asked.top_p,
             seed=asked.seed,
-            stop=[asked.stop] if isinstance(asked.stop, str) else asked.stop or (),
+            stop=[stops] if isinstance(stops, str) else stops,
         )
     except SurfwError as exc:
         raise HTTPException(400, str(exc)) from exc

@@ -30,6 +30,7 @@ from .models import InferenceRequest as InferenceRequest
 from .models import InferenceResult as InferenceResult
 from .models import InferenceStats as InferenceStats
 from .models import ManyResult as ManyResult
+from .models import Session as Session
 from .models import StreamingBaseModel as StreamingBaseModel
 from .models import StreamingBertModel as StreamingBertModel
 from .models import StreamingGPTModel as StreamingGPTModel

@@ -47,7 +47,7 @@ def describe_file(path: Path) -> str:
     if path.suffix not in {".safetensors", ".bin", ".pt", ".pth"}:
         return f"{path} is a file, expected a folder; name the one that is meant"
     folder = path.parent
-    if (folder / "config.json").exists():
+    if any((folder / settings).exists() for settings in ("config.json", "adapter_config.json")):
         return f"{path} is a file of weights, expected the folder that holds it: {folder}"
     return f"{path} is a file of weights, expected the folder of a checkpoint; {folder} has no config.json"
 

@@ -28,6 +28,7 @@ from surfw.config import (
     LogFormat,
     OnMissing,
     Policy,
+    SourceOrder,
     TlsFiles,
     default_store,
     is_device,
@@ -52,6 +53,7 @@ _PREFIX, _NEAR = "SURFW_", 0.7
 """How variables begin; and how alike, at least, the rest of an unknown one and of a known one have to be."""
 
 _MOST_TOKEN_BYTES = 64 * 1024
+_MOST_FILE_BYTES = 1 << 20
 
 TABLE = "tool.surfw"
 """The table of a TOML file that holds settings."""
@@ -108,6 +110,9 @@ class Settings:
         "A server (host:port), a folder, a storage URL, or a hub id; more of them, for when one fails.",
         shown="a server on this machine, else the store, else the demo model",
         metavar="URL",
+    )
+    source_order: SourceOrder = _setting(  # noqa: RUF009 - it makes a field
+        "given", "Which of several sources is asked first: as they are given, or the one that turns out the fastest."
     )
     storage_options: dict[str, Any] = _setting(  # noqa: RUF009 - it makes a field
         dict,
@@ -262,6 +267,12 @@ class Settings:
     )
     encryption_key_file: str | None = _setting(
         None, "A file that holds the key of encrypted models.", shown="none", metavar="FILE"
+    )
+    verify_key: str | None = _setting(
+        None,
+        "A file with the public keys, in PEM, of whoever may have signed a model; others are refused.",
+        shown="signatures are not looked at",
+        metavar="FILE",
     )
     on_missing: OnMissing = _setting("error", "What to do about weights that a model lacks.")  # noqa: RUF009 - it makes a field
 
@@ -454,7 +465,14 @@ def read_settings_file(path: Path) -> dict[str, Any]:
     import tomllib
 
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            data = file.read(_MOST_FILE_BYTES + 1)
+        if len(data) > _MOST_FILE_BYTES:
+            raise ConfigurationError(
+                f"settings file {path} has more than {_MOST_FILE_BYTES} bytes, which no settings need; name another "
+                f"with --config or {CONFIG_VARIABLE}"
+            )
+        document = tomllib.loads(data.decode())
     except OSError as exc:
         raise ConfigurationError(
             f"settings file {path} cannot be read: {exc.strerror or type(exc).__name__}; name another with --config or "

@@ -12,6 +12,7 @@ from typing import Self
 
 from blake3 import blake3
 
+from surfw import tracing
 from surfw.config import BLOCK_BYTES, DAMAGE_RETRIES
 from surfw.errors import ConfigurationError, IntegrityError, ManifestError, UnknownModelError
 from surfw.manifest import Chunk, Digests, Form, Manifest, is_digest, payload_digest
@@ -51,10 +52,11 @@ def find_damage(form: Form, first: int, data: memoryview) -> dict[int, str]:
         The BLAKE3 that each of them has instead, in hex, by its index.
     """
     damage = {}
-    for index, start in enumerate(range(0, len(data), BLOCK_BYTES), first):
-        seen = blake3(data[start : start + BLOCK_BYTES]).digest()
-        if seen != form.block_digest(index):
-            damage[index] = seen.hex()
+    with tracing.span("verify", "verify", bytes=len(data)):
+        for index, start in enumerate(range(0, len(data), BLOCK_BYTES), first):
+            seen = blake3(data[start : start + BLOCK_BYTES]).digest()
+            if seen != form.block_digest(index):
+                damage[index] = seen.hex()
     return damage
 
 

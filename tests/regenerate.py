@@ -15,7 +15,7 @@ from pathlib import Path
 import click
 import typer
 
-from surfw import errors
+from surfw import __version__, errors
 from surfw.cli.app import app
 from surfw.cli.options import commands_with
 from surfw.settings import SETTINGS
@@ -24,6 +24,7 @@ from tests.pages import ROOT
 from tests.sandbox import Sandbox
 
 COMMANDS = "surfw/cli/COMMANDS.md"
+CHECKPOINTS = "surfw/models/CHECKPOINTS.md"
 
 
 def commands() -> list[str]:
@@ -41,6 +42,14 @@ def _commands(group: click.Command, path: str) -> Iterator[str]:
             yield from _commands(command, f"{path} {name}".strip())
 
 
+def options_of(command: str) -> list[str]:
+    """The options of a command, such as `--json`."""
+    found = typer.main.get_command(app)
+    for word in command.split():
+        found = found.commands[word]  # type: ignore[attr-defined]
+    return [name for one in found.params for name in one.opts if name.startswith("--")]
+
+
 def completions() -> dict[Path, str]:
     """The completion scripts, by their file."""
     found = {}
@@ -48,6 +57,37 @@ def completions() -> dict[Path, str]:
         script = _run([], _SURFW_COMPLETE=f"source_{shell}")
         found[ROOT / "completions" / f"surfw.{shell}"] = script.rstrip("\n") + "\n"
     return found
+
+
+def man_page() -> dict[Path, str]:
+    """The man page, from the help of all commands, by its file."""
+    lines = [f'.TH SURFW 1 "" "surfw {__version__}"', ".SH NAME", "surfw \\- run models whose weights are elsewhere"]
+    root = typer.main.get_command(app)
+    lines += [".SH SYNOPSIS", ".B surfw", "COMMAND [OPTIONS]", ".SH DESCRIPTION", _roff(root.help or "")]
+    lines += [
+        "Exit codes: 0 done, 1 failed, 2 wrong usage or a wrong setting, 3 a benchmark is worse than the one it was"
+    ]
+    lines += ["compared with, 130 interrupted, 143 ended by SIGTERM, 129 ended by SIGHUP."]
+    for name in sorted(commands()):
+        command = root
+        for word in name.split():
+            command = command.commands[word]  # type: ignore[attr-defined]
+        context = typer.Context(command, info_name=f"surfw {name}")
+        pieces = " ".join(command.collect_usage_pieces(context))
+        lines += [f'.SH "SURFW {name.upper()}"', f".B surfw {name}", _roff(pieces), ".PP"]
+        lines += [_roff(part) for part in (command.help or "").split("\n\n")]
+        for parameter in command.params:
+            if record := parameter.get_help_record(context):
+                lines += [".TP", f".B {_roff(record[0])}", _roff(" ".join(record[1].split()))]
+        if examples := (command.epilog or "").partition("\n")[2]:
+            lines += [".PP", ".nf", *map(_roff, examples.splitlines()), ".fi"]
+    return {ROOT / "completions" / "surfw.1": "\n".join(line for line in lines if line) + "\n"}
+
+
+def _roff(text: str) -> str:
+    """A text as roff takes it: no line of it is a command."""
+    escaped = text.replace("\\", "\\e").replace("-", "\\-")
+    return "\n".join("\\&" + line if line.startswith((".", "'")) else line for line in escaped.split("\n"))
 
 
 def pages_now() -> dict[str, str]:
@@ -67,6 +107,13 @@ def pages_now() -> dict[str, str]:
     for name, block in parts.items():
         found = {page: _fill(text, name, block) for page, text in found.items()}
     return found
+
+
+def with_formats(text: str) -> str:
+    """The page about checkpoints with what becomes of each format now."""
+    from tests import formats  # which needs torch
+
+    return _fill(text, "formats", formats.table())
 
 
 def with_outputs(page: str, text: str, folder: Path) -> str:
@@ -141,7 +188,7 @@ def _run(arguments: list[str], **environment: str) -> str:
 def main() -> None:
     """Write them."""
     os.environ["HF_HUB_OFFLINE"] = "1"
-    for path, script in completions().items():
+    for path, script in (completions() | man_page()).items():
         path.write_text(script)
     from tests.cli import test_screens  # which needs torch
 
@@ -149,6 +196,7 @@ def main() -> None:
         (test_screens.FOLDER / f"{name}.txt").write_text(test_screens.draw(name))
     for page, text in pages_now().items():
         (ROOT / page).write_text(text)
+    (ROOT / CHECKPOINTS).write_text(with_formats(pages.read(CHECKPOINTS)))
     for page in sorted({one.page for one in pages.blocks("console") if not one.is_generated}):
         with tempfile.TemporaryDirectory() as folder:
             (ROOT / page).write_text(with_outputs(page, pages.read(page), Path(folder)))

@@ -88,6 +88,7 @@ INSIDES = [
         "transformers.core_model_loading", "WeightConverter.convert", "skeleton/loading.py", LOADER, ("model", "config")
     ),
     Inside("transformers.core_model_loading", "Concatenate", "skeleton/loading.py", LOADER),
+    Inside("transformers.core_model_loading", "MergeModulelist", "skeleton/loading.py", LOADER),
     Inside("transformers.core_model_loading", "build_glob_alternation", "skeleton/loading.py", LOADER),
     Inside("transformers.core_model_loading", "dot_natural_key", "skeleton/loading.py", LOADER),
     Inside(
@@ -124,6 +125,26 @@ INSIDES = [
     Inside("transformers.cache_utils", "DummyLayer", "models/conversation.py", CONTINUED),
     Inside(
         "transformers.generation.streamers", "BaseStreamer", "models/inference.py", "sees tokens, not only their text"
+    ),
+    Inside(
+        "transformers.generation.candidate_generator",
+        "CandidateGenerator.get_candidates",
+        "models/speculation.py",
+        "stands before transformers' own generators of guesses, to measure them and to have a pass without",
+        ("input_ids",),
+    ),
+    Inside(
+        "transformers.generation.candidate_generator",
+        "CandidateGenerator.update_candidate_strategy",
+        "models/speculation.py",
+        "hears how many guesses were right",
+        ("input_ids", "scores", "num_matches"),
+    ),
+    Inside(
+        "transformers",
+        "GenerationMixin._get_candidate_generator",
+        "models/speculation.py",
+        "where it is put before them; generate() has no argument for a generator of one's own",
     ),
     Inside(
         "transformers.generation.continuous_batching.continuous_api",
@@ -265,8 +286,9 @@ def find_in_class(found: type, name: str) -> Any:
 PUBLIC = {
     "aiohttp", "botocore", "botocore.config", "botocore.session", "fsspec", "fsspec.asyn", "huggingface_hub", "s3fs",
     "torch", "torch.nn.functional", "torch.overrides", "torch.utils.hooks", "transformers", "typer", "urllib3",
-    "websockets.asyncio.client", "websockets.asyncio.server", "websockets.client", "websockets.exceptions",
-    "websockets.frames", "websockets.http11", "websockets.protocol", "websockets.typing", "websockets.uri", "yarl",
+    "websockets.asyncio.client", "websockets.asyncio.server", "websockets.client", "websockets.datastructures",
+    "websockets.exceptions", "websockets.frames", "websockets.http11", "websockets.protocol", "websockets.typing",
+    "websockets.uri", "yarl",
 }  # fmt: skip
 """Modules of these libraries whose names are documented."""
 
@@ -304,6 +326,6 @@ def foreign_private_names() -> Iterator[tuple[str, str]]:
 
 def test_no_other_private_name_is_used() -> None:
     listed = {part for inside in INSIDES for part in inside.name.split(".")}
-    listed |= {"_surfw_load", "_surfw_apply", "_surfw_device", "_engine"}  # surfw's own
+    listed |= {"_surfw_load", "_surfw_apply", "_surfw_device", "_surfw_expert", "_engine"}  # surfw's own
     strange = sorted({f"{name} in {path}" for name, path in foreign_private_names() if name not in listed})
     assert not strange

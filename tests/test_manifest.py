@@ -237,7 +237,7 @@ for _ in range(80):
     ("path", "value", "complaint"),
     [
         ("format", "surfw.store", "its format is not 'surfw.manifest'"),
-        ("version", 7, "has format version '7'; this surfw reads 1 to 6. Chunk the model again"),
+        ("version", 8, "has format version '8'; this surfw reads 1 to 7. Chunk the model again"),
         ("name", "../x", "model name '../x' cannot be used"),
         ("class", "a\x1b[2J", "class is not a printable text"),
         ("files", {}, "files is not a list"),
@@ -348,7 +348,7 @@ def test_blocks_are_digested_one_by_one(size: int) -> None:
 
 
 def test_a_manifest_of_another_version_is_told_apart_from_a_broken_one() -> None:
-    with pytest.raises(ManifestError, match="has format version '99'; this surfw reads 1 to 6"):
+    with pytest.raises(ManifestError, match="has format version '99'; this surfw reads 1 to 7"):
         parse_manifest(b'{"format": "surfw.manifest", "version": 99}', where="there")
     with pytest.raises(ManifestError, match="the manifest from there is malformed: KeyError 'generation_config'"):
         parse_manifest(b'{"format": "surfw.manifest", "version": 1}', where="there")
@@ -420,3 +420,56 @@ def test_a_number_that_json_has_not_is_refused() -> None:
     data = SAMPLE.encode().replace(b"2.5", b"1e400")
     with pytest.raises(ManifestError, match=r"config\.layers is no number that JSON has"):
         parse_manifest(data, where="there")
+
+
+@pytest.mark.parametrize("crowd", [b"[]," * 1_000_001, b"0," * 4_000_001])
+def test_a_manifest_of_more_values_than_memory_has_room_for_is_not_parsed(crowd: bytes) -> None:
+    with pytest.raises(ManifestError, match="not more than 1000000 objects and lists with 4000000 values"):
+        parse_manifest(b'{"config":[' + crowd + b"0]}", where="here")
+
+
+def experts_manifest() -> Manifest:
+    """One layer, and two experts of it, each with two slices."""
+    path, chunks = "layers.0.experts", []
+    for index in range(2):
+        payload = bytes([index]) * 12
+        slices = (
+            TensorInfo(f"{path}.up[{index}]", "U8", (2, 4), 0),
+            TensorInfo(f"{path}.down[{index}]", "U8", (4,), 8),
+        )
+        form = Form("none", 12, payload_digest(payload), blake3(payload).digest(), (Location("a", 0, 12),))
+        chunks.append(Chunk(f"{path}[{index}]", "expert", payload_digest(payload), 12, slices, (form,)))
+    return replace(SAMPLE, chunks=(*SAMPLE.chunks, *chunks))
+
+
+def test_experts_are_grouped_by_their_module() -> None:
+    manifest = experts_manifest()
+    again = parse_manifest(manifest.encode(), where="there")
+    assert again == manifest
+    assert again.version == 7
+    (experts,) = again.experts.values()
+    assert experts.path == "layers.0.experts"
+    assert [chunk.name for chunk in experts.chunks] == ["layers.0.experts[0]", "layers.0.experts[1]"]
+    assert again.weights["layers.0.experts.up"].shape == (2, 2, 4)
+    assert again.weights["layers.0.experts.down"].shape == (2, 4)
+    assert "layers.0.experts.up[0]" not in again.weights
+    assert again.weights["embed.weight"] == again.tensors["embed.weight"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "complaint"),
+    [
+        ('"name":"layers.0.experts[1]"', '"name":"layers.0.experts[2]"', r"experts\[2\] is not expert 1 of its module"),
+        ('"name":"layers.0.experts[0]"', '"name":"layers.0.experts[00]"', r"experts\[00\] is not expert 0"),
+        ('"layers.0.experts.up[1]"', '"layers.0.experts.up[0]"', "two tensors have the same name"),
+        ('"layers.0.experts.up[1]"', '"layers.0.experts.up[7]"', r"of chunk layers\.0\.experts\[1\] are not slices"),
+        ("layers.0.experts.up", "layers.1.experts.up", r"are not of the module layers\.0\.experts"),
+        ('"embed.weight"', '"layers.0.experts.up"', "is there twice, whole and in slices"),
+        ('"version":7', '"version":4', "has an unknown kind"),
+    ],
+)  # fmt: skip
+def test_experts_that_do_not_belong_together_are_refused(old: str, new: str, complaint: str) -> None:
+    document = experts_manifest().encode().decode()
+    assert old in document
+    with pytest.raises(ManifestError, match=complaint):
+        parse_manifest(document.replace(old, new).encode(), where="there")

@@ -62,6 +62,8 @@ THREE: dict[str, tuple[Any, Any, Any]] = {
     "ssl_keyfile": ("/a", "/b", "/c"),
     "ssl_ca_certs": ("/a", "/b", "/c"),
     "encryption_key_file": ("/a", "/b", "/c"),
+    "verify_key": ("/a", "/b", "/c"),
+    "source_order": ("speed", "given", "speed"),
     "on_missing": ("uninitialized", "error", "uninitialized"),
     "redis_url": ("redis://a", "rediss://b", "redis://c:6380/1"),
 }

@@ -229,13 +229,13 @@ class _Measurement:
             rows.append(rate_row("verified, against that", verified.rate, direct, verified=True))
         served = [series["unverified"], verified]
         uneven = summarise([one for each in served for one in each.uneven])
-        rows.append(Row(name="the fastest client, against the slowest", unit="x", **uneven._asdict()))
+        rows.append(Row(name="the fastest client, against the slowest", unit="x", **uneven.figures()))
         read = summarise([one / self._size for each in served for one in each.read_bytes])
-        rows.append(Row(name="read of the storage, against the model", unit="x", **read._asdict()))
+        rows.append(Row(name="read of the storage, against the model", unit="x", **read.figures()))
         cpu = summarise([one for each in served for one in each.server_cpu])
-        rows.append(Row(name="the server's processor time for a GB", unit="s", **cpu._asdict()))
+        rows.append(Row(name="the server's processor time for a GB", unit="s", **cpu.figures()))
         hits = summarise([one for each in served for one in each.hits])
-        rows.append(Row(name="hits of the cache", unit="%", **hits._asdict(), note=f"the policy is {work.policy}"))
+        rows.append(Row(name="hits of the cache", unit="%", **hits.figures(), note=f"the policy is {work.policy}"))
         peak, windows = max(one.peak_bytes for one in served), work.clients * _WINDOW_BYTES
         most = self._cache_bytes + windows + _ALLOWED_BYTES
         rows.append(

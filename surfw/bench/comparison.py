@@ -30,7 +30,7 @@ class Comparison:
     Attributes:
         model_dir: the checkpoint, in a local directory.
         against: names of `PEERS`; None for all that are usual and can run.
-        gguf: the same model for `llama.cpp`; None for one that is made of the checkpoint, if that is a plain LLaMA.
+        gguf: the same model for `llama.cpp`; None for one that is made of the checkpoint, if it can be.
         airllm_dir: a copy of `model_dir` for AirLLM, which writes into it.
         cap_bytes: all the memory that each process can have, page cache included; None for no cap.
         codec: the form of the weights that surfw reads.

@@ -57,7 +57,7 @@ class Streamed:
         return (
             f"{self.kept_layers} of {self.layers} layers stay, {self.bytes_per_token / GB:.2f} GB are copied for each "
             f"token, budget {self.budget_bytes / GB:.2f} GB, first token after {self.timing.first_seconds:.3f} s, "
-            f"copies ran {share:.0%} of the time, at {rate / GB:.1f} GB/s"
+            f"copies ran {share * 100:.0f} % of the time, at {rate / GB:.1f} GB/s"
         )
 
 

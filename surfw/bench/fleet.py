@@ -217,7 +217,6 @@ def rows_of(fleet: Fleet, found: Outcome) -> tuple[Row, ...]:
             f"of {fleet.chunks} chunks, and the bytes move in parts of {format_size(fleet.chunk_bytes // fleet.parts)}",
         ),
         Row(name="read of the storage", value=found.storage_bytes / GB, unit="GB", baseline=reading,
-            ratio=found.storage_bytes / found.sent_bytes if found.sent_bytes else None,
             note="the baseline is what clients read, who would read it of the storage without servers"),
     ]  # fmt: skip
     if fleet.redis_bytes:
@@ -232,8 +231,7 @@ def rows_of(fleet: Fleet, found: Outcome) -> tuple[Row, ...]:
     for tier, (value, unit, baseline) in prices.items():
         if tier == "Redis" and not fleet.redis_bytes:
             continue
-        ratio = value / baseline if baseline else None
-        rows.append(Row(name=f"cost of {tier}", value=value, unit=unit, baseline=baseline, ratio=ratio))
+        rows.append(Row(name=f"cost of {tier}", value=value, unit=unit, baseline=baseline))
     return tuple(rows)
 
 

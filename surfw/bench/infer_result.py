@@ -102,7 +102,7 @@ def make_rows(
         rows.append(
             InferRow(
                 name=name,
-                **spread._asdict(),
+                **spread.figures(),
                 surfw_ratio=statistics.median(rates[surfw]) / spread.value if surfw not in failed else None,
                 **_decode(found, bandwidths),
                 ttft_seconds=statistics.median(one.ttft_seconds for one in found),

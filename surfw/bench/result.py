@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import psutil
 
@@ -27,6 +27,7 @@ class Row:
         high: the best round.
         baseline: what it is compared with, measured in the same run, in alternation.
         ratio: value ÷ baseline.
+        ratios: the same of each round, where value and baseline were measured in turn; a higher one is better.
         ceiling: the most that was possible, given what limits it.
         share: value ÷ ceiling.
         verified: whether bytes were verified, where there are any.
@@ -44,6 +45,7 @@ class Row:
     share: float | None = None
     verified: bool | None = None
     note: str = ""
+    ratios: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,17 +57,36 @@ class Result:
     rows: tuple[Row, ...]
 
 
-class Spread(NamedTuple):
-    """The median of several rounds, and the extremes."""
+class Figures(TypedDict):
+    """What a row says of several rounds."""
 
     value: float
     low: float
     high: float
 
 
+class Spread(NamedTuple):
+    """The median of several rounds, the extremes, and all of them, in the order they were."""
+
+    value: float
+    low: float
+    high: float
+    rounds: tuple[float, ...] = ()
+
+    def figures(self) -> Figures:
+        """Return what a row says of it."""
+        return {"value": self.value, "low": self.low, "high": self.high}
+
+    def ratios(self, baseline: "Spread | None") -> tuple[float, ...]:
+        """Return each round ÷ the same round of the baseline; nothing if those are not as many."""
+        if baseline is None or len(self.rounds) != len(baseline.rounds):
+            return ()
+        return tuple(one / other for one, other in zip(self.rounds, baseline.rounds, strict=True))
+
+
 def summarise(values: Sequence[float]) -> Spread:
     """The median of some values, the lowest and the highest."""
-    return Spread(statistics.median(values), min(values), max(values))
+    return Spread(statistics.median(values), min(values), max(values), tuple(values))
 
 
 def summarise_rates(size_bytes: int, seconds: Sequence[float]) -> Spread:
@@ -86,13 +107,14 @@ def rate_row(
     return Row(
         name=name,
         unit="GB/s",
-        **rate._asdict(),
+        **rate.figures(),
         baseline=None if baseline is None else baseline.value,
         ratio=None if baseline is None else rate.value / baseline.value,
         ceiling=ceiling,
         share=None if ceiling is None else rate.value / ceiling,
         verified=verified,
         note=note,
+        ratios=rate.ratios(baseline),
     )
 
 

@@ -1,7 +1,7 @@
 """From pressing return to the first token: `surfw infer` beside transformers, which needs everything first.
 
 Each start is a process of its own, as somebody would type it. They take turns, so that whatever else the machine and
-the link do falls on all of them.
+the link do falls on all of them. One more start says by its trace where the time goes.
 """
 
 import os
@@ -18,6 +18,7 @@ from surfw.bench.result import Result, Row, describe_machine, summarise
 from surfw.codec import DEFAULT_CODECS
 from surfw.config import CodecChoice
 from surfw.errors import ConfigurationError, SurfwError
+from surfw.timeline import read_run
 
 CODECS: Sequence[str] = get_args(CodecChoice)
 EXACT: Sequence[str] = ("auto", *(codec for codec in CODECS if codec in DEFAULT_CODECS))
@@ -25,6 +26,8 @@ _PROMPT_IDS = "1,2,3,4,5,6,7,8"
 _DOWNLOAD = "download, then transformers"
 _LOCAL = "transformers, from the same folder"
 _PLAIN = "surfw, codec none"
+_PARTS = {"import": "starting Python, and imports", "connect": "connecting, and the manifest", "prepare": "building"}
+"""What the phases of a trace are for a start."""
 
 
 def bench_start(
@@ -73,14 +76,35 @@ def bench_start(
             on_progress(f"round {number + 1} of {rounds}: {name}")
             seconds[name].append(_time_to_first_byte(name, commands[name]))
     what = next((name for name in (_DOWNLOAD, _LOCAL, _PLAIN) if name in seconds), None)
-    baseline = None if what is None else summarise(seconds[what]).value
+    base = None if what is None else summarise(seconds[what])
+    baseline = None if base is None else base.value
     rows = []
     for name, taken in seconds.items():
         spread = summarise(taken)
         ratio = None if baseline is None else baseline / spread.value
         note = "the baseline of all others" if name == what else ""
-        rows.append(Row(name=name, unit="s", **spread._asdict(), baseline=baseline, ratio=ratio, note=note))
+        faster = () if base is None or name == what else base.ratios(spread)
+        figures = spread.figures()
+        rows.append(Row(name=name, unit="s", **figures, baseline=baseline, ratio=ratio, ratios=faster, note=note))
+    first = next(iter(commands))
+    on_progress(f"where the time goes: {first}")
+    rows += _split(first, commands[first])
     return Result(benchmark="start", machine=describe_machine(), rows=tuple(rows))
+
+
+def _split(name: str, command: list[str]) -> list[Row]:
+    """Where the time of one more start goes, by its trace."""
+    with tempfile.TemporaryDirectory(prefix="surfw-bench-") as folder:
+        trace = Path(folder) / "run.json"
+        _time_to_first_byte(name, [*command, "--trace", str(trace)])
+        run = read_run(trace)
+    seconds = {kind: sum(one.seconds for one in run.phases if one.kind == kind) for kind in _PARTS}
+    ending = sum(one.seconds for one in run.phases if one.name == "finishing")
+    seconds["prepare"] -= ending
+    rows = [Row(name=f"{name}: {what}", unit="s", value=seconds[kind]) for kind, what in _PARTS.items()]
+    if run.first_token is not None:
+        rows.append(Row(name=f"{name}: the first pass", unit="s", value=run.first_token.seconds))
+    return rows
 
 
 def _time_to_first_byte(name: str, command: list[str]) -> float:

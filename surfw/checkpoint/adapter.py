@@ -7,24 +7,26 @@ by `surfw.skeleton.lora`; whatever else asks for something is refused by name.
 
 import math
 import re
+import sys
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from surfw.checkpoint.companions import companions
+from surfw.checkpoint.companions import companions, list_files
 from surfw.checkpoint.layout import (
     ADAPTER_CONFIG_FILE,
-    ADAPTER_WEIGHTS_FILES,
+    CONFIG_BYTES,
+    HUB,
+    find_adapter_weights,
     read_json,
 )
-from surfw.checkpoint.reader import Checkpoint, folder_name, open_shard
-from surfw.checkpoint.shard import translate_errors
-from surfw.config import MIB, quote
-from surfw.errors import CheckpointError, UnsupportedModelError
+from surfw.checkpoint.reader import Checkpoint, folder_name, local_directory, open_shard, refuse_revision
+from surfw.checkpoint.shard import Shard, translate_errors
+from surfw.config import printable, quote
+from surfw.errors import UnsupportedModelError
 
 PREFIX = "base_model.model."
-_CONFIG_BYTES = 16 * MIB
 
 _TOLD = {
     "auto_mapping", "base_model_name_or_path", "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode",
@@ -56,46 +58,50 @@ def open_adapter(model: str, *, revision: str | None = None, show_progress: bool
     Raises:
         CheckpointError: it is damaged or incomplete, or not there.
         UnsupportedModelError: it is no LoRA adapter, or one of a kind that surfw does not compute with.
+        ConfigurationError: a revision of a local directory was asked for.
     """
-    folder = Path(model).expanduser()
-    if not folder.is_dir():
-        if "://" in model or model.count("/") > 1 or model.startswith((".", "/", "~")):
-            raise CheckpointError(
-                f"{model} is no directory here; name the folder of an adapter, or its hub id; download it first, if it "
-                "lies elsewhere"
-            )
+    folder = local_directory(model, "an adapter")
+    if folder is None:
         from surfw.checkpoint.hub import download_adapter
 
-        return _open_folder(download_adapter(model, revision, show_progress=show_progress), model)
-    return _open_folder(folder, folder_name(folder))
+        where = f"{HUB}{model}"
+        check = partial(_read_settings, where=where)
+        folder = download_adapter(model, revision, check, show_progress=show_progress)
+        return open_adapter_folder(folder, name=model, where=where)
+    refuse_revision(revision, model)
+    return open_adapter_folder(folder)
 
 
-def _open_folder(folder: Path, name: str) -> Checkpoint:
-    with translate_errors(folder):
-        names = {path.name for path in folder.iterdir() if path.is_file()}
-    if ADAPTER_CONFIG_FILE not in names:
-        raise CheckpointError(
-            f"{folder} is no adapter: there is no {ADAPTER_CONFIG_FILE}; name the folder that peft's save_pretrained "
-            "wrote, and leave --base (base=) out for a whole model"
-        )
-    file = next((one for one in ADAPTER_WEIGHTS_FILES if one in names), None)
-    if file is None:
-        raise CheckpointError(
-            f"{folder} has no weights of an adapter: expected {' or '.join(ADAPTER_WEIGHTS_FILES)}, it has "
-            f"{', '.join(sorted(names)[:8])}; download it again"
-        )
-    settings = read_json(folder / ADAPTER_CONFIG_FILE, _CONFIG_BYTES)
-    clean = check_settings(settings, where=f"{folder}/{ADAPTER_CONFIG_FILE}")
-    shard = open_shard(folder / file)
+def open_adapter_folder(
+    folder: Path,
+    *,
+    name: str | None = None,
+    names: Collection[str] | None = None,
+    open_shard: Callable[[Path], Shard] = open_shard,
+    where: str | None = None,
+) -> Checkpoint:
+    """Open the adapter in a local directory; see `open_directory` for the arguments, and `open_adapter` for errors."""
+    if names is None:
+        with translate_errors(folder):
+            names = list_files(folder)
+    where = where or str(folder)
+    file = find_adapter_weights(names, where)
+    clean = _read_settings(folder, where)
     return Checkpoint(
-        name=name,
+        name=name or folder_name(folder),
         path=folder,
         config=clean,
         generation_config=None,
         files={one: folder / one for one in companions(names)},
-        shards=(shard,),
+        shards=(open_shard(folder / file),),
         url=str(folder.absolute()),
     )
+
+
+def _read_settings(folder: Path, where: str) -> dict[str, Any]:
+    """The settings of an adapter in a folder; `where` names it in errors."""
+    path = f"{where}/{ADAPTER_CONFIG_FILE}"
+    return check_settings(read_json(folder / ADAPTER_CONFIG_FILE, CONFIG_BYTES, path), where=path)
 
 
 def check_settings(settings: Mapping[str, Any], *, where: str) -> dict[str, Any]:
@@ -133,13 +139,13 @@ def _asks(value: Any) -> bool:
 
 def _refuse(key: str, value: Any, why: str, *, where: str) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"{where} has {key} = {quote(value)}: {why}; merge the adapter into its base with peft (merge_and_unload), and "
-        "chunk the result"
+        f"{where} has {printable(key)[:120]} = {quote(value)}: {why}; merge the adapter into its base with peft "
+        "(merge_and_unload), and chunk the result"
     )
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _is_rank(value: Any) -> bool:
@@ -196,7 +202,7 @@ def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
     for pattern, value in patterns.items():
         try:
             found = re.match(rf"(.*\.)?({pattern})$", module)
-        except (re.error, RecursionError) as exc:
+        except (re.error, RecursionError, OverflowError) as exc:
             raise UnsupportedModelError(
                 f"an adapter has the pattern {quote(pattern)}, which is no regular expression ({exc}); correct its "
                 f"{ADAPTER_CONFIG_FILE}"

@@ -8,7 +8,7 @@ here.
 import glob
 import logging
 import sys
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 from surfw.checkpoint.companions import companions
 from surfw.checkpoint.layout import (
     ADAPTER_CONFIG_FILE,
-    ADAPTER_WEIGHTS_FILES,
     CONFIG_FILE,
     GENERATION_FILE,
+    HUB,
+    find_adapter_weights,
     find_weights,
     no_checkpoint,
     read_config,
@@ -51,9 +52,9 @@ def download_model(
         names = {file.rfilename for file in _ask(repo_id, revision).siblings or ()}
     except Exception as exc:  # noqa: BLE001  # the library also lets errors of its HTTP client through, whichever it is
         return _find_cached(repo_id, revision, exc)
-    entry = find_weights(names, f"hub model {repo_id}", variant)
+    entry = find_weights(names, f"{HUB}{repo_id}", variant)
     if CONFIG_FILE not in names:
-        raise no_checkpoint(f"hub model {repo_id}")
+        raise no_checkpoint(f"{HUB}{repo_id}")
     small = {CONFIG_FILE, GENERATION_FILE} & names | set(companions(names))
     fetch = partial(_fetch, repo_id, revision, show_progress=show_progress)
     folder = fetch(small | ({entry} if entry.endswith(".json") else set()))
@@ -61,20 +62,26 @@ def download_model(
     shards = read_weights(folder, entry).shards
     if missing := set(shards) - names:
         raise CheckpointError(
-            f"hub model {repo_id} is incomplete: its {entry} names {min(missing)}, which is not there; ask its owner"
+            f"{HUB}{repo_id} is incomplete: its {entry} names {min(missing)}, which is not there; ask its owner"
         )
     return fetch(shards)
 
 
-def download_adapter(repo_id: str, revision: str | None, *, show_progress: bool = False) -> Path:
-    """Fetch the files of an adapter that are not in the hub cache yet, and return their directory there."""
+def download_adapter(
+    repo_id: str, revision: str | None, check: Callable[[Path], object], *, show_progress: bool = False
+) -> Path:
+    """Fetch the files of an adapter that are not in the hub cache yet, and return their directory there.
+
+    `check` refuses the settings of one that is of no use, before its weights are fetched.
+    """
     try:
         names = {file.rfilename for file in _ask(repo_id, revision).siblings or ()}
     except Exception as exc:  # noqa: BLE001  # as above
         return _find_cached(repo_id, revision, exc, ADAPTER_CONFIG_FILE)
-    weights = next((name for name in ADAPTER_WEIGHTS_FILES if name in names), None)
-    wanted = {ADAPTER_CONFIG_FILE} & names | set(companions(names)) | ({weights} if weights else set())
-    return _fetch(repo_id, revision, wanted, show_progress=show_progress)
+    weights = find_adapter_weights(names, f"{HUB}{repo_id}")
+    fetch = partial(_fetch, repo_id, revision, show_progress=show_progress)
+    check(fetch({ADAPTER_CONFIG_FILE} | set(companions(names))))
+    return fetch([weights])
 
 
 def resolve_commit(repo_id: str, revision: str | None) -> str:
@@ -89,7 +96,7 @@ def resolve_commit(repo_id: str, revision: str | None) -> str:
         found = _ask(repo_id, revision).sha
     except Exception as exc:
         raise CheckpointError(
-            f"hub model {repo_id} cannot be reached at {display_url(constants.ENDPOINT)} ({_reason(exc, revision)}); "
+            f"{HUB}{repo_id} cannot be reached at {display_url(constants.ENDPOINT)} ({_reason(exc, revision)}); "
             "check the name and the network, or name another hub in HF_ENDPOINT"
         ) from exc
     if not found:
@@ -122,8 +129,7 @@ def _fetch(repo_id: str, revision: str | None, names: Collection[str], *, show_p
         return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns, tqdm_class=Bar))
     except Exception as exc:
         raise CheckpointError(
-            f"hub model {repo_id} could not be downloaded ({_reason(exc, revision)}); "
-            "run again, what has arrived is kept"
+            f"{HUB}{repo_id} could not be downloaded ({_reason(exc, revision)}); run again, what has arrived is kept"
         ) from exc
 
 

@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from surfw.checkpoint.shard import refuse_pointer, translate_errors
-from surfw.config import DEQUANTISED, MAX_JSON_DEPTH, MIB, quote
+from surfw.config import DEQUANTISED, MAX_JSON_DEPTH, MAX_JSON_PARTS, MAX_JSON_VALUES, MIB, is_crowded, quote
 from surfw.errors import CheckpointError, ConfigurationError, UnsupportedModelError
 from surfw.files import read_regular
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
+HUB = "hub model "
+"""What stands before a hub id in errors."""
+
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADAPTER_WEIGHTS_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 """Where an adapter's weights may be, in the order in which peft looks for them."""
@@ -40,8 +43,10 @@ _SHARDS = {
 }
 """Patterns of the names of shards, by their index."""
 
+CONFIG_BYTES = 16 * MIB
+"""The most that a file of settings may have."""
+
 _QUANTISATION = ("quantization_config", "compression_config")
-_CONFIG_BYTES = 16 * MIB
 _INDEX_BYTES = 256 * MIB
 
 _FOREIGN = {
@@ -86,15 +91,15 @@ def find_weights(names: Collection[str], where: str, variant: str | None = None)
     """
     entry = next((name for name in weights_files(variant) if name in names), None)
     if ADAPTER_CONFIG_FILE in names:
-        raise _has_adapter(where, entry)
+        raise has_adapter(where, entry)
     if entry is not None:
         return entry
     named = {found[1] for name in names if (found := _VARIANT.fullmatch(name))} - {"index"}
     variants = sorted(one for one in named if "-of-" not in one)
     if variants and variant is None:
         raise UnsupportedModelError(
-            f"{where} has its weights as {', '.join(variants[:5])} only; name the one to take: --variant {variants[0]} "
-            f"(variant={variants[0]!r})"
+            f"{where} has its weights as {', '.join(variants[:5])} only; name the one to take: --variant (variant=) "
+            f"{variants[0]}"
         )
     if variant is not None:
         raise UnsupportedModelError(
@@ -114,12 +119,29 @@ def find_weights(names: Collection[str], where: str, variant: str | None = None)
     )
 
 
-def _has_adapter(where: str, entry: str | None) -> UnsupportedModelError:
+def find_adapter_weights(names: Collection[str], where: str) -> str:
+    """The file of `ADAPTER_WEIGHTS_FILES` that peft would load from an adapter with these files.
+
+    Raises:
+        CheckpointError: they are none of an adapter, or lack its weights.
+    """
+    if ADAPTER_CONFIG_FILE not in names:
+        raise no_adapter(where)
+    if file := next((one for one in ADAPTER_WEIGHTS_FILES if one in names), None):
+        return file
+    raise CheckpointError(
+        f"{where} has no weights of an adapter: expected {' or '.join(ADAPTER_WEIGHTS_FILES)}, it has "
+        f"{', '.join(sorted(names)[:8])}; download it again"
+    )
+
+
+def has_adapter(where: str, entry: str | None) -> UnsupportedModelError:
     """The error for an adapter, alone or beside weights: transformers would load both, and surfw does so when told."""
     if entry is None:
+        place = where.removeprefix(HUB)
         return UnsupportedModelError(
             f"{where} is an adapter ({ADAPTER_CONFIG_FILE}), no whole model: chunk its base first, and then the "
-            f"adapter over it, with surfw chunk {where} --base NAME"
+            f"adapter over it, with surfw chunk {place} --base NAME"
         )
     return UnsupportedModelError(
         f"{where} has an adapter ({ADAPTER_CONFIG_FILE}) beside the weights in {entry}, and transformers would apply "
@@ -175,7 +197,7 @@ def read_config(folder: Path, where: str | None = None, *, may_be_quantised: boo
     if not (folder / CONFIG_FILE).exists():
         raise no_checkpoint(where or str(folder))
     path = f"{where or folder}/{CONFIG_FILE}"
-    config = read_json(folder / CONFIG_FILE, _CONFIG_BYTES, path)
+    config = read_json(folder / CONFIG_FILE, CONFIG_BYTES, path)
     if (quantised := quantisation_of(config)) is not None:
         _expect_dense(quantised, path, may_be_quantised=may_be_quantised)
     if named := config.get("transformers_weights"):
@@ -189,7 +211,7 @@ def read_config(folder: Path, where: str | None = None, *, may_be_quantised: boo
 def read_generation_config(folder: Path, where: str | None = None) -> dict[str, Any] | None:
     """The folder's `generation_config.json`, if there is one."""
     path = folder / GENERATION_FILE
-    return read_json(path, _CONFIG_BYTES, f"{where or folder}/{path.name}") if path.exists() else None
+    return read_json(path, CONFIG_BYTES, f"{where or folder}/{path.name}") if path.exists() else None
 
 
 def read_weights(folder: Path, name: str, where: str | None = None) -> Weights:
@@ -225,6 +247,11 @@ def read_json(path: Path, limit_bytes: int, where: str | None = None) -> dict[st
     where = where or str(path)
     text = read_small(path, limit_bytes, where)
     refuse_pointer(text, where)
+    if is_crowded(text):
+        raise CheckpointError(
+            f"{where} has more than {MAX_JSON_PARTS} objects and lists, or {MAX_JSON_VALUES} values, which no file of "
+            "this kind needs; download it again"
+        )
     try:
         document = json.loads(text.decode())
     except RecursionError as exc:
@@ -270,6 +297,14 @@ def no_checkpoint(where: str) -> CheckpointError:
     """The error for a place that holds no model."""
     return CheckpointError(
         f"{where} is not a checkpoint: no {CONFIG_FILE}; give the directory that save_pretrained wrote, or a hub id"
+    )
+
+
+def no_adapter(where: str) -> CheckpointError:
+    """The error for a place that holds no adapter."""
+    return CheckpointError(
+        f"{where} is no adapter: there is no {ADAPTER_CONFIG_FILE}; name the folder that peft's save_pretrained wrote, "
+        "and leave --base (base=) out for a whole model"
     )
 
 

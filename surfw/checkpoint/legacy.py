@@ -25,6 +25,9 @@ from surfw.errors import CheckpointError, UnsupportedModelError
 logger = logging.getLogger("surfw.checkpoint")
 
 _RESIDENT_BYTES = 256 * MIB
+_DEEPEST = 3
+"""So many tables within each other may be around the tensors for an error to say where they are."""
+
 _ZIP_MAGIC = b"PK\x03\x04"
 _DTYPES = {
     torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.float8_e4m3fn: "F8_E4M3",
@@ -89,13 +92,20 @@ class LegacyShard:
         return self._current[1]
 
     def _refuse_nested(self) -> None:
-        """Say where the tensors are, if they are one level down: transformers does not look there."""
-        for name, value in self._state.items():
-            if isinstance(value, dict) and any(isinstance(one, torch.Tensor) for one in value.values()):
-                raise UnsupportedModelError(
-                    f"{self.path} has its tensors under {quote(name)}, expected them by their names at the top; save "
-                    f"them so: torch.save(torch.load('{self.path.name}')[{quote(name)}], '{self.path.name}')"
-                )
+        """Say where the tensors are, if they are further down: transformers does not look there."""
+        level: list[tuple[list[Any], Any]] = [([], self._state)]
+        while level:
+            for path, table in level:
+                if path and any(isinstance(one, torch.Tensor) for one in table.values()):
+                    keys, file = "".join(f"[{quote(key)}]" for key in path), self.path.name
+                    raise UnsupportedModelError(
+                        f"{self.path} has its tensors under {keys}, expected them by their names at the top; save them "
+                        f"so: torch.save(torch.load('{file}'){keys}, '{file}')"
+                    )
+            level = [
+                ([*path, key], value) for path, table in level for key, value in table.items()
+                if isinstance(value, dict) and len(path) < _DEEPEST
+            ]  # fmt: skip
 
     def _is_tensor(self, name: Any) -> bool:
         value = self._state[name]

@@ -141,7 +141,7 @@ def open_checkpoint(
         UnsupportedModelError: it is of a kind that surfw cannot chunk.
         ConfigurationError: a revision of a local directory was asked for.
     """
-    folder = _local_directory(model)
+    folder = local_directory(model, "a checkpoint")
     if folder is None:
         from surfw.checkpoint.hub import download_model
 
@@ -149,11 +149,20 @@ def open_checkpoint(
             model, revision, variant, show_progress=show_progress, may_be_quantised=may_be_quantised
         )
         return open_directory(folder, name=model, variant=variant, may_be_quantised=may_be_quantised)
+    refuse_revision(revision, model)
+    return open_directory(folder, variant=variant, may_be_quantised=may_be_quantised)
+
+
+def refuse_revision(revision: str | None, model: str) -> None:
+    """Refuse the revision of a local directory.
+
+    Raises:
+        ConfigurationError: there is one.
+    """
     if revision is not None:
         raise ConfigurationError(
             f"revision {revision!r} is for hub models, but {model} is a directory here; leave it out"
         )
-    return open_directory(folder, variant=variant, may_be_quantised=may_be_quantised)
 
 
 def open_shard(path: Path) -> Shard:
@@ -239,17 +248,21 @@ def _check_promises(checkpoint: Checkpoint, weights: Weights, where: str, index:
     if astray:
         tensor, file = astray[0]
         found = "another has it" if tensor in checkpoint.tensors else "and no other does"
+        more = f", and {len(astray) - 1} more like it" * (len(astray) > 1)
         logger.warning(
-            "%s/%s places tensor %s in %s, which does not hold it (%s), and %d more like it: the files may be of "
-            "different downloads",
-            where, index, quote(tensor), file, found, len(astray) - 1,
+            "%s/%s places tensor %s in %s, which does not hold it (%s)%s: the files may be of different downloads",
+            where, index, quote(tensor), file, found, more,
         )  # fmt: skip
     if not checkpoint.tensors:
         raise UnsupportedModelError(f"{where} has no tensors in {index}; expected the weights of a model")
 
 
-def _local_directory(model: str) -> Path | None:
-    """The directory of that name; None if it can only be a hub id."""
+def local_directory(model: str, what: str) -> Path | None:
+    """The directory of that name, which holds `what`; None if it can only be a hub id.
+
+    Raises:
+        CheckpointError: it can be neither.
+    """
     path = Path(model)
     try:
         path = path.expanduser()
@@ -264,5 +277,5 @@ def _local_directory(model: str) -> Path | None:
     if is_file:
         raise CheckpointError(describe_file(path))
     if model.startswith((".", "/", "~")) or model.endswith("/") or model.count("/") > 1:
-        raise CheckpointError(f"{model} is not a directory here; give the directory of a checkpoint, or a hub id")
+        raise CheckpointError(f"{model} is not a directory here; give the directory of {what}, or a hub id")
     return None

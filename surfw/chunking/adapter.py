@@ -5,10 +5,10 @@ adds to one chunk of the base, under the same name.
 """
 
 import asyncio
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from blake3 import blake3
 
@@ -16,11 +16,14 @@ from surfw.checkpoint import Checkpoint
 from surfw.checkpoint.adapter import is_saved, open_adapter, scaling_of, strip_prefix
 from surfw.chunking.copy import SourcePayloads
 from surfw.chunking.plan import PlannedChunk, PlannedTensor, UnitFacts, plan_chunks
-from surfw.chunking.prepare import PreparedModel, skeleton_of
+from surfw.chunking.prepare import PreparedModel, refuse_revision_of_url, skeleton_of
+from surfw.chunking.remote import open_remote_adapter
 from surfw.config import BLOCK_BYTES, PIECE_BYTES, quote
 from surfw.errors import CheckpointError, ConfigurationError, NotAStoreError, UnsupportedModelError
 from surfw.manifest import Base, Manifest, TensorInfo, check_model_name
 from surfw.storage import StorageBackend, Store
+from surfw.storage.backends import read_address
+from surfw.storage.origins import is_local_url
 from surfw.storage.store_source import StorageSource
 
 if TYPE_CHECKING:
@@ -65,27 +68,34 @@ def prepare_adapter(
     name: str | None = None,
     revision: str | None = None,
     show_progress: bool = False,
+    storage_options: Mapping[str, Any] | None = None,
     on_step: Callable[[str], object] = lambda _: None,
 ) -> PreparedModel:
     """Open an adapter and plan its chunks; `write_model` writes them.
 
     Args:
-        model: a local directory, or a hub id.
+        model: a hub id, a local directory, or a storage URL under which an adapter lies.
         base: the manifest of its base.
         backend: the storage of the store that has the base.
         name: its name in the store; default: the hub id in full, or the directory's name.
         revision: of the hub repository.
         show_progress: let the hub library draw its bars on stderr, in a terminal.
+        storage_options: for a storage URL in `model`.
         on_step: called with what goes on, in words, whenever that changes.
 
     Raises:
         CheckpointError: it is damaged, incomplete, or missing.
         UnsupportedModelError: it is of a kind that surfw does not apply, or does not fit the base.
-        ConfigurationError: it would take the name of its base.
+        ConfigurationError: it would take the name of its base, or has no revisions.
     """
     if name is not None:
         check_model_name(name)
-    checkpoint = open_adapter(model, revision=revision, show_progress=show_progress)
+    address = read_address(model)
+    if is_local_url(address):
+        checkpoint = open_adapter(address.removeprefix("file://"), revision=revision, show_progress=show_progress)
+    else:
+        refuse_revision_of_url(revision, address)
+        checkpoint = open_remote_adapter(address, storage_options)
     with ExitStack() as opened:
         opened.enter_context(checkpoint)
         name = check_model_name(name or checkpoint.name)
@@ -110,7 +120,7 @@ def _copies_of_base(
         UnsupportedModelError: they are other weights: the base was changed.
     """
     found: dict[str, str] = {}
-    for outer, inner in strip_prefix(list(checkpoint.tensors), where=str(checkpoint.path)).items():
+    for outer, inner in strip_prefix(list(checkpoint.tensors), where=checkpoint.url).items():
         slot = inner.replace(_BASE_LAYER, ".")
         if slot in skeleton.slots and (_BASE_LAYER in inner or not is_saved(checkpoint.config, inner)):
             found[outer] = base.ties.get(slot, slot)
@@ -122,7 +132,7 @@ def _copies_of_base(
         same = (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
         if not same or checkpoint.digest(outer) != expected[name]:
             raise UnsupportedModelError(
-                f"{checkpoint.path} has {quote(outer)} of {ours.dtype} {list(ours.shape)}, and its base {base.name} "
+                f"{checkpoint.url} has {quote(outer)} of {ours.dtype} {list(ours.shape)}, and its base {base.name} "
                 f"has other values there ({theirs.dtype} {list(theirs.shape)}): the base was resized or trained with "
                 "it; merge them with peft (merge_and_unload), and chunk the result"
             )
@@ -160,7 +170,7 @@ def _plan_adapter(
     from surfw.skeleton.lora import find_lora
 
     (shard,), settings = checkpoint.shards, checkpoint.config
-    where = str(shard.path)
+    where = f"{checkpoint.url}/{shard.path.name}"
     names = strip_prefix(list(checkpoint.tensors), where=where)
     sources = {inner: checkpoint.tensors[outer] for outer, inner in names.items() if outer not in copies}
     if not sources:

@@ -7,13 +7,14 @@ are all forms of an encrypted model, which takes no key.
 """
 
 import asyncio
+import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import replace
 from functools import partial
 from itertools import accumulate
 
-from surfw.chunking.plan import ChunkPlan, PlannedChunk, PlannedTensor
+from surfw.chunking.plan import ChunkPlan, PlannedChunk, PlannedTensor, with_exact_rest
 from surfw.chunking.prepare import find_matrices
 from surfw.chunking.write import Contents, Outcome, Progress, check_target, write_contents
 from surfw.codec import (
@@ -30,9 +31,12 @@ from surfw.config import BLOCK_BYTES
 from surfw.encryption import EncryptionKey
 from surfw.errors import ConfigurationError, IntegrityError, NotAStoreError, StorageError, UnknownModelError
 from surfw.manifest import Chunk, Form, Manifest, ModelFile, check_model_name, payload_digest
+from surfw.signing import SigningKey
 from surfw.source import ChunkSource, Read, expect_base
 from surfw.storage import StorageBackend, Store
 from surfw.threads import to_its_end
+
+logger = logging.getLogger("surfw.chunking")
 
 
 async def copy_model(
@@ -42,7 +46,9 @@ async def copy_model(
     *,
     name: str | None = None,
     codecs: Sequence[str] | None = None,
+    only_experts: bool = False,
     key: EncryptionKey | None = None,
+    signer: SigningKey | None = None,
     progress: Progress = lambda *_: None,
     on_outcome: Callable[[str, Outcome], object] = lambda *_: None,
 ) -> Manifest:
@@ -55,7 +61,9 @@ async def copy_model(
         name: its name in the store; default: the one that it has.
         codecs: as of `write_model`; default: `DEFAULT_CODECS`, or all there is of a model that has no exact forms, or
             that is encrypted.
+        only_experts: whether packed forms are made of the experts of a mixture alone; those that are there are copied.
         key: encrypts the copy; an encrypted model stays as it is, so of that one it is its own.
+        signer: signs the copy; without one, it keeps the signature that it has, where that speaks of its forms.
         progress: as of `write_model`.
         on_outcome: as of `write_model`.
 
@@ -70,7 +78,7 @@ async def copy_model(
     name = check_model_name(name or manifest.name)
     await _expect_base(manifest, backend)
     codecs = codecs or _default_codecs(manifest)
-    chunks = await asyncio.to_thread(_plan, manifest, codecs, key)
+    chunks = await asyncio.to_thread(_plan, manifest, codecs, key, only_experts=only_experts)
     key = None if manifest.key_id else key  # then it is encrypted already
     payloads = SourcePayloads(source, manifest, asyncio.get_running_loop())
     contents = Contents(
@@ -82,14 +90,23 @@ async def copy_model(
         manifest=partial(_copied, manifest, name, source.url, key=key),
     )
     writing = asyncio.ensure_future(
-        write_contents(contents, backend, codecs=codecs, key=key, progress=progress, on_outcome=on_outcome)
+        write_contents(
+            contents, backend, codecs=codecs, key=key, signer=signer, progress=progress, on_outcome=on_outcome
+        )
     )
 
     def stop() -> None:
         payloads.stop()
         writing.cancel()
 
-    return await to_its_end(writing, on_cancel=stop)
+    copied = await to_its_end(writing, on_cancel=stop)
+    if manifest.signature and not copied.signature:
+        logger.warning(
+            "%s is signed with key %s in %s, and its copy is not, which is another or in other forms; to sign it, give "
+            "the key (signing_key_file, --sign)",
+            manifest.name, manifest.signature.key_id, source.url,
+        )  # fmt: skip
+    return copied
 
 
 async def check_copy(
@@ -98,12 +115,13 @@ async def check_copy(
     *,
     name: str | None = None,
     codecs: Sequence[str] | None = None,
+    only_experts: bool = False,
     key: EncryptionKey | None = None,
 ) -> None:
     """Check that `copy_model` may write a model there, without writing anything; arguments and errors as of that."""
     await _expect_base(manifest, backend)
     codecs = codecs or _default_codecs(manifest)
-    await asyncio.to_thread(_plan, manifest, codecs, key)
+    await asyncio.to_thread(_plan, manifest, codecs, key, only_experts=only_experts)
     await check_target(backend, check_model_name(name or manifest.name), codecs)
 
 
@@ -133,7 +151,9 @@ def _default_codecs(manifest: Manifest) -> Sequence[str]:
     return DEFAULT_CODECS if has_exact_forms(manifest) else stored_packed_codecs(manifest)
 
 
-def _plan(manifest: Manifest, codecs: Sequence[str], key: EncryptionKey | None) -> tuple[PlannedChunk, ...]:
+def _plan(
+    manifest: Manifest, codecs: Sequence[str], key: EncryptionKey | None, *, only_experts: bool
+) -> tuple[PlannedChunk, ...]:
     """The chunks to write; torch is needed where a form is to be made that is not there."""
     if manifest.key_id:
         return _plan_encrypted(manifest, codecs, key)
@@ -154,7 +174,7 @@ def _plan(manifest: Manifest, codecs: Sequence[str], key: EncryptionKey | None) 
             )
         tensors = tuple(PlannedTensor(info, None, info.name in matrices) for info in chunk.tensors)
         planned.append(PlannedChunk(chunk.name, chunk.kind, tensors, chunk.id, packed))
-    return tuple(planned)
+    return with_exact_rest(planned, manifest.name) if only_experts and new else tuple(planned)
 
 
 def _plan_encrypted(manifest: Manifest, codecs: Sequence[str], key: EncryptionKey | None) -> tuple[PlannedChunk, ...]:
@@ -198,7 +218,9 @@ def _copied(
                 f"chunk {theirs.name} from {where} has a payload with BLAKE3 {ours.id[:16]}…, its manifest promises "
                 f"{theirs.id[:16]}…; chunk the model again"
             )
-    return replace(manifest, name=name, chunks=tuple(chunks), files=tuple(files), origin=None)
+    copied = replace(manifest, name=name, chunks=tuple(chunks), files=tuple(files), origin=None)
+    # An encrypted copy of a plain model has another identity, which is known only once it has its key's id.
+    return replace(copied, signature=None) if key else copied.with_signature_of(manifest)
 
 
 class SourcePayloads:

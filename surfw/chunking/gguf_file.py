@@ -10,8 +10,8 @@ from surfw.checkpoint import Checkpoint
 from surfw.checkpoint.companions import companions, list_files
 from surfw.checkpoint.gguf import GgufShard
 from surfw.checkpoint.reader import folder_name
-from surfw.chunking.plan import PlannedTensor, UnitFacts, plan_chunks
-from surfw.chunking.prepare import PreparedModel, report_loading
+from surfw.chunking.plan import PlannedTensor, plan_chunks
+from surfw.chunking.prepare import PreparedModel, quantisable, report_loading, unit_facts
 from surfw.config import OnMissing, check_dtype
 from surfw.errors import UnsupportedModelError
 from surfw.manifest import TensorInfo, check_model_name
@@ -87,7 +87,6 @@ def _plan(checkpoint: Checkpoint, shard: GgufShard, name: str, dtype: str, on_mi
     from surfw.skeleton.build import build_skeleton, read_config
     from surfw.skeleton.dtypes import dtype_name, parse_dtype, safetensors_dtype
     from surfw.skeleton.gguf import class_of, plan_gguf
-    from surfw.skeleton.units import matrices_of
 
     where = str(shard.path)
     clean, *_ = sanitise(checkpoint.config, None, where=where)
@@ -96,14 +95,13 @@ def _plan(checkpoint: Checkpoint, shard: GgufShard, name: str, dtype: str, on_mi
     skeleton = build_skeleton(config, cls, built, tensor_count=len(shard.tensors), where=where)
     loading = plan_gguf(skeleton, shard.stored, shard.architecture, checkpoint.config, where=where)
     report_loading(loading, name, cls.__name__, on_missing, where)
-    matrices = matrices_of(skeleton.units, loading.ties)
+    matrices = quantisable(skeleton, loading.ties)
     tensors = {}
     for target, recipe in loading.recipes.items():
         target_dtype, shape = recipe.targets[target]
         info = TensorInfo(target, safetensors_dtype(target_dtype), shape, 0)
         tensors[target] = PlannedTensor(info, None, target in matrices)
-    units = [UnitFacts(unit.path, unit.kind, tuple(slot.name for slot in unit.slots)) for unit in skeleton.units]
-    plan = plan_chunks(units, tensors, loading.ties)
+    plan = plan_chunks(unit_facts(skeleton), tensors, loading.ties)
     facts = {tensor.name: (tensor.dtype, tensor.shape) for tensor in shard.tensors}
     clean = tag_floats(clean | {"architectures": [cls.__name__]})
     return PreparedModel(name, checkpoint, cls.__name__, dtype_name(built), clean, None, plan, loading, facts)

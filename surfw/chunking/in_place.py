@@ -112,8 +112,10 @@ def _locations(prepared: PreparedModel, chunk: PlannedChunk) -> list[Location]:
                 raise UnsupportedModelError(
                     f"{prepared.name} cannot be served in place: {source.file.name} is no safetensors file; {_INSTEAD}"
                 )
+            start = source.start + recipe.start
+            stop = start + tensor.info.nbytes if len(recipe.joined) == 1 else source.start + source.nbytes
             file = source.file.relative_to(prepared.checkpoint.path).as_posix()
-            at = Location(file, source.start, source.start + source.nbytes)
+            at = Location(file, start, stop)
             if found and (found[-1].object, found[-1].stop) == (at.object, at.start):
                 at = Location(at.object, found.pop().start, at.stop)
             if at.start < at.stop:

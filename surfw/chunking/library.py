@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from surfw.chunking.adapter import prepare_adapter, read_base
 from surfw.chunking.prepare import PreparedModel, prepare_model
@@ -14,7 +14,9 @@ from surfw.codec import DEFAULT_CODECS, PACKED_CODECS, check_codecs
 from surfw.config import OnMissing, display_url, expect
 from surfw.encryption import read_key
 from surfw.errors import ConfigurationError
+from surfw.signing import read_signing_key
 from surfw.storage import StorageBackend, open_backend
+from surfw.storage.origins import PlacedOptions
 from surfw.threads import refuse_event_loop
 
 DEFAULT_OUTPUT_DIR = "./chunks"
@@ -45,6 +47,16 @@ class ModelInfo:
     store: str
 
 
+def _takes_only_experts(quantize: str, codecs: Sequence[str]) -> bool:
+    if quantize not in {"all", "experts"}:
+        raise ConfigurationError(f"quantize is {quantize!r}, expected 'all' or 'experts'")
+    if quantize == "experts" and not set(codecs).intersection(PACKED_CODECS):
+        raise ConfigurationError(
+            "quantize='experts' says what int8 and int4 take; name one of them in codecs, or leave it out"
+        )
+    return quantize == "experts"
+
+
 class ModelChunker:
     """Cuts one checkpoint into chunks by layer, and writes them into a store."""
 
@@ -63,14 +75,16 @@ class ModelChunker:
         model_class: Any = None,
         on_missing: OnMissing = "error",
         codecs: Sequence[str] = DEFAULT_CODECS,
+        quantize: Literal["all", "experts"] = "all",
         progress: Progress | None = None,
         storage_options: Mapping[str, Any] | None = None,
         encryption_key_file: str | os.PathLike[str] | None = None,
+        signing_key_file: str | os.PathLike[str] | None = None,
     ) -> None:
         """Set up the work; nothing is read or written yet.
 
         Args:
-            model_name: a hub id (`org/name`), or a local directory.
+            model_name: a hub id (`org/name`), a local directory or GGUF file, or a storage URL.
             output_dir: the folder or storage URL that is, or becomes, the store; default: `./chunks`, unless a backend
                 is given.
             storage_backend: the storage that is, or becomes, the store; it stays the caller's to close.
@@ -87,17 +101,21 @@ class ModelChunker:
             on_missing: `error`, or `uninitialized`: chunk a checkpoint that lacks weights of its class.
             codecs: the forms to store of each chunk: `none`, `lossless`, and `int8` and `int4`, which are not exact.
                 Beside `none`, `lossless` is kept where it is at least 10 % smaller.
+            quantize: which matrices `int8` and `int4` take: all, or only those of the experts of a mixture.
             progress: called with the bytes just finished and the name of their chunk, from a worker thread.
-            storage_options: for the storage URL in `output_dir`, such as `{"endpoint_url": "http://…"}`.
+            storage_options: for storage URLs in `output_dir` and `model_name`, such as `{"endpoint_url": "http://…"}`;
+                of two servers, for that of `output_dir`.
             encryption_key_file: holds the key that all forms are encrypted with; default: they are not.
+            signing_key_file: holds the private key, in PEM, that the model is signed with; default: it is not.
 
         Raises:
             ConfigurationError: both a folder and a backend are given, the file holds no key, or an adapter is to be
                 changed or encrypted.
         """
-        expect("model_name", model_name, str | os.PathLike, "a hub id or a local directory")
-        if not os.fspath(model_name):
-            raise ConfigurationError("model_name is empty, expected a hub id or a local directory")
+        expect("model_name", model_name, str | os.PathLike, "a hub id, a local directory or a storage URL")
+        model = os.fspath(model_name)
+        if not model:
+            raise ConfigurationError("model_name is empty, expected a hub id, a local directory or a storage URL")
         for key, value in (
             ("name", name),
             ("base", base),
@@ -117,8 +135,11 @@ class ModelChunker:
         self._storage_options = dict(storage_options or {})
         self._backend = storage_backend
         self._output_dir = os.fspath(DEFAULT_OUTPUT_DIR if output_dir is None else output_dir)
+        placed = PlacedOptions.of_chunking(model, self._output_dir, self._storage_options)
         self._codecs = check_codecs(codecs)
+        self._only_experts = _takes_only_experts(quantize, self._codecs)
         self._key = None if encryption_key_file is None else read_key(encryption_key_file)
+        self._signer = None if signing_key_file is None else read_signing_key(signing_key_file)
         self._progress = progress or (lambda *_: None)
         self._base = base
         if base is not None:
@@ -132,10 +153,12 @@ class ModelChunker:
                 raise ConfigurationError(
                     f"adapters are not quantised; codecs are {self._codecs}, expected none, lossless"
                 )
-            self._prepare_adapter = partial(prepare_adapter, os.fspath(model_name), name=name, revision=revision)
+            self._prepare_adapter = partial(
+                prepare_adapter, model, name=name, revision=revision, storage_options=placed.for_url(model)
+            )
         self._prepare = partial(
             prepare_model,
-            os.fspath(model_name),
+            model,
             name=name,
             revision=revision,
             variant=variant,
@@ -143,6 +166,7 @@ class ModelChunker:
             dequantize=dequantize,
             model_class=model_class,
             on_missing=on_missing,
+            storage_options=placed.for_url(model),
         )
 
     async def chunk_model(self) -> ModelInfo:
@@ -161,7 +185,12 @@ class ModelChunker:
         try:
             with await self._prepare_in_thread(backend) as prepared:
                 manifest = await write_model(
-                    prepared, backend, codecs=self._codecs, key=self._key, progress=self._progress
+                    prepared.only_experts() if self._only_experts else prepared,
+                    backend,
+                    codecs=self._codecs,
+                    key=self._key,
+                    signer=self._signer,
+                    progress=self._progress,
                 )
         finally:
             if self._backend is None:

@@ -18,7 +18,7 @@ from surfw.checkpoint import Checkpoint, open_checkpoint
 from surfw.checkpoint.companions import is_of_sentences
 from surfw.checkpoint.layout import quantisation_of, read_small, without_quantisation
 from surfw.checkpoint.shard import refuse_pointer
-from surfw.chunking.plan import ChunkPlan, PlannedChunk, PlannedTensor, UnitFacts, plan_chunks
+from surfw.chunking.plan import ChunkPlan, PlannedChunk, PlannedTensor, UnitFacts, plan_chunks, with_exact_rest
 from surfw.chunking.remote import open_remote_checkpoint
 from surfw.config import (
     DEFAULT_SILENCE_SECONDS,
@@ -79,7 +79,7 @@ class PreparedModel:
     def key(self) -> str:
         """Identifies the plan and its source; work with the same key can be resumed."""
         chunks = [
-            (c.name, [(t.info.name, t.info.dtype, t.info.shape, t.copy_of) for t in c.tensors])
+            (c.name, [(t.info.name, t.info.dtype, t.info.shape, t.copy_of, t.is_matrix) for t in c.tensors])
             for c in self.plan.chunks
         ]
         config = json.dumps(self.config, sort_keys=True)
@@ -104,6 +104,14 @@ class PreparedModel:
             origin=origin,
             base=self.base,
         )
+
+    def only_experts(self) -> "PreparedModel":
+        """The same, with packed forms of the experts of a mixture alone.
+
+        Raises:
+            ConfigurationError: it has none that can be quantised.
+        """
+        return replace(self, plan=replace(self.plan, chunks=with_exact_rest(self.plan.chunks, self.name)))
 
     def close(self) -> None:
         """Close the checkpoint."""
@@ -180,17 +188,14 @@ def prepare_model(
             show_progress=show_progress,
             may_be_quantised=is_quantised,
         )
-    elif revision is None:
+    else:
+        refuse_revision_of_url(revision, address)
         checkpoint = open_remote_checkpoint(
             address,
             storage_options,
             variant=variant,
             silence_timeout=silence_timeout,
             may_be_quantised=is_quantised,
-        )
-    else:
-        raise ConfigurationError(
-            f"revision {revision!r} is for hub models, but {display_url(address)} is a storage URL"
         )
     with ExitStack() as opened:
         opened.enter_context(checkpoint)
@@ -201,6 +206,18 @@ def prepare_model(
         )  # fmt: skip
         opened.pop_all()
     return prepared
+
+
+def refuse_revision_of_url(revision: str | None, address: str) -> None:
+    """Refuse the revision of a storage URL.
+
+    Raises:
+        ConfigurationError: there is one.
+    """
+    if revision is not None:
+        raise ConfigurationError(
+            f"revision {revision!r} is for hub models, but {display_url(address)} is a storage URL"
+        )
 
 
 def _plan_model(
@@ -225,7 +242,6 @@ def _plan_model(
     from surfw.skeleton.build import build_skeleton, read_config, resolve_class
     from surfw.skeleton.dtypes import automatic_dtype, dtype_name, parse_dtype, safetensors_dtype
     from surfw.skeleton.loading import plan_loading
-    from surfw.skeleton.units import matrices_of
 
     on_step(f"planning the chunks of {name}")
     quantizer = None
@@ -243,14 +259,14 @@ def _plan_model(
     skeleton = build_skeleton(config, cls, built, tensor_count=len(facts), where=where)
     loading = plan_loading(skeleton, facts, partial(_equal_tensors, checkpoint), where=where, quantizer=quantizer)
     report_loading(loading, name, cls.__name__, on_missing, where)
-    tensors, matrices = {}, matrices_of(skeleton.units, loading.ties)
+    tensors, matrices = {}, quantisable(skeleton, loading.ties)
     for target, recipe in loading.recipes.items():
         target_dtype, shape = recipe.targets[target]
         info = TensorInfo(target, safetensors_dtype(target_dtype), shape, 0)
         as_it_is = recipe.converter is None and facts[recipe.sources[0]][0] == info.dtype
-        tensors[target] = PlannedTensor(info, recipe.sources[0] if as_it_is else None, target in matrices)
-    units = [UnitFacts(unit.path, unit.kind, tuple(slot.name for slot in unit.slots)) for unit in skeleton.units]
-    plan = plan_chunks(units, tensors, loading.ties)
+        copy_of = recipe.sources[0] if as_it_is else None
+        tensors[target] = PlannedTensor(info, copy_of, target in matrices, recipe.start)
+    plan = plan_chunks(unit_facts(skeleton), tensors, loading.ties)
     if not plan.chunks:
         raise UnsupportedModelError(
             f"{where} has no tensor that {cls.__name__} has a place for; check its architectures"
@@ -293,8 +309,8 @@ def report_loading(loading: "Loading", name: str, cls: str, on_missing: OnMissin
     _report_missing(loading, cls, on_missing, where)
     if loading.unused:
         logger.warning(
-            "%s: %s has no place for %d tensors of the checkpoint, such as %s; they are left out, as transformers does",
-            name, cls, len(loading.unused), loading.unused[0],
+            "%s: %s has no place for %s of the checkpoint, such as %s; left out, as transformers does",
+            name, cls, count(len(loading.unused), "tensor"), loading.unused[0],
         )  # fmt: skip
 
 
@@ -319,9 +335,31 @@ def find_matrices(manifest: Manifest) -> frozenset[str]:
     Raises:
         UnsupportedModelError: its class or configuration cannot be used here.
     """
+    return quantisable(skeleton_of(manifest), manifest.ties)
+
+
+def quantisable(skeleton: "Skeleton", ties: Mapping[str, str]) -> frozenset[str]:
+    """The tensors of a model that may be quantised, slices of stacks of experts among them.
+
+    Args:
+        skeleton: the model.
+        ties: tensors that are stored under another name.
+    """
+    from surfw.skeleton.experts import expert_matrices
     from surfw.skeleton.units import matrices_of
 
-    return matrices_of(skeleton_of(manifest).units, manifest.ties)
+    return matrices_of(skeleton.units, ties) | expert_matrices(skeleton.experts.values())
+
+
+def unit_facts(skeleton: "Skeleton") -> list[UnitFacts]:
+    """What planning has to know of a model's units."""
+    from surfw.skeleton.experts import experts_in
+
+    experts = skeleton.experts.values()
+    return [
+        UnitFacts(unit.path, unit.kind, tuple(slot.name for slot in unit.slots), experts_in(experts, unit))
+        for unit in skeleton.units
+    ]
 
 
 def skeleton_of(manifest: Manifest) -> "Skeleton":
@@ -359,7 +397,8 @@ class PayloadReader:
                 continue
             into = destination[low - start : high - start]
             if tensor.copy_of is not None:
-                self._checkpoint.read_into(tensor.copy_of, into, low - begin, high - begin)
+                first = tensor.copy_from - begin
+                self._checkpoint.read_into(tensor.copy_of, into, first + low, first + high)
             else:
                 into[:] = self._convert(tensor.info.name)[low - begin : high - begin]
                 if high == end:
@@ -377,8 +416,8 @@ class PayloadReader:
             self._converted |= convert_bytes(recipe, self._read_source, self._prepared.facts)
         return self._converted[name]
 
-    def _read_source(self, name: str, destination: memoryview) -> None:
-        self._checkpoint.read_into(name, destination, 0, len(destination))
+    def _read_source(self, name: str, destination: memoryview, start: int) -> None:
+        self._checkpoint.read_into(name, destination, start, start + len(destination))
 
 
 def _equal_tensors(checkpoint: Checkpoint, one: str, other: str) -> bool:

@@ -7,14 +7,16 @@ an event loop.
 
 import asyncio
 import tempfile
-from collections.abc import Coroutine, Iterable, Mapping
+from collections.abc import Coroutine, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from surfw.checkpoint import Checkpoint
+from surfw.checkpoint.adapter import open_adapter_folder
 from surfw.checkpoint.companions import (
     MODULES_FILE,
     SENTENCE_FILES,
@@ -23,7 +25,15 @@ from surfw.checkpoint.companions import (
     is_companion,
     module_folders,
 )
-from surfw.checkpoint.layout import CONFIG_FILE, GENERATION_FILE, weights_files
+from surfw.checkpoint.layout import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_WEIGHTS_FILES,
+    CONFIG_FILE,
+    GENERATION_FILE,
+    has_adapter,
+    no_adapter,
+    weights_files,
+)
 from surfw.checkpoint.reader import open_directory
 from surfw.checkpoint.shard import Identity, SourceTensor, read_tensors
 from surfw.config import DEFAULT_SILENCE_SECONDS, FILE_BYTES, display_url
@@ -54,14 +64,8 @@ def open_remote_checkpoint(
         StorageError: the storage cannot be read, or does not tell when an object changes.
         ConfigurationError: the URL holds secrets, or cannot be used.
     """
-    if display_url(url) != url:
-        raise ConfigurationError(
-            f"{display_url(url)} holds secrets, which would come into the manifest; put them into the environment or a "
-            "settings file (storage_options)"
-        )
-    name, url = plain_name(url.partition("://")[2].rstrip("/").rpartition("/")[2]), _commit_of(read_address(url))
-    opened = _Opened(adapt_backend(open_backend(url, options, silence_timeout=silence_timeout)))
-    try:
+    address, name, opened = _open(url, options, silence_timeout)
+    with _closing_on_error(opened):
         found = open_directory(
             opened.folder,
             name=name,
@@ -71,10 +75,50 @@ def open_remote_checkpoint(
             variant=variant,
             may_be_quantised=may_be_quantised,
         )
+    return replace(found, url=address, pins=opened.pins, release=opened.close)
+
+
+def open_remote_adapter(
+    url: str, options: Mapping[str, Any] | None = None, *, silence_timeout: float = DEFAULT_SILENCE_SECONDS
+) -> Checkpoint:
+    """Open the adapter that lies under a storage URL, as peft saves it.
+
+    Raises:
+        CheckpointError, UnsupportedModelError: as of `open_adapter`.
+        StorageError, ConfigurationError: as of `open_remote_checkpoint`.
+    """
+    address, name, opened = _open(url, options, silence_timeout)
+    with _closing_on_error(opened):
+        found = open_adapter_folder(
+            opened.folder,
+            name=name,
+            names=opened.run(opened.fetch_adapter()),
+            open_shard=partial(_RemoteShard, opened=opened),
+            where=opened.backend.url,
+        )
+    return replace(found, url=address, pins=opened.pins, release=opened.close)
+
+
+def _open(url: str, options: Mapping[str, Any] | None, silence_timeout: float) -> tuple[str, str, "_Opened"]:
+    """The address of a checkpoint as a manifest may name it, its name, and its storage."""
+    if display_url(url) != url:
+        raise ConfigurationError(
+            f"{display_url(url)} holds secrets, which would come into the manifest; put them into the environment or a "
+            "settings file (storage_options)"
+        )
+    name, url = plain_name(url.partition("://")[2].rstrip("/").rpartition("/")[2]), _commit_of(read_address(url))
+    return (
+        url.rstrip("/"), name, _Opened(adapt_backend(open_backend(url, options, silence_timeout=silence_timeout)))
+    )  # fmt: skip
+
+
+@contextmanager
+def _closing_on_error(opened: "_Opened") -> Iterator[None]:
+    try:
+        yield
     except BaseException:
         opened.close()
         raise
-    return replace(found, url=url.rstrip("/"), pins=opened.pins, release=opened.close)
 
 
 class _Opened:
@@ -109,24 +153,39 @@ class _Opened:
         """Copy the small files; returns which files of a checkpoint there are."""
         url = self.backend.url
         if not await self.backend.exists(CONFIG_FILE):
-            if await self.backend.exists(MARKER):
-                raise CheckpointError(
-                    f"{url} is a surfw store, not a checkpoint: it is chunked already; give it to --store or --source"
-                )
+            await self._refuse_store("a checkpoint", "give it to --store or --source")
+            if await self.backend.exists(ADAPTER_CONFIG_FILE):
+                raise has_adapter(url, None)
             raise CheckpointError(
                 f"{url} is not a checkpoint: there is no {CONFIG_FILE}; name the place of what save_pretrained wrote"
             )
-        names = await self._existing((*_SMALL, *weights_files(variant)))
-        names |= set(filter(is_companion, await self.backend.list(f"{TEMPLATE_FOLDER}/")))
-        for name in sorted(names):
-            if name in _SMALL or name.endswith((".json", ".jinja")):
-                await self._copy(name)
+        names = await self._copy_small((*_SMALL, ADAPTER_CONFIG_FILE, *weights_files(variant)))
         if MODULES_FILE in names:
             folders = module_folders((self.folder / MODULES_FILE).read_bytes())
             more = await self._existing(filter(is_companion, (f"{folder}/config.json" for folder in folders)))
             for name in more:
                 await self._copy(name)
             names |= more
+        return names
+
+    async def fetch_adapter(self) -> set[str]:
+        """Copy the small files; returns which files of an adapter there are."""
+        if not await self.backend.exists(ADAPTER_CONFIG_FILE):
+            await self._refuse_store("an adapter", "copy adapters from it with --from, without --base")
+            raise no_adapter(self.backend.url)
+        return await self._copy_small((ADAPTER_CONFIG_FILE, *TOKENIZER_FILES, *ADAPTER_WEIGHTS_FILES))
+
+    async def _refuse_store(self, what: str, advice: str) -> None:
+        if await self.backend.exists(MARKER):
+            raise CheckpointError(f"{self.backend.url} is a surfw store, not {what}: it is chunked already; {advice}")
+
+    async def _copy_small(self, candidates: Iterable[str]) -> set[str]:
+        """Copy those of the files that are there and small, and chat templates; returns all that are there."""
+        names = await self._existing(candidates)
+        names |= set(filter(is_companion, await self.backend.list(f"{TEMPLATE_FOLDER}/")))
+        for name in sorted(names):
+            if name in _SMALL or name.endswith((".json", ".jinja")):
+                await self._copy(name)
         return names
 
     async def _existing(self, candidates: Iterable[str]) -> set[str]:
@@ -159,7 +218,8 @@ class _RemoteShard:
         where = f"{self._name} in {opened.backend.url}"
         if path.suffix != ".safetensors":
             raise UnsupportedModelError(
-                f"{where} is no safetensors file; download the checkpoint, and run surfw chunk without --in-place"
+                f"{where} is no safetensors file; download it with the others, and run surfw chunk on their folder, "
+                "without --in-place"
             )
         self.path = path
         self._opened = opened

@@ -61,6 +61,7 @@ from surfw.manifest import (
     payload_digest,
 )
 from surfw.safetensors_header import MAX_HEADER_BYTES, PREFIX_BYTES, is_header
+from surfw.signing import SigningKey
 from surfw.storage.base import StorageBackend
 from surfw.storage.filesystem import create_file, forget_pages
 from surfw.storage.fsspec_backend import translate_errors
@@ -111,6 +112,7 @@ async def write_model(
     *,
     codecs: Sequence[str] = ("none",),
     key: EncryptionKey | None = None,
+    signer: SigningKey | None = None,
     progress: Progress = lambda *_: None,
     on_outcome: Callable[[str, Outcome], object] = lambda *_: None,
 ) -> Manifest:
@@ -122,6 +124,7 @@ async def write_model(
         codecs: the forms to write of each chunk. Beside `none`, `lossless` is kept where it is at least 10 % smaller;
             `int8` and `int4` are written where there are weights to quantise.
         key: encrypts all of them; the tokenizer's files and the manifest stay readable.
+        signer: signs it; without one, a signature stays that the store has of the very same model.
         progress: see `Progress`.
         on_outcome: called with the name of each chunk, once it is in the store, and with what became of it.
 
@@ -142,7 +145,9 @@ async def write_model(
         },
         manifest=prepared.manifest,
     )
-    return await write_contents(contents, backend, codecs=codecs, key=key, progress=progress, on_outcome=on_outcome)
+    return await write_contents(
+        contents, backend, codecs=codecs, key=key, signer=signer, progress=progress, on_outcome=on_outcome
+    )
 
 
 async def write_contents(
@@ -151,6 +156,7 @@ async def write_contents(
     *,
     codecs: Sequence[str],
     key: EncryptionKey | None = None,
+    signer: SigningKey | None = None,
     progress: Progress,
     on_outcome: Callable[[str, Outcome], object],
 ) -> Manifest:
@@ -174,6 +180,7 @@ async def write_contents(
                 files = [await writer.write_file(name, await read()) for name, read in contents.files.items()]
                 manifest = contents.manifest(chunks, files)
                 manifest = replace(manifest, key_id=key.id) if key else manifest
+                manifest = await asyncio.to_thread(_sign, manifest, facts, signer)
                 await writer.publish(store, manifest)
         except StorageError as exc:
             raise type(exc)(f"{exc}; what was finished is kept, and the same command goes on where it stopped") from exc
@@ -182,9 +189,21 @@ async def write_contents(
             "%s was stored as %s too, and is not any more; to keep that, give all of them (codecs, --codec): %s",
             contents.name, " and ".join(lost), ",".join(codec for codec in CODECS if codec in {*codecs, *lost}),
         )  # fmt: skip
+    if facts and facts.signature and not manifest.signature:
+        logger.warning(
+            "%s was signed with key %s in %s, and is not any more; to sign it, give the key (signing_key_file, --sign)",
+            manifest.name, facts.signature.key_id, store.url,
+        )  # fmt: skip
     if facts and facts.key_id != manifest.key_id:
         _warn_of_change(store, facts, manifest)
     return manifest
+
+
+def _sign(manifest: Manifest, before: Manifest | None, signer: SigningKey | None) -> Manifest:
+    """The manifest with its signature: a new one, or that of what is replaced by the same."""
+    if signer is not None:
+        return signer.sign(manifest)
+    return manifest if before is None or manifest.signature else manifest.with_signature_of(before)
 
 
 def _warn_of_change(store: Store, before: Manifest, manifest: Manifest) -> None:

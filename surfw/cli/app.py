@@ -14,7 +14,21 @@ from typing import Annotated, Any, TextIO
 import typer
 
 from surfw import __version__
-from surfw.cli import bench, cached, chat, chunk, config, infer, options, serve, signals, stats, store, streams
+from surfw.cli import (
+    bench,
+    cached,
+    chat,
+    chunk,
+    config,
+    infer,
+    options,
+    schema,
+    serve,
+    signals,
+    stats,
+    store,
+    streams,
+)  # fmt: skip
 from surfw.cli.addresses import Mistake
 from surfw.cli.wording import with_options
 from surfw.errors import SurfwError, UninitializedWeightsWarning
@@ -43,6 +57,7 @@ for name, command, examples in (
     ("prune", store.prune, store.PRUNE_EXAMPLES),
     ("verify", store.verify, store.VERIFY_EXAMPLES),
     ("config", config.config, config.EXAMPLES),
+    ("schema", schema.schema, schema.EXAMPLES),
 ):
     app.command(name, cls=options.Command, epilog=examples, rich_help_panel=options.MORE)(command)
 

@@ -7,12 +7,25 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from surfw.cli import bench_fleet, options
+from surfw.cli.kept import keeps_results
 from surfw.config import CachePolicy
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from surfw.bench.result import Result, Row
+
+CODEC_EXAMPLES = """\b
+Examples:
+  surfw bench codec --save codec.json
+  surfw bench codec --compare codec.json --report codec.html
+"""
+
+ALL_EXAMPLES = """\b
+Examples:
+  surfw bench all --save before.json
+  surfw bench all --compare before.json --report bench.html
+"""
 
 INFER_EXAMPLES = """\b
 Examples:
@@ -65,33 +78,79 @@ app = typer.Typer(
 
 
 @app.command("wire", cls=options.Command, epilog="Example:  surfw bench wire --rounds 7 --json")
+@keeps_results
 def wire(
     rounds: Annotated[int, typer.Option(min=1, help="Alternations with the baseline; medians are shown.")] = 7,
-    json: options.Json = False,
+    json: options.Json = False,  # noqa: ARG001 - read by what shows the result
     quiet: options.Quiet = False,
-) -> None:
+) -> "Result":
     """From a server's cache into a client's memory, against a raw TCP socket that moves the same bytes."""
     _say("measuring", quiet=quiet)
     from surfw.bench.wire import bench_wire
 
-    _show(bench_wire(rounds=rounds), json=json)
+    return bench_wire(rounds=rounds)
+
+
+@app.command("codec", cls=options.Command, epilog=CODEC_EXAMPLES)
+@keeps_results
+def codec(
+    rounds: Annotated[int, typer.Option(min=1, help="How often all is done, in turn; medians are shown.")] = 7,
+    json: options.Json = False,  # noqa: ARG001 - read by what shows the result
+    quiet: options.Quiet = False,
+) -> "Result":
+    """Encoding and decoding the form lossless, against Blosc's own functions on the same frames."""
+    _say("measuring", quiet=quiet)
+    from surfw.bench.codec import bench_codec
+
+    return bench_codec(rounds=rounds)
+
+
+@app.command("all", cls=options.Command, epilog=ALL_EXAMPLES)
+@keeps_results
+def everything(
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of each; medians are shown.")] = 7,
+    json: options.Json = False,  # noqa: ARG001 - read by what shows the result
+    quiet: options.Quiet = False,
+) -> "list[Result]":
+    """All that needs no model, no storage and no card: wire, codec, cache, flood, and the start of the demo model."""
+    from surfw.bench.cache import bench_cache
+    from surfw.bench.codec import bench_codec
+    from surfw.bench.flood import bench_flood
+    from surfw.bench.start import bench_start as measure_start
+    from surfw.bench.wire import bench_wire
+    from surfw.checkpoint import demo_checkpoint
+
+    ways: dict[str, Callable[[], Result]] = {
+        "wire": partial(bench_wire, rounds=rounds),
+        "codec": partial(bench_codec, rounds=rounds),
+        "cache": bench_cache,
+        "flood": bench_flood,
+        "start": partial(measure_start, str(demo_checkpoint()), codecs=("auto",), rounds=min(rounds, 3)),
+    }
+    found = []
+    for place, (name, measure) in enumerate(ways.items(), 1):
+        _say(f"{place} of {len(ways)}: {name}", quiet=quiet)
+        found.append(measure())
+    return found
 
 
 @app.command("flood", cls=options.Command, epilog="Example:  surfw bench flood --seconds 3 --json")
+@keeps_results
 def flood(
     seconds: Annotated[float, typer.Option(min=0.1, help="How long each measurement takes.")] = 3.0,
-    json: options.Json = False,
+    json: options.Json = False,  # noqa: ARG001 - read by what shows the result
     quiet: options.Quiet = False,
-) -> None:
+) -> "Result":
     """A good client's rate, and a new one's wait, beside clients that flood the server in a dozen ways."""
     _say("measuring", quiet=quiet)
     from surfw.bench.flood import bench_flood
 
-    _show(bench_flood(seconds=seconds), json=json)
+    return bench_flood(seconds=seconds)
 
 
 @app.command("clients", cls=options.Command, epilog=CLIENTS_EXAMPLES)
 @options.with_settings("storage_options")
+@keeps_results
 def clients(
     *,
     place: Annotated[
@@ -109,9 +168,9 @@ def clients(
     direct: Annotated[bool, typer.Option("--direct", help="Also read the storage without a server.")] = False,
     rounds: Annotated[int, typer.Option(min=1, help="Alternations with the baseline; medians are shown.")] = 3,
     seconds: Annotated[float, typer.Option(min=0, help="Go on for so long after the last round.")] = 0.0,
-    json: options.Json = False,
+    json: options.Json = False,  # noqa: ARG001 - read by what shows the result
     quiet: options.Quiet = False,
-) -> None:
+) -> "Result":
     """Many clients of one server, each a process, against as many raw TCP connections with the same bytes.
 
     Each round starts servers with empty caches. Shown are the rates of all clients together, how evenly they share, how
@@ -136,10 +195,11 @@ def clients(
         seconds=seconds,
         direct=direct,
     )
-    _show(bench_clients(work, on_progress=partial(_say, quiet=quiet)), json=json)
+    return bench_clients(work, on_progress=partial(_say, quiet=quiet))
 
 
 @app.command("cache", cls=options.Command, epilog=CACHE_EXAMPLES)
+@keeps_results
 def cache(
     trace: Annotated[
         Path | None,
@@ -155,9 +215,9 @@ def cache(
     passes: Annotated[
         int | None, typer.Option(min=1, max=1000, help="Passes of each client through it. [default: 6]")
     ] = None,
-    json: options.Json = False,
+    json: options.Json = False,  # noqa: ARG001 - read by what shows the result
     quiet: options.Quiet = False,
-) -> None:
+) -> "Result":
     """What a server's cache hits where clients announce what they read, against LRU; the ceiling is the optimum.
 
     Nothing is read: the policies decide about clients in four arrangements, which are the same each time, or about what
@@ -170,25 +230,26 @@ def cache(
     if trace is not None and given:
         raise typer.BadParameter("does not go with --trace; give one of them", param_hint=f"--{next(iter(given))}")
     _say("simulating", quiet=quiet)
-    _show(bench_recorded(trace, cache_share=share) if trace else bench_cache(**given, cache_share=share), json=json)
+    return bench_recorded(trace, cache_share=share) if trace else bench_cache(**given, cache_share=share)
 
 
 app.command("fleet", cls=options.Command, epilog=bench_fleet.EXAMPLES)(bench_fleet.fleet)
 
 
 @app.command("chunk", cls=options.Command, epilog="Example:  surfw bench chunk ./my-model --rounds 3")
+@keeps_results
 def chunk(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A hub id or a local directory.")],
     folder: Annotated[str | None, _FOLDER] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Alternations with the baseline; medians are shown.")] = 3,
-    json: options.Json = False,
+    json: options.Json = False,  # noqa: ARG001 - read by what shows the result
     quiet: options.Quiet = False,
-) -> None:
+) -> "Result":
     """Chunking a checkpoint, against `cp` of the same bytes, both synced to the disk."""
     _say("measuring", quiet=quiet)
     from surfw.bench.chunk import bench_chunk
 
-    _show(bench_chunk(model, folder=folder, rounds=rounds), json=json)
+    return bench_chunk(model, folder=folder, rounds=rounds)
 
 
 @app.command(
@@ -197,23 +258,23 @@ def chunk(
     epilog="Example:  surfw bench storage s3://bucket/models --storage-option region=eu-central-1",
 )
 @options.with_settings("storage_options")
+@keeps_results
 def bench_storage(
     *,
     url: Annotated[str, typer.Argument(metavar="URL", help="A store in S3, or in another storage over a network.")],
     model: Annotated[str | None, typer.Option(help="Name of the model. [default: the only one there is]")] = None,
     configuration: options.Configuration,
     rounds: Annotated[int, typer.Option(min=1, help="Alternations with the baselines; medians are shown.")] = 5,
-    json: options.Json = False,
+    json: options.Json = False,  # noqa: ARG001 - read by what shows the result
     quiet: options.Quiet = False,
-) -> None:
+) -> "Result":
     """Reading a model from a storage, against plain parallel ranges, and Run:ai Model Streamer if it is installed."""
     from surfw.cli.addresses import read_address
 
     _say("measuring", quiet=quiet)
     from surfw.bench.storage import bench_storage as measure
 
-    found = measure(read_address(url).url, model=model, options=configuration.settings.storage_options, rounds=rounds)
-    _show(found, json=json)
+    return measure(read_address(url).url, model=model, options=configuration.settings.storage_options, rounds=rounds)
 
 
 @app.command("infer", cls=options.Command, epilog=INFER_EXAMPLES)
@@ -387,6 +448,7 @@ def quality(
     epilog="Example:  surfw bench start 10.0.0.5:8765 --download http://10.0.0.5:8000/my-model",
 )
 @options.with_settings(*_CONNECTION)
+@keeps_results
 def bench_start(
     *,
     source: Annotated[str, typer.Argument(metavar="SOURCE", help="A server (host:port), a folder, or a storage URL.")],
@@ -404,9 +466,9 @@ def bench_start(
     ] = "auto,none,lossless",
     configuration: options.Configuration,
     rounds: Annotated[int, typer.Option(min=1, help="Starts of each, in turn; medians are shown.")] = 3,
-    json: options.Json = False,
+    json: options.Json = False,  # noqa: ARG001 - read by what shows the result
     quiet: options.Quiet = False,
-) -> None:
+) -> "Result":
     """From the start of `surfw infer` to its first token, against transformers, which needs all weights first."""
     from surfw.bench.start import bench_start as measure
     from surfw.cli.addresses import read_address
@@ -415,7 +477,7 @@ def bench_start(
     options.hand_on(configuration, _CONNECTION)
     codecs = [name.strip() for name in codec.split(",")]
     say = partial(_say, quiet=quiet)
-    _show(measure(source, model=model, download=download, codecs=codecs, rounds=rounds, on_progress=say), json=json)
+    return measure(source, model=model, download=download, codecs=codecs, rounds=rounds, on_progress=say)
 
 
 @app.command(
@@ -423,6 +485,7 @@ def bench_start(
     cls=options.Command,
     epilog=DEVICE_EXAMPLES,
 )
+@keeps_results
 def device(
     device: Annotated[str, typer.Option("--device", metavar="NAME", help="cuda, cuda:1, or simulated.")] = "cuda",
     shape: Annotated[str, typer.Option(help="A LLaMA with random weights: tiny, 1b or 8b.")] = "8b",
@@ -447,18 +510,22 @@ def device(
     lines: Annotated[
         str | None, typer.Option(metavar="FILE", help="Also write each figure as it comes, as lines of JSON.")
     ] = None,
-    json: options.Json = False,
+    json: options.Json = False,  # noqa: ARG001 - read by what shows the result
     quiet: options.Quiet = False,
-) -> None:
+) -> "Result":
     """Streaming to a graphics card, against the rate of copies, the resident model, accelerate and diffusers."""
     from contextlib import ExitStack
     from dataclasses import asdict
     from json import dumps
 
     from surfw.bench.device import bench_device
+    from surfw.errors import ConfigurationError
 
     with ExitStack() as last:
-        file = None if lines is None else last.enter_context(Path(lines).open("w", encoding="utf-8"))
+        try:
+            file = None if lines is None else last.enter_context(Path(lines).open("w", encoding="utf-8"))
+        except OSError as exc:
+            raise ConfigurationError(f"{lines} (--lines) cannot be written: {exc.strerror}; name another file") from exc
 
         def on_row(row: "Row") -> None:
             if file is not None:
@@ -466,11 +533,10 @@ def device(
                 file.flush()
             _say(f"{row.name}: {row.value:.4g} {row.unit}", quiet=quiet)
 
-        found = bench_device(
+        return bench_device(
             device, shape=shape, parts=None if parts is None else [name.strip() for name in parts.split(",")],
             folder=folder, disk=disk, seconds=seconds, on_row=on_row, on_progress=partial(_say, quiet=quiet),
         )  # fmt: skip
-    _show(found, json=json)
 
 
 def _say(text: str, *, quiet: bool) -> None:
@@ -479,9 +545,3 @@ def _say(text: str, *, quiet: bool) -> None:
 
     if not quiet:
         render.err.print(f"surfw: {text}", soft_wrap=True)
-
-
-def _show(result: "Result", *, json: bool) -> None:
-    from surfw.cli import bench_view, render
-
-    render.show(result, bench_view.show_rows, json=json)

@@ -1,11 +1,15 @@
 """`surfw bench fleet`: a fleet of clients and servers, simulated before it is there."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from surfw.cli import options
+from surfw.cli.kept import keeps_results
 from surfw.config import CachePolicy
+
+if TYPE_CHECKING:
+    from surfw.bench.result import Result
 
 EXAMPLES = """\b
 Examples:
@@ -17,6 +21,7 @@ Examples:
 _RATE = "Bytes per second"
 
 
+@keeps_results
 def fleet(
     *,
     clients: Annotated[int, typer.Option(min=1, max=100_000, help="How many run the model.")] = 100,
@@ -51,9 +56,9 @@ def fleet(
     measure: Annotated[
         bool, typer.Option("--measure", help="Run a small fleet on this machine instead, beside its simulation.")
     ] = False,
-    json: options.Json = False,
+    json: options.Json = False,  # noqa: ARG001 - read by what shows the result
     quiet: options.Quiet = False,
-) -> None:
+) -> "Result":
     """A fleet before it is there: what its caches hit, what is read of the storage, how long clients wait, its cost.
 
     Time and bytes are simulated (needs simpy); the cache policies, and the plans of what clients keep, are surfw's own.
@@ -68,7 +73,7 @@ def fleet(
         options.check_size(option, size)
     from surfw.bench.fleet import Fleet, bench_fleet
     from surfw.bench.fleet_measured import bench_measured
-    from surfw.cli import bench_view, render
+    from surfw.cli import render
     from surfw.config import parse_size
 
     wanted = Fleet(
@@ -95,4 +100,4 @@ def fleet(
     )
     if not quiet:
         render.err.print("surfw: measuring for a minute" if measure else "surfw: simulating", soft_wrap=True)
-    render.show(bench_measured() if measure else bench_fleet(wanted), bench_view.show_rows, json=json)
+    return bench_measured() if measure else bench_fleet(wanted)

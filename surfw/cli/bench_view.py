@@ -1,7 +1,9 @@
 """What `bench` shows people."""
 
+from surfw.bench.compare import Comparison
 from surfw.bench.infer_result import InferResult
 from surfw.bench.quality import QualityResult
+from surfw.bench.report import interval_of, percent_of
 from surfw.bench.result import Result
 from surfw.cli import render
 from surfw.cli.status import percent
@@ -27,6 +29,21 @@ def show_rows(result: Result) -> None:
         if row.note:
             render.out.print(f"- {row.name}: {row.note}", soft_wrap=True)
     _show_machine(result)
+
+
+def show_changes(comparison: Comparison) -> None:
+    """Print what became of ratios since an earlier run."""
+    render.out.print()
+    _show_table(
+        (f"ratios since {comparison.file}", "before", "now", "change", "95 % interval", "verdict"),
+        [
+            (one.name, _number(one.before), _number(one.now), percent_of(one.change), interval_of(one), one.verdict)
+            for one in comparison.changes
+        ],
+    )
+    if comparison.other_machine:
+        machine = ", ".join(f"{name} {value}" for name, value in comparison.other_machine.items())
+        render.out.print(f"- it was measured on another machine: {machine}", soft_wrap=True)
 
 
 def show_comparison(result: InferResult) -> None:

@@ -11,6 +11,7 @@ from surfw.config import count, display_url, format_size
 from surfw.errors import ConfigurationError, NotFoundError
 
 if TYPE_CHECKING:
+    from surfw.manifest import Manifest
     from surfw.models.client import WeightClient
     from surfw.settings import Settings
     from surfw.source import ChunkSource
@@ -31,9 +32,9 @@ _DIGEST_SHOWN = 12
 
 
 @options.with_settings(
-    "model", "source", "storage_options", "codec", "disk_cache", "cache_dir", "connect_timeout", "silence_timeout",
-    "retry_attempts", "retry_first_delay", "retry_backoff", "retry_most_delay", "retry_jitter", "retry_restart",
-    "deadline", "token_file", *options.TLS_SETTINGS,
+    "model", "source", "source_order", "storage_options", "codec", "disk_cache", "cache_dir", "connect_timeout",
+    "silence_timeout", "retry_attempts", "retry_first_delay", "retry_backoff", "retry_most_delay", "retry_jitter",
+    "retry_restart", "deadline", "token_file", *options.TLS_SETTINGS, "verify_key",
 )  # fmt: skip
 def pull(
     *,
@@ -66,6 +67,8 @@ def pull(
         connection = chosen.connection(settings) | {
             "disk_cache": settings.disk_cache or _NO_LIMIT_BYTES,
             "offline": False,
+            "verify_key": None,  # what is pulled is checked below
+            "encryption_key_file": None,  # and stays as it is stored
         }
         with WeightClient(chosen.all if chosen.others else chosen.url, **connection) as client:
             pulled = _pull(client, settings, quiet=json or quiet)
@@ -91,8 +94,15 @@ def pull(
 
 def _pull(client: "WeightClient", settings: "Settings", *, quiet: bool) -> "Pulled":
     from surfw.cli import render
+    from surfw.signing import read_verify_keys
     from surfw.sources.disk_cache import DiskCache
     from surfw.sources.pull import pull_model
+
+    keys = None if settings.verify_key is None else read_verify_keys(settings.verify_key)
+
+    def check(manifest: "Manifest") -> None:
+        if keys is not None:
+            keys.check(manifest, where=client.url)
 
     with render.byte_bar("pulling", quiet=quiet) as update:
 
@@ -102,6 +112,7 @@ def _pull(client: "WeightClient", settings: "Settings", *, quiet: bool) -> "Pull
                 source,
                 settings.model,
                 codec=settings.codec,
+                check=check,
                 progress=lambda done, total, chunk: update(completed=done, total=total, description=chunk),
             )
 

@@ -39,6 +39,7 @@ Examples:
 COMMANDS = {
     "/reset": "forget the conversation and begin a new one",
     "/system": "TEXT: set the system message; without a text, remove it",
+    "/model": "NAME: go on with another model of the source; it reads the conversation anew",
     "/stats": "show how long the conversation is, and what the whole session took",
     "/save": "FILE: write the conversation to a new file, as text or .json",
     "/help": "show this",
@@ -99,14 +100,18 @@ def converse(
         from surfw.models.conversation import Conversation
 
         settings = configuration.settings
-        conversation = Conversation(
-            streaming, system=system, raw=raw, stop=stop, ignore_eos=ignore_eos,
-            max_new_tokens=settings.max_new_tokens, temperature=settings.temperature, top_p=settings.top_p,
-            top_k=settings.top_k, seed=settings.seed,
-        )  # fmt: skip
+
+        def begin(system: str | None) -> Conversation:
+            return Conversation(
+                streaming, system=system, raw=raw, stop=stop, ignore_eos=ignore_eos,
+                max_new_tokens=settings.max_new_tokens, temperature=settings.temperature, top_p=settings.top_p,
+                top_k=settings.top_k, seed=settings.seed,
+            )  # fmt: skip
+
+        conversation = begin(system)
         view.follow(streaming, source, settings.max_new_tokens)
         if is_interactive:
-            _Session(streaming, conversation, view).run()
+            _Session(streaming, conversation, view, begin).run()
         else:
             _answer_lines(conversation, view)
 
@@ -144,13 +149,21 @@ def _answer_lines(conversation: "Conversation", view: "ChatView") -> None:
 class _Session:
     """A person at the terminal, and the model."""
 
-    def __init__(self, streaming: "StreamingModel", conversation: "Conversation", view: "ChatView") -> None:
+    def __init__(
+        self,
+        streaming: "StreamingModel",
+        conversation: "Conversation",
+        view: "ChatView",
+        begin: "Callable[[str | None], Conversation]",
+    ) -> None:
+        """Talk with an open model; `begin` makes a conversation with it, with a system message."""
         self._streaming = streaming
+        self._begin = begin
         self._conversation = conversation
         self._view = view
         self._commands: dict[str, Callable[[str], None]] = {
-            "/reset": self._reset, "/system": self._system, "/stats": self._stats, "/save": self._save,
-            "/help": self._help,
+            "/reset": self._reset, "/system": self._system, "/model": self._model, "/stats": self._stats,
+            "/save": self._save, "/help": self._help,
         }  # fmt: skip
 
     def run(self) -> None:
@@ -231,6 +244,22 @@ class _Session:
     def _system(self, text: str) -> None:
         self._conversation.system = text
         self._view.note("the system message is set" if text else "there is no system message now")
+
+    def _model(self, name: str) -> None:
+        """Go on with another model, or, where there can be no conversation with that, with the one there is."""
+        before = self._streaming.manifest.name
+        if not name:
+            self._view.note(f"this is {before}; /model NAME goes on with another model of the source")
+            return
+        self._streaming.switch(name)
+        try:
+            other = self._begin(self._conversation.system)
+        except SurfwError:
+            self._streaming.switch(before)
+            raise
+        other.messages = self._conversation.messages
+        self._conversation = other
+        self._greet()
 
     def _stats(self, _: str) -> None:
         self._view.facts(self._conversation.facts(), self._streaming.statistics())

@@ -4,7 +4,7 @@ Its hidden options (`--list`, `--remove`, `--prune`, `--verify`) do what the com
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from surfw.manifest import Manifest
     from surfw.models.planned import PlannedModel
     from surfw.models.quality import Quality
+    from surfw.signing import SigningKey
     from surfw.storage import StorageBackend
     from surfw.storage.origins import PlacedOptions
 
@@ -34,6 +35,7 @@ Examples:
   surfw chunk ./my-adapter --base mine
   surfw chunk s3://bucket/my-model --in-place
   surfw chunk ./my-model --encrypt ./model.key
+  surfw chunk ./my-model --sign ./maker.pem
   surfw chunk my-model --from ./store --store s3://bucket/store
 """
 
@@ -52,13 +54,15 @@ class _Wanted:
     dtype: str | None
     dequantize: str | None
     codecs: tuple[str, ...]
+    only_experts: bool
     encrypt: str | None
     key: "EncryptionKey | None"
+    signer: "SigningKey | None"
     dry_run: bool
     in_place: bool
 
 
-@options.with_settings("store", "storage_options", "on_missing")
+@options.with_settings("store", "storage_options", "on_missing", "verify_key")
 def chunk(
     *,
     model: Annotated[
@@ -95,6 +99,12 @@ def chunk(
             "[default: none, and lossless where that is at least 10 % smaller]",
         ),
     ] = None,
+    quantize: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WHAT", help="What int8 and int4 take: all matrices, or experts (of a mixture). [default: all]"
+        ),
+    ] = None,
     source: Annotated[
         str | None,
         typer.Option(
@@ -105,6 +115,12 @@ def chunk(
         str | None,
         typer.Option(
             metavar="KEYFILE", help="Encrypt the weights with the key in this file; only who runs the model needs it."
+        ),
+    ] = None,
+    sign: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KEYFILE", help="Sign the model with the private key in this file, an Ed25519 key in PEM."
         ),
     ] = None,
     base: Annotated[
@@ -138,8 +154,9 @@ def chunk(
     chunking = {
         "--name": name is not None, "--revision": revision is not None, "--dtype": dtype is not None,
         "--variant": variant is not None, "--dequantize": dequantize is not None, "--codec": codec is not None,
-        "--base": base is not None, "--from": source is not None, "--in-place": in_place,
-        "--encrypt": encrypt is not None,
+        "--quantize": quantize is not None, "--base": base is not None, "--from": source is not None,
+        "--in-place": in_place, "--encrypt": encrypt is not None, "--sign": sign is not None,
+        "--verify-key": configuration.origins["verify_key"].kind == "argument",
         "--on-missing": configuration.origins["on_missing"].kind == "argument",
     }  # fmt: skip
     if task := _only_task(tasks, model=model, dry_run=dry_run, chunking=chunking):
@@ -157,36 +174,35 @@ def chunk(
 
         codecs = None if codec is None else _read_codecs(codec)
         wanted_copy = Copy(
-            model=model, source=source, name=name, codecs=codecs, encrypt=encrypt, key=_read_key(encrypt),
-            dry_run=dry_run,
+            model=model, source=source, name=name, codecs=codecs,
+            only_experts=_read_quantize(quantize, codecs or ()), encrypt=encrypt, key=_read_key(encrypt),
+            signer=_read_signer(sign), dry_run=dry_run,
         )  # fmt: skip
         with render.busy(f"reading {display_url(source)}", quiet=json or quiet) as step:
             copy_model(wanted_copy, configuration, step, json=json, quiet=quiet)
         return
+    _refuse_without_from(chunking)
     if model in _TASKS and not Path(model).is_dir():
         raise Mistake(
             f"{model} is no checkpoint here; did you mean 'surfw {_TASKS[model]}'? For a directory write ./{model}"
         )
     if base is not None:
-        for option in ("--dtype", "--dequantize", "--in-place", "--on-missing", "--encrypt"):
+        for option in ("--dtype", "--dequantize", "--quantize", "--in-place", "--on-missing", "--encrypt"):
             _refuse_with("--base", option, chunking, "whole models")
         _chunk_adapter(
-            settings, model=model, base=base, name=name, revision=revision, codec=codec, dry_run=dry_run, json=json,
-            quiet=quiet,
+            settings, model=model, base=base, name=name, revision=revision, codec=codec, sign=sign, dry_run=dry_run,
+            json=json, quiet=quiet,
         )  # fmt: skip
         return
     options.check_option("dtype", dtype)
     _check_dequantize(dequantize, chunking)
-    if codec is not None and in_place:
-        raise typer.BadParameter("nothing is stored with --in-place; leave one of them out", param_hint="--codec")
-    if encrypt is not None and in_place:
-        raise typer.BadParameter(
-            "encrypts what is stored, and nothing is with --in-place; leave one of them out", param_hint="--encrypt"
-        )
+    if in_place:
+        _refuse_in_place({"--codec": codec, "--encrypt": encrypt, "--sign": sign})
+    codecs = ("none",) if in_place else _read_codecs(codec)
     wanted = _Wanted(
         model=model, name=name, revision=revision, variant=variant, dtype=dtype, dequantize=dequantize, encrypt=encrypt,
-        key=_read_key(encrypt),
-        codecs=("none",) if in_place else _read_codecs(codec), dry_run=dry_run, in_place=in_place,
+        key=_read_key(encrypt), signer=_read_signer(sign), codecs=codecs,
+        only_experts=_read_quantize(quantize, codecs), dry_run=dry_run, in_place=in_place,
     )  # fmt: skip
     with _busy(model, quiet=json or quiet) as step:  # before anything is imported that takes time
         _chunk(wanted, settings, step, json=json, quiet=quiet)
@@ -248,6 +264,25 @@ def _read_codecs(names: str | None) -> tuple[str, ...]:
         raise typer.BadParameter(str(exc), param_hint="--codec") from exc
 
 
+def _read_quantize(what: str | None, codecs: Sequence[str]) -> bool:
+    """Whether only experts are quantised.
+
+    Raises:
+        BadParameter: it says something else, or nothing is quantised.
+    """
+    from surfw.codec import PACKED_CODECS
+
+    if what is None:
+        return False
+    if what not in {"all", "experts"}:
+        raise typer.BadParameter(f"{what!a:.80} is not known, expected all or experts", param_hint="--quantize")
+    if not set(codecs).intersection(PACKED_CODECS):
+        raise typer.BadParameter(
+            "says what int8 and int4 take; name one of them with --codec, or leave this out", param_hint="--quantize"
+        )
+    return what == "experts"
+
+
 def _read_key(file: str | None) -> "EncryptionKey | None":
     """The key of --encrypt."""
     if file is None:
@@ -255,6 +290,15 @@ def _read_key(file: str | None) -> "EncryptionKey | None":
     from surfw.encryption import read_key
 
     return read_key(file)
+
+
+def _read_signer(file: str | None) -> "SigningKey | None":
+    """The key of --sign."""
+    if file is None:
+        return None
+    from surfw.signing import read_signing_key
+
+    return read_signing_key(file)
 
 
 def _check_dequantize(dtype: str | None, given: Mapping[str, bool]) -> None:
@@ -268,6 +312,21 @@ def _check_dequantize(dtype: str | None, given: Mapping[str, bool]) -> None:
         check_dtype(dtype or "bfloat16")
     except ConfigurationError as exc:
         raise typer.BadParameter(str(exc), param_hint="--dequantize") from exc
+
+
+def _refuse_in_place(given: Mapping[str, str | None]) -> None:
+    """Refuse what would be done to weights that are read and written."""
+    for option, value in given.items():
+        if value is not None:
+            raise typer.BadParameter("nothing is stored with --in-place; leave one of them out", param_hint=option)
+
+
+def _refuse_without_from(given: Mapping[str, bool]) -> None:
+    if given["--verify-key"]:
+        raise typer.BadParameter(
+            "is for models that are in chunks, and signed, which --from copies; a checkpoint has no signature",
+            param_hint="--verify-key",
+        )
 
 
 def _refuse_with(option: str, other: str, given: Mapping[str, bool], what: str) -> None:
@@ -284,6 +343,7 @@ def _chunk_adapter(
     name: str | None,
     revision: str | None,
     codec: str | None,
+    sign: str | None,
     dry_run: bool,
     json: bool,
     quiet: bool,
@@ -292,8 +352,9 @@ def _chunk_adapter(
     from surfw.cli.chunk_adapter import WantedAdapter, chunk_adapter
 
     wanted = WantedAdapter(
-        model=model, base=base, name=name, revision=revision, codecs=_read_adapter_codecs(codec), dry_run=dry_run
-    )
+        model=model, base=base, name=name, revision=revision, codecs=_read_adapter_codecs(codec),
+        signer=_read_signer(sign), dry_run=dry_run,
+    )  # fmt: skip
     with _busy(model, quiet=json or quiet) as step:
         chunk_adapter(wanted, settings, step, json=json, quiet=quiet)
 
@@ -324,11 +385,10 @@ def _chunk(wanted: _Wanted, settings: Settings, step: Callable[[str], None], *, 
     from surfw.cli.addresses import is_here
     from surfw.manifest import check_model_name
     from surfw.storage import Store, open_backend
-    from surfw.storage.origins import PlacedOptions, is_local_url
+    from surfw.storage.origins import PlacedOptions
 
     model = wanted.model
-    # A folder takes no options, so those that are given with one are for the checkpoint.
-    placed = PlacedOptions(model if is_local_url(settings.store) else settings.store, settings.storage_options)
+    placed = PlacedOptions.of_chunking(model, settings.store, settings.storage_options)
     backend = open_backend(settings.store, settings.storage_options)
     name = wanted.name or (folder_name(Path(model)) if is_here(model) else None)
     if name is None:
@@ -348,9 +408,10 @@ def _chunk(wanted: _Wanted, settings: Settings, step: Callable[[str], None], *, 
         show_progress=not (json or quiet) and render.err.is_terminal,
         storage_options=placed.for_url(model),
         on_step=step,
-    ) as prepared:
+    ) as opened:
         from surfw.models.planned import PlannedModel  # torch is there by now
 
+        prepared = opened.only_experts() if wanted.only_experts else opened
         planned = PlannedModel(prepared)
         facts = chunk_view.plan_facts(planned, wanted.codecs)
         step("")
@@ -418,6 +479,7 @@ def _write(
                 backend,
                 codecs=wanted.codecs,
                 key=wanted.key,
+                signer=wanted.signer,
                 progress=progress,
                 on_outcome=lambda _, outcome: outcomes.update([outcome]),
             )

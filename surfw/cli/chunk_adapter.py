@@ -12,6 +12,7 @@ from surfw.settings import Settings
 if TYPE_CHECKING:
     from surfw.chunking import Outcome, PreparedModel
     from surfw.manifest import Manifest
+    from surfw.signing import SigningKey
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +24,7 @@ class WantedAdapter:
     name: str | None
     revision: str | None
     codecs: tuple[str, ...]
+    signer: "SigningKey | None"
     dry_run: bool
 
 
@@ -33,8 +35,10 @@ def chunk_adapter(
     from surfw.chunking import prepare_adapter, read_base
     from surfw.cli import chunk_view, render
     from surfw.storage import open_backend
+    from surfw.storage.origins import PlacedOptions
 
     backend = open_backend(settings.store, settings.storage_options)
+    placed = PlacedOptions.of_chunking(wanted.model, settings.store, settings.storage_options)
     base = asyncio.run(read_base(backend, wanted.base))
     with prepare_adapter(
         wanted.model,
@@ -43,6 +47,7 @@ def chunk_adapter(
         name=wanted.name,
         revision=wanted.revision,
         show_progress=not (json or quiet) and render.err.is_terminal,
+        storage_options=placed.for_url(wanted.model),
         on_step=step,
     ) as prepared:
         step("")
@@ -50,12 +55,12 @@ def chunk_adapter(
         if wanted.dry_run:
             render.print_json(facts) if json else _show(prepared)
             return
-        manifest, outcomes = _write(prepared, settings, wanted.codecs, quiet=json or quiet)
+        manifest, outcomes = _write(prepared, settings, wanted, quiet=json or quiet)
         chunk_view.show_result(facts, manifest, outcomes, display_url(settings.store), quality={}, json=json)
 
 
 def _write(
-    prepared: "PreparedModel", settings: Settings, codecs: tuple[str, ...], *, quiet: bool
+    prepared: "PreparedModel", settings: Settings, wanted: WantedAdapter, *, quiet: bool
 ) -> "tuple[Manifest, Counter[Outcome]]":
     from surfw.chunking import write_model
     from surfw.cli import render
@@ -66,7 +71,8 @@ def _write(
         writing = write_model(
             prepared,
             open_backend(settings.store, settings.storage_options),
-            codecs=codecs,
+            codecs=wanted.codecs,
+            signer=wanted.signer,
             progress=lambda size, chunk: update(advance=size, description=chunk),
             on_outcome=lambda _, outcome: outcomes.update([outcome]),
         )

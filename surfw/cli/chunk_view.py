@@ -25,7 +25,7 @@ _REASONS: Mapping["Reason", str] = {
     "small": f"of fewer than {LEAST_WEIGHTS} elements",
     "shapes": "of a shape that no kernel takes",
     "dtypes": "of a dtype that is not quantised",
-    "others": "of no linear module or embedding",
+    "others": "of modules that are not quantised",
 }
 
 
@@ -49,6 +49,7 @@ def show_result(
         forms = {"form_bytes": form_bytes(manifest), **weight_facts(manifest)}
         measured = chunk_quality.facts(quality)
         key = {"key_id": manifest.key_id} if manifest.key_id else {}
+        key |= {"signed_by": manifest.signature.key_id} if manifest.signature else {}
         render.print_json({**facts, "store": place, "digest": manifest.digest, **key, **counts, **forms, **measured})
         return
     how = ", which points at the checkpoint" if is_in_place else _tell(outcomes)
@@ -58,6 +59,8 @@ def show_result(
     )
     if manifest.key_id:
         render.say(f"encrypted with key {manifest.key_id}; nobody can run the model without it, so keep a copy safe")
+    if manifest.signature:
+        render.say(f"signed with key {manifest.signature.key_id}")
     for line in _describe_weights(manifest):
         render.say(line)
     for codec, one in quality.items():

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from surfw.chunking import Outcome
     from surfw.encryption import EncryptionKey
     from surfw.manifest import Manifest
+    from surfw.signing import SigningKey
     from surfw.source import ChunkSource
 
 
@@ -23,8 +24,10 @@ class Copy:
     source: str
     name: str | None
     codecs: tuple[str, ...] | None
+    only_experts: bool
     encrypt: str | None
     key: "EncryptionKey | None"
+    signer: "SigningKey | None"
     dry_run: bool
 
 
@@ -52,6 +55,7 @@ def copy_model(
         token=settings.token if is_server else None,
         ssl=options.tls_for(configuration, url),
         storage_options=None if is_server else placed.for_url(url),
+        verify_key=settings.verify_key,
     ) as client:
 
         async def find(source: "ChunkSource") -> "Manifest":
@@ -61,7 +65,16 @@ def copy_model(
         step("")
         facts = chunk_view.copy_facts(manifest, wanted.name or manifest.name)
         if wanted.dry_run:
-            client.run(lambda _: check_copy(manifest, backend, name=wanted.name, codecs=wanted.codecs, key=wanted.key))
+            client.run(
+                lambda _: check_copy(
+                    manifest,
+                    backend,
+                    name=wanted.name,
+                    codecs=wanted.codecs,
+                    only_experts=wanted.only_experts,
+                    key=wanted.key,
+                )
+            )
             render.print_json(facts) if json else chunk_view.show_copy(manifest)
             return
         with render.byte_bar("copying", manifest.payload_bytes, quiet=json or quiet) as update:
@@ -73,7 +86,9 @@ def copy_model(
                         backend,
                         name=wanted.name,
                         codecs=wanted.codecs,
+                        only_experts=wanted.only_experts,
                         key=wanted.key,
+                        signer=wanted.signer,
                         progress=lambda size, chunk: update(advance=size, description=chunk),
                         on_outcome=lambda _, outcome: outcomes.update([outcome]),
                     )

@@ -56,9 +56,12 @@ def session_table(conversation: ConversationFacts, statistics: Statistics) -> Ta
 def _rows(statistics: Statistics) -> list[tuple[str, str]]:
     """What was found in memory, what was waited for, and what memory is used."""
     cache, spent, latency = statistics["cache"], statistics["time"], statistics["fetch_latency_seconds"]
+    experts = statistics.get("experts")
+    chosen = [("experts in memory when chosen", percent(experts["hit_rate"]))] if experts else []
     return [
         ("hits / prefetched / stalls", f"{cache['hits']:,} / {cache['prefetched']:,} / {cache['stalls']:,}"),
         ("hit rate", percent(cache["hit_rate"])),
+        *chosen,
         ("stalled, computing", f"{render.seconds(spent['stall_seconds'])}, {render.seconds(spent['compute_seconds'])}"),
         ("fetch latency p50 / p95", render.latencies(latency)),
         ("fetched", format_size(cache["fetched_bytes"])),

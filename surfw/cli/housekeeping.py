@@ -9,6 +9,7 @@ from itertools import groupby
 from typing import Any, TypeVar
 
 from surfw.cli import render
+from surfw.cli.status import percent
 from surfw.client import read_stats
 from surfw.codec import PACKED_CODECS
 from surfw.config import DEFAULT_HOST, count, display_url, format_size
@@ -74,11 +75,14 @@ def prune(settings: Settings, *, dry_run: bool, json: bool, quiet: bool) -> None
 
 
 def verify(settings: Settings, model: str | None, *, json: bool, quiet: bool) -> None:
-    """Read every byte of a model, or of all of them.
+    """Read every byte of a model, or of all of them; before that, check signatures if there is a key for them.
 
     Raises:
-        IntegrityError: something is damaged or missing; all of it has been shown by then.
+        IntegrityError: one is not signed as it should be; or something is damaged or missing, and all of it has been
+            shown by then.
     """
+    if settings.verify_key is not None:
+        _check_signatures(settings, model)
     with _progress("verifying", quiet=json or quiet) as progress:
         verified = _run(settings, lambda store: store.verify(model, progress=progress))
     render.show(verified, _show_verified, json=json)
@@ -88,6 +92,20 @@ def verify(settings: Settings, model: str | None, *, json: bool, quiet: bool) ->
             f"{count(len(verified.damage), 'part')} in {verified.store} damaged or missing, such as "
             f"{first.part or 'the manifest'} of {first.model}; chunk the model again, which replaces them"
         )
+
+
+def _check_signatures(settings: Settings, model: str | None) -> None:
+    from surfw.signing import VerifyingSource, read_verify_keys
+    from surfw.storage.store_source import open_storage_source
+
+    async def check() -> None:
+        keys = read_verify_keys(settings.verify_key or "")
+        backend = open_backend(settings.store, settings.storage_options)
+        async with VerifyingSource(await open_storage_source(backend), keys) as source:
+            for name in await source.models() if model is None else [await source.resolve(model)]:
+                await source.manifest(name)
+
+    asyncio.run(check())
 
 
 def _run(settings: Settings, work: Callable[[Housekeeping], Awaitable[T]]) -> T:
@@ -175,6 +193,8 @@ def _show_models(models: Sequence[StoredModel]) -> None:
 def _document(model: ModelDetails) -> dict[str, Any]:
     """What `--json` prints of a model: also under the keys that `chunk` has for the same things."""
     facts = asdict(model)
+    if facts["experts"] is None:
+        del facts["experts"]
     parts = [part | {"bytes": part["payload_bytes"]} for part in facts["parts"]]
     return facts | {"model": model.name, "class": model.class_name, "parts": parts}
 
@@ -201,6 +221,11 @@ def _show_details(model: ModelDetails) -> None:
         rows[4] = ("origin", f"{model.origin}; the weights were not copied")
     if model.key_id is not None:
         rows.append(("encrypted", f"with key {model.key_id}"))
+    if used := model.experts:
+        share = f"{percent(used.quarter_share)} of the choices fell on the most chosen quarter"
+        rows.append(("experts", f"{share}, in {count(used.tokens, 'token')} so far"))
+    if model.signed_by is not None:
+        rows.append(("signed", f"with key {model.signed_by}, which --verify-key checks"))
     render.print_table(("model", model.name), rows)
     render.out.print()
     headings = ("chunk", "kind", "tensors", "size")

@@ -1,31 +1,26 @@
 """`surfw infer`: a prompt through a model whose weights arrive while it runs."""
 
-import logging
 import select
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from surfw.cli import chat, infer_many, options
+from surfw.cli import chat, infer_each, infer_many, options
 from surfw.cli.addresses import Mistake
+from surfw.cli.guessing import Guessing
 from surfw.cli.streams import expect_utf8
+from surfw.cli.traced import writing_trace
 from surfw.config import display_url
-from surfw.errors import SurfwError, UnsupportedModelError
 
 if TYPE_CHECKING:
-    from surfw.cli.infer_summary import Report
     from surfw.cli.infer_view import View
-    from surfw.cli.sources import ChosenSource
     from surfw.manifest import Manifest
-    from surfw.models.inference import InferenceRequest, InferenceResult
+    from surfw.models.inference import InferenceRequest
     from surfw.models.streaming import StreamingModel
-    from surfw.settings import Settings
-    from surfw.wire import ServerStats
 
 EXAMPLES = """\b
 Examples:
@@ -35,15 +30,14 @@ Examples:
   echo Hello | surfw infer org/name
   surfw infer 127.0.0.1:8765 --cache-layers 2 --prompt-ids 1,2,3 --json
   surfw infer my-model --memory-budget 2GB --explain
+  surfw infer --model my-model --model my-model-tuned --prompt 'Weight streaming is'
   surfw infer my-model --prompts questions.jsonl --output answers.jsonl --resume
 """
 
 _PATIENCE_SECONDS = 1.0
-_STATS_SECONDS = 1.0
-"""How long a summary waits for what the server says of its cache."""
 
 
-@options.with_settings(*options.RUN_SETTINGS)
+@options.with_settings(*options.RUN_SETTINGS, several=("model",))
 def infer(
     *,
     place: options.Place = None,
@@ -83,6 +77,18 @@ def infer(
     sequences: Annotated[
         int | None, typer.Option(min=1, help="How many of --prompts run together. [default: up to 64]")
     ] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write a timeline of the run there, for ui.perfetto.dev or stats --run."),
+    ] = None,
+    prompt_lookup: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Guess up to N tokens from the text so far, and check them in one pass."),
+    ] = None,
+    draft: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Have a smaller model guess: a name, a source, or self:int4."),
+    ] = None,
     configuration: options.Configuration,
     explain: Annotated[
         bool, typer.Option("--explain", help="First measure and show what limits the run; without a prompt, only that.")
@@ -94,9 +100,7 @@ def infer(
 
     Encoders print their embedding, or what their head says: candidates for [MASK], labels, answers, scores.
     """
-    for texts, hint, what in ((stop, "--stop", "a text that ends the generation"), (pair, "--pair", "a second text")):
-        if "" in (texts or ()):
-            raise typer.BadParameter(f"{what} cannot be empty", param_hint=hint)
+    _expect_texts(stop, pair)
     prompt = _one_of("PROMPT", text, "--prompt", prompt)
     many = infer_many.Many(
         prompts=prompts, output=output, ordered=ordered, resume=resume, sequences=sequences, stop=tuple(stop or ()),
@@ -104,9 +108,13 @@ def infer(
     )  # fmt: skip
     others: dict[str, object] = {
         "a prompt": prompt, "--prompt-ids": prompt_ids, "--explain": explain, "--json": json, "--pair": pair,
-        "--prompt-name": prompt_name,
+        "--prompt-name": prompt_name, "--trace": trace, "--prompt-lookup": prompt_lookup, "--draft": draft,
     }  # fmt: skip
     infer_many.check_together(many, others)
+    guessing = Guessing(prompt_lookup, draft)
+    models = configuration.several["model"]
+    only = {"--prompts": prompts, "--explain": explain, "--trace": trace, "--adapter": configuration.settings.adapter}
+    infer_each.check_together(models, only)
     ids = _parse_ids(prompt_ids)
     _check_together(configuration, ids=ids, system=system, raw=raw, json=json, quiet=quiet)
     if place is not None:
@@ -121,9 +129,20 @@ def infer(
     settings = configuration.settings
     if explain and prompt is None and ids is None:
         view = choose_view("text", live=settings.live, json=True, quiet=quiet)
-        _run(None, configuration, view, explain=True, json=json)
+        guessing.refuse("--explain without a prompt; give one")
+        with writing_trace(trace):
+            _run(None, configuration, view, guessing, explain=True, json=json)
         return
-    if prompt is None and ids is None and not json and chat.sees_person() and sys.stdout.isatty():
+    if (
+        prompt is None
+        and ids is None
+        and trace is None
+        and not json
+        and len(models) < 2
+        and chat.sees_person()
+        and sys.stdout.isatty()
+    ):
+        guessing.refuse("a chat, whose turns go on with a KV cache; give a prompt")
         chat.converse(configuration, system=system, raw=raw, stop=stop or (), ignore_eos=ignore_eos, quiet=quiet)
         return
     if explain and quiet and not json:
@@ -151,20 +170,26 @@ def infer(
             seed=settings.seed,
         )
 
-    view = choose_view("text" if ids is None else "ids", live=settings.live, json=json, quiet=quiet)
-
     def check(manifest: "Manifest") -> None:
         from surfw.models.read_ahead import expect_prompt
 
         expect_prompt(manifest, ids)
 
-    _run(make_request, configuration, view, explain=explain, json=json, check=check)
+    def make_view() -> "View":
+        return choose_view("text" if ids is None else "ids", live=settings.live, json=json, quiet=quiet)
+
+    if len(models) > 1:
+        infer_each.answer_each(models, make_request, configuration, make_view, guessing, json=json, check=check)
+        return
+    with writing_trace(trace):
+        _run(make_request, configuration, make_view(), guessing, explain=explain, json=json, check=check)
 
 
 def _run(
     make_request: "Callable[[], InferenceRequest] | None",
     configuration: options.Configuration,
     view: "View",
+    guessing: Guessing,
     *,
     explain: bool,
     json: bool,
@@ -174,6 +199,8 @@ def _run(
 
     `check` sees the manifest before.
     """
+    from surfw.cli import render
+    from surfw.cli.infer_run import Opened, answer_request, ask_server
     from surfw.cli.infer_summary import queued_seconds
     from surfw.cli.sources import choose_source, connect, open_model
 
@@ -194,106 +221,17 @@ def _run(
                     view.phase("measuring")
                     _explain_only(streaming, configuration, view, source, json=json)
                     return
+                guessing.begin(streaming, client, settings, view.phase)
                 seconds, queued = time.perf_counter() - start, queued_seconds()
-                opened = _Opened(streaming, source, seconds, queued, lambda: _ask_server(chosen, settings))
-                _answer(opened, make_request(), configuration, view, explain=explain, json=json)
-
-
-def _ask_server(chosen: "ChosenSource", settings: "Settings") -> "ServerStats | None":
-    """What the server says of itself; None if it is none, or says nothing soon.
-
-    Also None where weights are cast: what a pass reads of the server's cache is not what it takes in memory, then. And
-    where there is a disk cache: a run reads that, and offline nobody is asked anything.
-    """
-    from surfw.client import read_stats
-
-    is_cached = settings.disk_cache is not None or settings.offline
-    if not chosen.is_server or is_cached or settings.dtype not in {None, "auto"}:
-        return None
-    try:
-        return read_stats(chosen.url, token=settings.token, ssl=chosen.tls, timeout_seconds=_STATS_SECONDS)
-    except SurfwError:
-        return None
-
-
-@dataclass(frozen=True)
-class _Opened:
-    """An open model, where its weights come from, what opening it took, and who asks its server for more."""
-
-    streaming: "StreamingModel"
-    source: str
-    load_seconds: float
-    queued_seconds: float
-    ask_server: "Callable[[], ServerStats | None]"
-
-    def report(self, result: "InferenceResult", *, is_whole: bool = True) -> "Report":
-        """Put together what a run came to."""
-        from surfw.cli.infer_summary import Report, queued_seconds
-        from surfw.runtime.memory import peak_rss_bytes
-
-        per_token, share = result.tpot_seconds, result.decode_stall_share
-        advice = None
-        if per_token is not None and share is not None:
-            advice = self.streaming.advise(seconds_per_token=per_token, stall_share=share)
-        return Report(
-            model=self.streaming.manifest.name,
-            source=self.source,
-            result=result,
-            load_seconds=self.load_seconds,
-            statistics=self.streaming.statistics(),
-            peak_rss_bytes=peak_rss_bytes(),
-            advice=advice,
-            is_whole=is_whole,
-            queued_seconds=queued_seconds() - self.queued_seconds,
-            ask_server=self.ask_server,
-            adapter=self.streaming.adapter,
-        )
-
-
-def _answer(
-    opened: _Opened,
-    request: "InferenceRequest",
-    configuration: options.Configuration,
-    view: "View",
-    *,
-    explain: bool,
-    json: bool,
-) -> None:
-    """Run a request, and show what it came to."""
-    from surfw.cli import explain_view, render
-    from surfw.models.heads import generates
-    from surfw.models.inference import answer, continues_prompt, encode_prompt
-    from surfw.models.text_stream import space_before
-
-    streaming = opened.streaming
-    view.phase("preparing the prompt")
-    tokenizer = _open_tokenizer(streaming, needed=request.prompt_ids is None or bool(request.stop))
-    inputs = encode_prompt(streaming, tokenizer, request)
-    ids = inputs["input_ids"].flatten().tolist()
-    explained = {}
-    if explain:
-        view.phase("measuring")
-        found = streaming.explain(prompt_tokens=len(ids), new_tokens=request.max_new_tokens)
-        explained = {"explain": explain_view.facts(found, configuration.origins)}
-        if not json:
-            view.explain(found, configuration.origins)
-    most = request.max_new_tokens if generates(streaming) else 0
-    if most:
-        streaming.leave_room(len(ids), most)  # or say that there is none, before anything is shown
-    if tokenizer is not None and request.prompt is not None and continues_prompt(streaming, tokenizer, request):
-        view.prompt(request.prompt, lambda token: space_before(tokenizer, ids, token))
-    try:
-        with view.running(streaming, opened.source, most, has_text=tokenizer is not None):
-            result = answer(streaming, tokenizer, request, inputs=inputs, on_text=view.on_text, on_token=view.on_token)
-    except (KeyboardInterrupt, SurfwError):
-        view.stopped(opened.report(view.result_so_far(len(ids)), is_whole=False))
-        raise
-    report = opened.report(result)
-    if json:
-        view.close()
-        render.print_json(report.facts() | explained)
-    else:
-        view.done(report)
+                opened = Opened(streaming, source, seconds, queued, lambda: ask_server(chosen, settings))
+                report, explained = answer_request(
+                    opened, make_request(), configuration, view, explain=explain, json=json
+                )
+                if json:
+                    view.close()
+                    render.print_json(report.facts() | explained)
+                else:
+                    view.done(report)
 
 
 def _explain_only(
@@ -311,15 +249,16 @@ def _explain_only(
         explain_view.show(found, configuration.origins, render.out)
 
 
-def _open_tokenizer(streaming: "StreamingModel", *, needed: bool) -> Any:
-    """Return the tokenizer, if the model has one; if it cannot be used and is not needed, warn."""
-    try:
-        return streaming.find_tokenizer()
-    except UnsupportedModelError as exc:
-        if needed:
-            raise
-        logging.getLogger("surfw.cli").warning("%s", exc)
-        return None
+def _expect_texts(stop: list[str] | None, pair: list[str] | None) -> None:
+    for texts, hint, what in ((stop, "--stop", "a text that ends the generation"), (pair, "--pair", "a second text")):
+        if "" in (texts or ()):
+            raise typer.BadParameter(f"{what} cannot be empty", param_hint=hint)
+
+
+def _begins_chat(prompt: str | None, ids: list[int] | None, *, others: Sequence[object]) -> bool:
+    """Whether there is nothing to answer, somebody to talk to, and no option that a chat has no use for."""
+    is_open = prompt is None and ids is None and not any(others)
+    return is_open and chat.sees_person() and sys.stdout.isatty()
 
 
 def _parse_ids(text: str | None) -> list[int] | None:

@@ -18,7 +18,7 @@ from surfw.config import count, display_url, printable
 from surfw.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from surfw.models.inference import InferenceRequest
+    from surfw.models.inference import InferenceRequest, InferenceResult
     from surfw.models.many import ManyResult
     from surfw.models.streaming import StreamingModel
 
@@ -34,6 +34,8 @@ _EXPECTED: Mapping[str, tuple[type, str]] = {
     "ignore_eos": (bool, "true or false"),
     "system": (str, "a text"),
     "raw": (bool, "true or false"),
+    "pair": (list, "a text, or a list of texts"),
+    "prompt_name": (str, "a text"),
 }
 """What a line may have besides its id."""
 
@@ -245,7 +247,10 @@ class _Run:
         return question
 
     def _count(self, _index: int, tokens: list[int]) -> None:
-        self._tally.tokens += len(tokens)
+        self._count_tokens(len(tokens))
+
+    def _count_tokens(self, tokens: int) -> None:
+        self._tally.tokens += tokens
         self._advance(tokens=self._tally.tokens)
 
     def _take(self, found: "ManyResult") -> None:
@@ -253,8 +258,15 @@ class _Run:
         if result is None:
             self._answer(place, {"error": found.error})
         else:
-            facts = {"text": result.text, "token_ids": result.token_ids, "prompt_tokens": result.prompt_tokens}
-            self._answer(place, facts)
+            self._answer(place, self._facts(result))
+
+    def _facts(self, result: "InferenceResult") -> dict[str, Any]:
+        """What is written of a result: tokens, or what an encoder gives."""
+        names = [name for name in ("embedding", "pooling", "predictions") if getattr(result, name) is not None]
+        if names:
+            self._count_tokens(result.prompt_tokens)
+        names = ["prompt_tokens", *names] if names else ["text", "token_ids", "prompt_tokens"]
+        return {name: getattr(result, name) for name in names}
 
     def _answer(self, index: int, answer: Mapping[str, Any]) -> None:
         """Write an answer, in its turn."""
@@ -302,14 +314,17 @@ def _read_settings(own: object, found: Mapping[str, Any]) -> dict[str, Any]:
     given = {name: value for name, value in found.items() if value is not None}
     if ("prompt" in given) == ("prompt_ids" in given):
         raise _LineError("give either prompt or prompt_ids")
-    if isinstance(given.get("stop"), str):
-        given["stop"] = [given["stop"]]
+    for name in ("stop", "pair"):
+        if isinstance(given.get(name), str):
+            given[name] = [given[name]]
     for name, value in given.items():
         kind, what = _EXPECTED[name]
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             raise _LineError(f"{name} is {json.dumps(value)[:40]}, expected {what}")
     if not all(isinstance(one, int) and not isinstance(one, bool) for one in given.get("prompt_ids", ())):
         raise _LineError("prompt_ids are whole numbers")
+    if "pair" in given:
+        given["pairs"] = given.pop("pair")
     return given
 
 

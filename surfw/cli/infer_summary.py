@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surfw.cli.addresses import is_on_this_machine
+from surfw.cli.guessing import guessed
 from surfw.cli.status import duration, percent, rate
 from surfw.codec import PACKED_CODECS
 from surfw.config import MB, count, format_size, is_server_url
@@ -92,7 +93,8 @@ class Report:
         }
         some = {
             "adapter": self.adapter, "embedding": result.embedding, "pooling": result.pooling,
-            "predictions": result.predictions,
+            "predictions": result.predictions, "experts": statistics.get("experts"),
+            "speculation": statistics.get("speculation"),
         }  # fmt: skip
         return facts | {name: value for name, value in some.items() if value is not None}
 
@@ -112,6 +114,9 @@ def summary(report: Report) -> str:
         parts.append(f"weights are {plan['codec']}, not exact")
     if damaged := statistics["cache"]["refetched_blocks"]:
         parts.append(f"{count(damaged, 'damaged block')} fetched again")
+    if experts := statistics.get("experts"):
+        parts.append(f"{percent(experts['hit_rate'])} of the experts that were chosen were in memory")
+    parts += guessed(statistics.get("speculation"))
     parts.append(limits(report.source, statistics["time"], statistics["plan"], report.advice))
     parts += _busy(report)
     if report.is_whole:

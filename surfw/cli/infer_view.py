@@ -17,6 +17,7 @@ from surfw.cli.infer_summary import Report, encoder_text, place_of, summary
 from surfw.cli.screen import Screen, dimmed
 from surfw.cli.status import MOST_LINES, duration, run_parts, spinner, status_lines
 from surfw.cli.streams import OutputError, break_lines, can_draw, one_line
+from surfw.cli.traced import note_phase
 from surfw.models.progress import Pace
 
 if TYPE_CHECKING:
@@ -68,12 +69,18 @@ class View:
     def phase(self, text: str) -> None:
         """Say what is going on, which may take a while; a Ctrl-C that has waited for an import ends it here."""
         signals.check()
+        note_phase(text)
 
     def note(self, text: str) -> None:
         """Say something, in a line that stays."""
 
     def explain(self, explanation: Explanation, origins: Mapping[str, SettingOrigin]) -> None:
         """Show what limits the run that comes now."""
+
+    def heading(self, text: str) -> None:
+        """Print whose answer comes now, where there are several."""
+        if self._answer != "nothing":
+            self._print(f"{one_line(text)}:\n")
 
     def prompt(self, text: str, space: Callable[[int], str]) -> None:
         """Show the prompt before what continues it.

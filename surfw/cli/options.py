@@ -10,7 +10,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -37,11 +37,11 @@ from surfw.storage_options import parse_options
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, for scripts.")]
 RUN_SETTINGS = (
-    "model", "adapter", "source", "storage_options", "cache_layers", "memory_budget", "device", "device_memory",
-    "policy", "codec", "max_new_tokens", "temperature", "top_p", "top_k", "seed", "dtype", "on_missing",
-    "connect_timeout", "silence_timeout", "retry_attempts", "retry_first_delay", "retry_backoff",
+    "model", "adapter", "source", "source_order", "storage_options", "cache_layers", "memory_budget", "device",
+    "device_memory", "policy", "codec", "max_new_tokens", "temperature", "top_p", "top_k", "seed", "dtype",
+    "on_missing", "connect_timeout", "silence_timeout", "retry_attempts", "retry_first_delay", "retry_backoff",
     "retry_most_delay", "retry_jitter", "retry_restart", "deadline", "token_file", "ssl_ca_certs", "ssl_certfile",
-    "ssl_keyfile", "encryption_key_file", "disk_cache", "cache_dir", "offline", "live",
+    "ssl_keyfile", "encryption_key_file", "verify_key", "disk_cache", "cache_dir", "offline", "live",
 )  # fmt: skip
 """The settings of commands that run a model."""
 TLS_SETTINGS = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile")
@@ -175,10 +175,11 @@ class Command(TyperCommand):
 
 @dataclass(frozen=True)
 class Configuration:
-    """The settings of a command, and where each comes from."""
+    """The settings of a command, and where each comes from; of options that may be repeated, all that were given."""
 
     settings: Settings
     origins: Mapping[str, SettingOrigin]
+    several: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def load_configuration(context: typer.Context, config: Path | None, arguments: Mapping[str, Any]) -> Configuration:
@@ -275,24 +276,29 @@ def _ask_for_unit(where: str, size: str) -> str:
     return f"{where} is {size}, which is {size} bytes; did you mean {suggest_size(size)}?"
 
 
-def with_settings(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def with_settings(*names: str, several: Sequence[str] = ()) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command the options of these settings, and `--config`.
 
-    The options stand where the command has its parameter `configuration`, which receives a `Configuration`.
+    The options stand where the command has its parameter `configuration`, which receives a `Configuration`. Those of
+    `several` may be repeated; the first one is the setting.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         @wraps(command)
         def run(context: typer.Context, config: Path | None, **given: Any) -> None:
+            repeated = {name: tuple(given[name] or ()) for name in several}
+            given |= {name: next(iter(values), None) for name, values in repeated.items()}
             arguments = {name: _value(SETTINGS[name], given.pop(name)) for name in names}
             arguments |= {name: word for name in names for word in SETTINGS[name].words if given.pop(f"{name}_{word}")}
-            given[_PLACE] = load_configuration(context, config, arguments)
+            given[_PLACE] = replace(load_configuration(context, config, arguments), several=repeated)
             command(**given)
 
         shown = [_parameter("context", typer.Context)]
         for parameter in inspect.signature(command).parameters.values():
             if parameter.name == _PLACE:
-                shown += [_parameter(name, _annotation(SETTINGS[name]), None) for name in names]
+                shown += [
+                    _parameter(name, _annotation(SETTINGS[name], is_repeated=name in several), None) for name in names
+                ]
                 shown += [_word_parameter(SETTINGS[name], word) for name in names for word in SETTINGS[name].words]
             else:
                 shown.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
@@ -377,7 +383,7 @@ def _parameter(name: str, annotation: Any, default: Any = inspect.Parameter.empt
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
-def _annotation(setting: Setting) -> Any:
+def _annotation(setting: Setting, *, is_repeated: bool = False) -> Any:
     """Return the type and the option of a setting, as typer wants them."""
     notes = [f"env var: {setting.variable}"] + [f"default: {setting.default_text}"] * bool(setting.default_text)
     option = f"{setting.option}/--no-{setting.option[2:]}" if setting.kind is bool else setting.option
@@ -387,9 +393,9 @@ def _annotation(setting: Setting) -> Any:
         min=setting.least,
         max=setting.most,
         autocompletion=completion.choices(setting.choices) if setting.choices else _COMPLETIONS.get(setting.name),
-        help=f"{setting.help} [{'; '.join(notes)}]",
+        help=f"{setting.help}{' May be repeated, to compare answers.' * is_repeated} [{'; '.join(notes)}]",
     )
     kind: Any = Literal[setting.choices] if setting.choices else setting.kind
-    if setting.kind is dict or setting.many:
+    if setting.kind is dict or setting.many or is_repeated:
         kind = list[str]
     return Annotated[kind | None, declared]

@@ -16,6 +16,7 @@ from rich.text import Text
 
 from surfw.cli import render
 from surfw.cli.status import age, percent, status_lines
+from surfw.cli.trend import Trend
 from surfw.config import count, format_size, printable
 from surfw.wire import ClientFacts, Rates, RedisState, ServerEvent, ServerStats
 
@@ -27,6 +28,8 @@ _NONE = "–"
 _TIME_WIDTH = 8
 _LEAST_WIDTH = 44
 """What the tables of figures and facts need."""
+_LEAST_LISTS = 8
+"""Lines that stay for clients and events before a trend has any."""
 _LEAST_TEXT = 20
 """The least room for a text that may be shortened, such as a model's name."""
 _BAD_EVENTS = {"closed", "refused", "failed", "storage", "redis", "cache"}
@@ -43,6 +46,7 @@ class ServerView:
         where: the server's address.
         remark: a word to whoever looks at a full screen, such as that Ctrl-C stops.
         away: why there are no newer statistics; empty if these are the latest.
+        trend: how it did lately, where somebody has watched; shown where there is room for all of it.
     """
 
     stats: ServerStats
@@ -51,6 +55,7 @@ class ServerView:
     where: str = ""
     remark: str = ""
     away: str = ""
+    trend: Trend | None = None
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Lay it out."""
@@ -71,6 +76,10 @@ class ServerView:
             parts = [*_brief_warnings(self.stats), *since, *_brief(self.stats, self.rates)]
             fitting = [part for part in parts if cell_len(part) < width]
             figures = [Text(line) for line in status_lines(fitting, width, most=max(1, height - count_lines(head)))]
+        elif self.trend is not None and height is not None:
+            lately = list(self.trend.lines(width))
+            if lately and count_lines([*head, *figures, Text(), *lately]) + _LEAST_LISTS <= height:
+                figures += [Text(), *lately]
         yield from head
         yield from figures
         clients, events = self.stats.get("connections", []), self.stats.get("events", [])

@@ -79,6 +79,8 @@ class ChosenSource:
             "offline": settings.offline or None,
             "deadline": settings.deadline,
             "encryption_key_file": settings.encryption_key_file,
+            "verify_key": settings.verify_key,
+            "source_order": settings.source_order,
         }
 
     def check_folder(self) -> None:
@@ -168,11 +170,13 @@ def choose_model(configuration: Configuration, word: str) -> Configuration:
     if is_source:
         model = configuration.settings.model if origins["model"].kind == "argument" else None
         settings = replace(configuration.settings, source=word, model=model)
-        return Configuration(settings, {**origins, "source": SettingOrigin("argument", _MODEL)})
+        origins = {**origins, "source": SettingOrigin("argument", _MODEL)}
+        return replace(configuration, settings=settings, origins=origins)
     if origins["model"].kind == "argument":
         raise Mistake(f"--model does not go with MODEL {word!r}; give one of them")
     settings = replace(configuration.settings, model=word)
-    return Configuration(settings, {**origins, "model": SettingOrigin("argument", _MODEL)})
+    origins = {**origins, "model": SettingOrigin("argument", _MODEL)}
+    return replace(configuration, settings=settings, origins=origins)
 
 
 def _has_model(configuration: Configuration, name: str) -> bool:

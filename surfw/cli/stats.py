@@ -2,8 +2,10 @@
 
 import sys
 import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,13 +23,15 @@ Examples:
   surfw stats ws://127.0.0.1:8765 --watch
   surfw stats --watch --every 10 >> server.log
   surfw stats wss://gpu.example.org:8765 --token-file token --ssl-ca-certs ca.pem
+  surfw stats --run run.json
+  surfw stats --store s3://bucket/models
   surfw stats --json
 """
 
 _EVERY_SECONDS = 1.0
 
 
-@options.with_settings("connect_timeout", "token_file", *options.TLS_SETTINGS)
+@options.with_settings("connect_timeout", "token_file", *options.TLS_SETTINGS, "storage_options")
 def stats(
     *,
     url: Annotated[
@@ -43,6 +47,12 @@ def stats(
     every: Annotated[
         float | None, typer.Option(min=0.1, help="Seconds between two readings with --watch. [default: 1]")
     ] = None,
+    store: Annotated[
+        str | None, typer.Option(metavar="URL", help="Show instead what lies in a store, with forms and shared bytes.")
+    ] = None,
+    run: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Show instead what 'surfw infer --trace FILE' wrote of a run.")
+    ] = None,
     configuration: options.Configuration,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -50,6 +60,10 @@ def stats(
     """Show what a server does: its counters, its cache, its clients and what happened lately."""
     from surfw.cli import render
 
+    other = {"--store": store, "--run": run, "ADDRESS": url, "--watch": watch, "--every": every}
+    if store is not None or run is not None:
+        _show_other(configuration, other, json=json, quiet=quiet)
+        return
     if every is not None and not watch:
         raise Mistake("--every needs --watch; add it, or leave --every out")
     settings = configuration.settings
@@ -79,6 +93,25 @@ def stats(
                 raise
 
 
+def _show_other(configuration: options.Configuration, given: Mapping[str, Any], *, json: bool, quiet: bool) -> None:
+    """Show a store or a run instead of a server.
+
+    Raises:
+        Mistake: more than one of them is asked for.
+    """
+    (what, place), *others = [(name, value) for name, value in given.items() if value not in {None, False}]
+    if others:
+        raise Mistake(f"{what} does not go with {others[0][0]}; give one of them")
+    if what == "--run":
+        from surfw.cli.run_view import show_run
+
+        show_run(place, json=json)
+        return
+    from surfw.cli.store_stats import show_store
+
+    show_store(replace(configuration.settings, store=place), json=json, quiet=quiet)
+
+
 class Watch:
     """A server's statistics, read again and again, also when it was away for a while.
 
@@ -87,6 +120,7 @@ class Watch:
         stats: the latest statistics.
         rates: what happened since those before; None if that is not known.
         away: that it does not answer, since when and why; empty if it does.
+        trend: how it did lately.
     """
 
     def __init__(self, look: "Callable[[], ServerStats]", where: str) -> None:
@@ -100,6 +134,10 @@ class Watch:
         self.rates: Rates | None = None
         self.away = ""
         self._look = look
+        from surfw.cli.trend import Trend
+
+        self.trend = Trend()
+        self.trend.add(self.stats, None)
 
     def read(self) -> None:
         """Read them again. A server that does not answer may be back the next time.
@@ -120,6 +158,7 @@ class Watch:
             return
         self.rates = None if self.away else rates_between(self.stats, stats)
         self.stats, self.away = stats, ""
+        self.trend.add(stats, self.rates)
 
 
 def _watch(watch: Watch, every: float, *, json: bool) -> None:
@@ -167,6 +206,7 @@ def _watch_on_screen(watch: Watch, every: float) -> None:
                     where=watch.where,
                     remark="Ctrl-C ends",
                     away=watch.away,
+                    trend=watch.trend,
                 )
             )
             due = time.monotonic() + every

@@ -113,7 +113,7 @@ def prune(
     housekeeping.prune(configuration.settings, dry_run=dry_run, json=json, quiet=quiet)
 
 
-@options.with_settings("store", "storage_options")
+@options.with_settings("store", "storage_options", "verify_key")
 def verify(
     *,
     name: Annotated[str | None, _name("Its name in the store, or a unique last part. [default: all models]")] = None,
@@ -121,7 +121,7 @@ def verify(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Read every byte of the models in a store, and check them."""
+    """Read every byte of the models in a store, and check them; with a key, also who signed them."""
     from surfw.cli import housekeeping
 
     housekeeping.verify(configuration.settings, name, json=json, quiet=quiet)

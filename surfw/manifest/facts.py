@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 from surfw.errors import NotFoundError
 from surfw.manifest.digests import Digests, payload_digest
+from surfw.manifest.experts import Experts, group_experts
+from surfw.manifest.signature import Signature
 
 FORMAT = "surfw.manifest"
 VERSION = 1
@@ -32,12 +34,15 @@ SEAL_BYTES = 48
 ADAPTER_VERSION = 6
 """The version of manifests of adapters."""
 
+EXPERTS_VERSION = 7
+"""The version of manifests with a chunk for each expert of a mixture; it may have all that the others have."""
+
 Kind = Literal["raw", "int8", "int4"]
 """How a packed form holds a tensor: as in the payload, or quantised."""
 
 Reason = Literal["vectors", "small", "shapes", "dtypes", "others"]
 """Why a tensor is not quantised: it is no matrix; or one that has few weights, a shape that no kernel takes, or another
-dtype than float32, float16 and bfloat16; or it is the weight of no linear module or embedding."""
+dtype than float32, float16 and bfloat16; or it belongs to a module that is not quantised."""
 
 DTYPE_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "U16": 16, "I16": 16, "F16": 16, "BF16": 16,
@@ -126,7 +131,8 @@ class Chunk:
     Attributes:
         name: path of the module whose tensors these are, such as `model.layers.3`; `path.*` for the tensors that a
             containing module holds directly.
-        kind: `layer` for an item of a repeated block, `part` for embeddings, norms and heads, `own` for `path.*`.
+        kind: `layer` for an item of a repeated block, `part` for embeddings, norms and heads, `own` for `path.*`,
+            `expert` for one expert of a mixture, which is named `path[index]`: see `surfw.manifest.experts`.
         id: BLAKE3 of the payload, hex; until that has been read, of where it lies (see `Origin.provisional_id`). Where
             the model is encrypted, it is keyed, so that it does not tell which payload it is of.
         payload_bytes: length of the payload.
@@ -221,11 +227,13 @@ class Manifest:
         files: tokenizer files.
         ties: tensors that are the same as another one: their names to its name.
         chunks: in the order of the model's modules.
-        order: the execution order, as far as the model's structure tells it.
+        order: the execution order, as far as the model's structure tells it. It does not name experts, of which a
+            router decides.
         origin: the storage of all locations and files, if it is not the manifest's own.
         key_id: which key the stored bytes of all chunks are encrypted with; empty where they are not.
         base: of an adapter, the model that it changes: its class is that one's, and its chunks have the names of those
             that they change.
+        signature: whose it is, if somebody says so; nothing here has checked it.
     """
 
     name: str
@@ -240,6 +248,7 @@ class Manifest:
     origin: Origin | None = None
     key_id: str = ""
     base: Base | None = None
+    signature: Signature | None = None
 
     @cached_property
     def by_name(self) -> dict[str, Chunk]:
@@ -255,6 +264,21 @@ class Manifest:
     def tensors(self) -> dict[str, TensorInfo]:
         """The tensors of all chunks by their name."""
         return {tensor.name: tensor for chunk in self.chunks for tensor in chunk.tensors}
+
+    @cached_property
+    def experts(self) -> dict[str, Experts]:
+        """The experts that have chunks of their own, by the path of the module that holds them.
+
+        Raises:
+            ValueError: chunks and tensors of experts do not belong together.
+        """
+        return group_experts(self.chunks)
+
+    @cached_property
+    def weights(self) -> dict[str, TensorInfo]:
+        """The tensors as the model has them, by their name: as `tensors`, with stacks in place of their slices."""
+        whole = {tensor.name: tensor for chunk in self.chunks if chunk.kind != "expert" for tensor in chunk.tensors}
+        return whole | {name: stack for experts in self.experts.values() for name, stack in experts.stacks.items()}
 
     @cached_property
     def home(self) -> dict[str, Chunk]:
@@ -292,9 +316,34 @@ class Manifest:
             del chunk["forms"]
         for file in document["files"]:
             file.pop("object", None)
-        for name in ("format", "version", "name", "origin"):
+        for name in ("format", "version", "name", "origin", "signature"):
             document.pop(name, None)
-        return payload_digest(json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode())
+        return payload_digest(_encode(document))
+
+    @cached_property
+    def form_digests(self) -> dict[str, str]:
+        """By codec, BLAKE3 of all that proves the bytes of its forms, wherever they lie.
+
+        The identity names payloads, and whoever reads a part of one compares it with digests of blocks, which only a
+        manifest has. `lossless` is left out where it is not encrypted: what it decodes to is compared with the
+        payload's identity.
+        """
+        found: dict[str, list[Any]] = {}
+        for chunk in self.public().chunks:
+            for form in chunk.forms:
+                if form.codec != "lossless" or self.key_id:
+                    found.setdefault(form.codec, []).append([chunk.name, _form_document(form)])
+        return {codec: payload_digest(_encode(forms)) for codec, forms in sorted(found.items())}
+
+    @property
+    def is_covered(self) -> bool:
+        """Whether the signature, if it is right, speaks of all forms that are there."""
+        return self.signature is not None and self.form_digests.items() <= self.signature.forms.items()
+
+    def with_signature_of(self, other: "Manifest") -> "Manifest":
+        """The manifest with another one's signature, where that is of the same model in these forms; else with none."""
+        signed = replace(self, signature=other.signature)
+        return signed if signed.is_covered and self.identity == other.identity else replace(self, signature=None)
 
     def file(self, path: str) -> ModelFile:
         """The file of that name.
@@ -320,6 +369,8 @@ class Manifest:
         """The version of the format that it needs."""
         if self.base is not None:
             return ADAPTER_VERSION
+        if any(chunk.kind == "expert" for chunk in self.chunks):
+            return EXPERTS_VERSION
         if self.key_id:
             return ENCRYPTED_VERSION
         forms = [form for chunk in self.chunks for form in chunk.forms]
@@ -360,7 +411,8 @@ class Manifest:
         document |= {"origin": _origin_document(self.origin)} if self.origin else {}
         document |= {"encryption": {"cipher": CIPHER, "key": self.key_id}} if self.key_id else {}
         document |= {"base": {"name": self.base.name, "key": self.base.key}} if self.base else {}
-        return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+        document |= {"signature": _signature_document(self.signature)} if self.signature else {}
+        return _encode(document)
 
 
 def with_digests(chunk: Chunk, digests: Digests | None) -> Chunk:
@@ -369,6 +421,14 @@ def with_digests(chunk: Chunk, digests: Digests | None) -> Chunk:
         return chunk
     (form,) = chunk.forms
     return replace(chunk, id=digests.digest, forms=(replace(form, digest=digests.digest, blocks=digests.blocks),))
+
+
+def _encode(document: Any) -> bytes:
+    return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def _signature_document(signature: Signature) -> dict[str, Any]:
+    return {"key": signature.key_id, "forms": dict(signature.forms), "value": signature.value.hex()}
 
 
 def _origin_document(origin: Origin) -> dict[str, Any]:
@@ -385,17 +445,17 @@ def _chunk_document(chunk: Chunk) -> dict[str, Any]:
         "tensors": [
             {"name": t.name, "dtype": t.dtype, "shape": list(t.shape), "offset": t.offset} for t in chunk.tensors
         ],
-        "forms": [
-            {"codec": form.codec, "stored_bytes": form.stored_bytes}
-            | ({"digest": form.digest, "blocks": form.blocks.hex()} if form.is_known else {})
-            | ({"frames": list(form.frames)} if form.frames else {})
-            | ({"kinds": list(form.kinds)} if form.kinds else {})
-            | ({"seals": form.seals.hex()} if form.seals else {})
-            | (
-                {"locations": [{"object": at.object, "start": at.start, "stop": at.stop} for at in form.locations]}
-                if form.locations
-                else {}
-            )
-            for form in chunk.forms
-        ],
+        "forms": [_form_document(form) for form in chunk.forms],
     }
+
+
+def _form_document(form: Form) -> dict[str, Any]:
+    places = [{"object": at.object, "start": at.start, "stop": at.stop} for at in form.locations]
+    return (
+        {"codec": form.codec, "stored_bytes": form.stored_bytes}
+        | ({"digest": form.digest, "blocks": form.blocks.hex()} if form.is_known else {})
+        | ({"frames": list(form.frames)} if form.frames else {})
+        | ({"kinds": list(form.kinds)} if form.kinds else {})
+        | ({"seals": form.seals.hex()} if form.seals else {})
+        | ({"locations": places} if places else {})
+    )

@@ -6,7 +6,15 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
-from surfw.config import BLOCK_BYTES, MANIFEST_BYTES, MAX_JSON_DEPTH
+from surfw.config import (
+    BLOCK_BYTES,
+    MANIFEST_BYTES,
+    MAX_JSON_DEPTH,
+    MAX_JSON_PARTS,
+    MAX_JSON_VALUES,
+    is_crowded,
+    printable,
+)
 from surfw.errors import ManifestError
 from surfw.manifest.digests import count_blocks, is_digest, payload_digest
 from surfw.manifest.facts import (
@@ -15,6 +23,7 @@ from surfw.manifest.facts import (
     CODED_VERSION,
     DTYPE_BITS,
     ENCRYPTED_VERSION,
+    EXPERTS_VERSION,
     FORMAT,
     IN_PLACE_VERSION,
     PACKED_VERSION,
@@ -33,15 +42,20 @@ from surfw.manifest.facts import (
     Use,
 )
 from surfw.manifest.parts import fits, packed_bytes, plan_parts
+from surfw.manifest.signature import SIGNATURE_BYTES, Signature
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
+_CODEC = re.compile(r"[a-z0-9_-]{1,40}")
 _KEY_ID = re.compile(r"[0-9a-f]{32}")
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*){0,3}")
-_VERSIONS = frozenset({VERSION, IN_PLACE_VERSION, CODED_VERSION, PACKED_VERSION, ENCRYPTED_VERSION, ADAPTER_VERSION})
+_VERSIONS = frozenset(
+    {VERSION, IN_PLACE_VERSION, CODED_VERSION, PACKED_VERSION, ENCRYPTED_VERSION, ADAPTER_VERSION, EXPERTS_VERSION}
+)
+_KINDS = frozenset({"layer", "part", "own"})
 _MAX_BYTES = 1 << 46
-_MAX_PIECES = 1_000_000
 _MAX_FILES_BYTES = 1 << 29
 _MAX_DIMENSIONS = 16
+_MAX_SIGNED_FORMS = 16
 _MAX_FILE_NAME = 128
 _MAX_OBJECT_NAME = 255
 
@@ -71,11 +85,10 @@ def parse_manifest(data: bytes, *, where: str) -> Manifest:
     Raises:
         ManifestError: the bytes are not a manifest, or of a version that this surfw does not know, or break a rule.
     """
-    pieces = data.count(b"{") + data.count(b"[")
-    if len(data) > MANIFEST_BYTES or pieces > _MAX_PIECES:
+    if len(data) > MANIFEST_BYTES or is_crowded(data):
         raise ManifestError(
-            f"the manifest from {where} has {len(data)} bytes and {pieces} objects and lists; "
-            f"expected at most {MANIFEST_BYTES} and {_MAX_PIECES}"
+            f"the manifest from {where} has {len(data)} bytes; expected at most {MANIFEST_BYTES}, and not more than "
+            f"{MAX_JSON_PARTS} objects and lists with {MAX_JSON_VALUES} values"
         )
     try:
         document = json.loads(data)
@@ -131,6 +144,7 @@ class _Parser:
         self.where = where
         self.in_place = False  # whether digests may be missing
         self.is_encrypted = False
+        self.kinds_known = _KINDS
 
     def require(self, truth: bool, complaint: str) -> None:
         if not truth:
@@ -138,7 +152,7 @@ class _Parser:
 
     def size(self, value: Any, what: str) -> int:
         valid = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MAX_BYTES
-        self.require(valid, f"{what} is {str(value)[:40]}, expected an integer from 0 to 2^46")
+        self.require(valid, f"{what} is {printable(str(value)[:40])}, expected an integer from 0 to 2^46")
         return int(value)
 
     def text(self, value: Any, what: str) -> str:
@@ -176,9 +190,11 @@ class _Parser:
         if isinstance(version, bool) or version not in _VERSIONS:
             raise ManifestError(
                 f"the manifest from {self.where} has format version {str(version)[:40]!r}; this surfw reads "
-                f"{VERSION} to {ADAPTER_VERSION}. Chunk the model again, or use the surfw that wrote it"
+                f"{VERSION} to {EXPERTS_VERSION}. Chunk the model again, or use the surfw that wrote it"
             )
-        self.in_place, self.is_encrypted = version == IN_PLACE_VERSION, version == ENCRYPTED_VERSION
+        self.in_place = version in {IN_PLACE_VERSION, EXPERTS_VERSION}
+        self.is_encrypted = version == ENCRYPTED_VERSION or (version == EXPERTS_VERSION and "encryption" in document)
+        self.kinds_known = _KINDS | {"expert"} if version == EXPERTS_VERSION else _KINDS
         generation = document["generation_config"]
         self.require(isinstance(document["config"], dict), "config is not an object")
         self.require(generation is None or isinstance(generation, dict), "generation_config is not an object")
@@ -195,6 +211,7 @@ class _Parser:
             origin=self.origin(document["origin"]) if self.in_place and "origin" in document else None,
             key_id=self.key_id(document["encryption"]) if self.is_encrypted else "",
             base=self.base(document["base"]) if version == ADAPTER_VERSION else None,
+            signature=self.signature(document["signature"]) if "signature" in document else None,
         )
         self.consistent(manifest)
         return manifest
@@ -221,7 +238,7 @@ class _Parser:
 
     def chunk(self, document: Any) -> Chunk:
         name = self.text(document["name"], "a chunk's name")
-        self.require(document["kind"] in {"layer", "part", "own"}, f"chunk {name} has an unknown kind")
+        self.require(document["kind"] in self.kinds_known, f"chunk {name} has an unknown kind")
         size = self.size(document["payload_bytes"], f"payload_bytes of chunk {name}")
         tensors = tuple(self.tensor(tensor, name) for tensor in self.items(document["tensors"], f"tensors of {name}"))
         self.require(bool(tensors), f"chunk {name} has no tensors")
@@ -307,6 +324,17 @@ class _Parser:
         name = check_model_name(self.text(document["name"], "the name of its base"))
         return Base(name, self.digest(document["key"], "the key of its base"))
 
+    def signature(self, document: Any) -> Signature:
+        key_id, value, forms = document["key"], bytes.fromhex(document["value"]), document["forms"]
+        self.require(isinstance(key_id, str) and bool(_KEY_ID.fullmatch(key_id)), "its signature names no key")
+        self.require(len(value) == SIGNATURE_BYTES, f"its signature has {len(value)} bytes, not {SIGNATURE_BYTES}")
+        self.require(len(forms) <= _MAX_SIGNED_FORMS, f"its signature speaks of {len(forms)} forms")
+        signed = {}
+        for codec, digest in forms.items():
+            self.require(bool(_CODEC.fullmatch(codec)), f"its signature speaks of a form {codec[:40]!a}")
+            signed[codec] = self.digest(digest, f"what its signature says of {codec}")
+        return Signature(key_id, signed, value)
+
     def origin(self, document: Any) -> Origin:
         self.require(isinstance(document["objects"], dict), "the objects of its origin are no object")
         pins = {}
@@ -332,6 +360,8 @@ class _Parser:
         tensors = [tensor.name for chunk in manifest.chunks for tensor in chunk.tensors]
         known = self.unique(tensors, "two tensors have the same name")
         self.unique([file.path for file in manifest.files], "two files have the same path")
+        stacks = {name for experts in manifest.experts.values() for name in experts.stacks}
+        self.require(stacks.isdisjoint(known), "a stack of experts is there twice, whole and in slices")
         for name, to in manifest.ties.items():
             self.require(to in known and name not in known, f"the tie of {name} to {to} leads nowhere")
         used = {name for use in manifest.order for name in use.chunks}

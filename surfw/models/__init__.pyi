@@ -4,6 +4,7 @@ from .explain import Explanation as Explanation
 from .inference import InferenceRequest as InferenceRequest
 from .inference import InferenceResult as InferenceResult
 from .many import ManyResult as ManyResult
+from .session import Session as Session
 from .statistics import CacheInfo as CacheInfo
 from .statistics import InferenceStats as InferenceStats
 from .streaming import StreamingBertModel as StreamingBertModel

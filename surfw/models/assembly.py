@@ -32,6 +32,8 @@ from surfw.runtime.coding_plan import choose_coded, plan_device
 from surfw.runtime.device import DEVICE_ALIGNMENT, Device, open_device
 from surfw.runtime.device_engine import DeviceEngine
 from surfw.runtime.engine import Engine
+from surfw.runtime.expert_hooks import ExpertHooks
+from surfw.runtime.experts import expert_bytes, stacked_bytes
 from surfw.runtime.forms import FormChoice
 from surfw.runtime.hooks import StreamingHooks
 from surfw.runtime.lender import Lender
@@ -39,11 +41,13 @@ from surfw.runtime.loader import Loader, buffer_bytes, device_scratch_bytes, hel
 from surfw.runtime.matrices import kernel_of
 from surfw.runtime.memory import MemoryClaim, deciding, find_default_budget, read_smallest_limit, rss_bytes
 from surfw.runtime.plan import Limit, Needs, describe_needs, needs_behind, plan_residency
+from surfw.runtime.pressure import Yielder, watch
 from surfw.runtime.rows import StreamedTables, TableUnit, tables_of
 from surfw.runtime.run import IoThread
 from surfw.runtime.schedule import Phases, Schedule
 from surfw.skeleton.build import Skeleton
 from surfw.skeleton.dtypes import parse_dtype
+from surfw.storage.expert_usage import ExpertUsage, keep_usage, read_usage
 from surfw.storage.origins import is_local_url
 
 logger = logging.getLogger("surfw.models")
@@ -70,6 +74,7 @@ class ModelParts:
         model: transformers' own model, in evaluation mode, its weights absent.
         layers: names of the chunks that are layers, in the order they run.
         claim: what the other models of the process know of its memory.
+        yielder: gives memory back where it runs short.
         base_bytes: resident memory of the process before the first of the model's weights came.
     """
 
@@ -84,6 +89,7 @@ class ModelParts:
     kv: KvReserve
     adapters: Adapters
     claim: MemoryClaim
+    yielder: Yielder
     base_bytes: int
 
     @property
@@ -123,9 +129,15 @@ class ModelParts:
 
     def close(self) -> None:
         """Leave transformers' model as it was, without weights and hooks, and give all memory back."""
+        pool = self.engine.experts
         with ExitStack() as last:
+            if self.manifest.experts and pool.tokens:
+                before = read_usage(self.manifest)
+                tokens = pool.tokens + (before.tokens if before else 0)
+                last.callback(keep_usage, self.manifest, ExpertUsage(tokens, pool.counts()))
             last.callback(self.claim.close)
             last.callback(self.engine.close)
+            watch.remove(self.yielder)
             self.adapters.close()
             self.kv.close()
             self.tables.clear()
@@ -193,6 +205,7 @@ def assemble(
         )  # fmt: skip
     tables = StreamedTables(units, engine.rows, engine.by_rows)
     used = dict.fromkeys(name for use in manifest.order for name in use.chunks)
+    place = torch.device("cpu") if device is None else device.torch_device
     parts = ModelParts(
         client=client,
         manifest=manifest,
@@ -202,9 +215,17 @@ def assemble(
         forms=forms,
         tables=tables,
         kv=KvReserve(skeleton.model, engine),
-        hooks=StreamingHooks(skeleton, manifest, engine, tables, device=place),
+        hooks=StreamingHooks(
+            skeleton,
+            manifest,
+            engine,
+            tables,
+            device=place,
+            experts=ExpertHooks(skeleton, manifest, engine.experts, place) if manifest.experts else None,
+        ),
         adapters=adapters,
         claim=claim,
+        yielder=Yielder(manifest.name, lambda: engine.anonymous_bytes, engine.shrink),
         base_bytes=rss_bytes(),
     )
     if adapter is not None:
@@ -214,6 +235,9 @@ def assemble(
             parts.close()
             raise
     engine.warm()
+    if settings.prefetch and manifest.experts and (usage := read_usage(manifest)):
+        engine.experts.warm(usage.counts)
+    watch.add(parts.yielder)
     return parts
 
 
@@ -255,18 +279,21 @@ def _open_device_engine(
     if budget is None and limit.cache_layers is None:
         found = device.find_budget()
         limit = replace(limit, budget_bytes=found.budget_bytes, reason=found.reason)
+    chunks = [chunk for chunk in manifest.chunks if chunk.kind != "expert"]
     near = replace(
         needs,
         sizes={
             chunk.name: -(-held_bytes(chunk, loader.dtypes) // DEVICE_ALIGNMENT) * DEVICE_ALIGNMENT or DEVICE_ALIGNMENT
-            for chunk in manifest.chunks
+            for chunk in chunks
         },
-        table_bytes=0, overhead_bytes=0, in_flight_bytes=None, working_bytes=device.working_bytes,
-        scratch={chunk.name: device_scratch_bytes(chunk, loader.dtypes) for chunk in manifest.chunks},
+        table_bytes=0, overhead_bytes=0, in_flight_bytes=None,
+        working_bytes=device.working_bytes + stacked_bytes(manifest, loader.dtypes),
+        scratch={chunk.name: device_scratch_bytes(chunk, loader.dtypes) for chunk in chunks},
+        expert_bytes=0, least_expert_bytes=0, expert_pass_bytes=0,
     )  # fmt: skip
     codable: dict[str, int] = {}
     if device.decoder is not None and settings.codec in {"auto", "lossless"}:
-        expected = {chunk.name: usual_bytes(chunk, loader.dtypes) for chunk in manifest.chunks}
+        expected = {chunk.name: usual_bytes(chunk, loader.dtypes) for chunk in chunks}
         codable = {name: size for name, size in expected.items() if size is not None}
     for_coding = coding_bytes(max(near.sizes[name] for name in codable)) if codable else 0
     order = Schedule(manifest.order, phases, row_wise=units).apply_to(near)
@@ -340,15 +367,15 @@ def model_needs(
         buffered_bytes: what its source holds at most besides the memory it fills.
         keeps_operands: as of `Loader`.
     """
+    chunks = [chunk for chunk in manifest.chunks if chunk.kind != "expert"]
     known = describe_needs(
         manifest.name,
-        {chunk.name: chunk.kind for chunk in manifest.chunks},
-        {
-            chunk.name: buffer_capacity(buffer_bytes(chunk, dtypes, keeps_operands=keeps_operands))
-            for chunk in manifest.chunks
-        },
+        {chunk.name: chunk.kind for chunk in chunks},
+        {chunk.name: buffer_capacity(buffer_bytes(chunk, dtypes, keeps_operands=keeps_operands)) for chunk in chunks},
         manifest.order,
     )
+    experts = [(len(one.chunks), expert_bytes(one, dtypes)) for one in manifest.experts.values()]
+    chosen = chosen_experts(manifest.config)
     looked_up = {name for unit in tables.values() for name in unit.looked_up}
     others = {name for unit in tables.values() for name in unit.others}
     is_coded = any(form.codec not in {"none", *PACKED_CODECS} for chunk in manifest.chunks for form in chunk.forms)
@@ -360,7 +387,18 @@ def model_needs(
         scratch={chunk.name: scratch_bytes(chunk, dtypes) for chunk in manifest.chunks},
         tables=frozenset(manifest.home[name].name for name in looked_up) - known.fixed,
         table_bytes=2 * ROWS_BYTES + sum(manifest.tensors[name].nbytes for name in others),
+        expert_bytes=sum(number * size for number, size in experts),
+        least_expert_bytes=max((number * size for number, size in experts), default=0),
+        expert_pass_bytes=sum(min(number, chosen or number) * size for number, size in experts),
     )
+
+
+def chosen_experts(config: Mapping[str, Any]) -> int | None:
+    """How many experts of a layer compute a token, as far as a configuration says that by one of the usual names."""
+    parts = [config, *(one for one in config.values() if isinstance(one, Mapping))]
+    names = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "top_k_experts", "moe_topk")
+    found = [part[name] for part in parts for name in names if isinstance(part.get(name), int)]
+    return found[0] if found and found[0] > 0 else None
 
 
 def find_phases(manifest: Manifest, skeleton: Skeleton) -> Phases:

@@ -5,7 +5,7 @@ to the engine and wait for nobody. No asynchronous call blocks the event loop.
 """
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, Self, TypeVar, Unpack
@@ -18,10 +18,12 @@ from surfw.errors import ConfigurationError
 from surfw.manifest import Manifest
 from surfw.models.adapted import AdaptedModel
 from surfw.models.client import Source
+from surfw.models.draft import OWN_FORM, OwnDraft
 from surfw.models.explain import Advice, Explanation, advise, explain
-from surfw.models.kv_reserve import generation_size
+from surfw.models.kv_reserve import find_quantised, generation_size
 from surfw.models.options import ConnectionOptions, OpenOptions, OpenSettings, budget_bytes, expect_number
 from surfw.models.progress import Progress
+from surfw.models.speculation import Speculation, expect_draft, may_guess
 from surfw.models.statistics import (
     CacheInfo,
     InferenceStats,
@@ -31,7 +33,9 @@ from surfw.models.statistics import (
     full_statistics,
     inference_stats,
 )
+from surfw.models.traced import traced
 from surfw.runtime.engine import Engine
+from surfw.runtime.kv_cache import Quantised
 from surfw.runtime.plan import Limit, ResidencyPlan
 from surfw.runtime.run import Run, current_run, wait_until_done
 from surfw.threads import refuse_event_loop
@@ -71,6 +75,8 @@ class StreamingBaseModel(AdaptedModel):
     """
 
     model_class: ClassVar[type[PreTrainedModel] | None] = None
+    _speculation: Speculation | None = None
+    _own_draft: OwnDraft | None = None
 
     def __init__(
         self,
@@ -118,7 +124,8 @@ class StreamingBaseModel(AdaptedModel):
             adapter: the name of a LoRA adapter in the same source, which is applied from the beginning; see
                 `set_adapter`. An adapter's name as `model` opens its base with it.
             **connection: `token`, `ssl`, `retry`, `connect_timeout`, `silence_timeout`, `storage_options`,
-                `disk_cache`, `cache_dir`, `offline`, `deadline`, `encryption_key_file`; see `WeightClient`.
+                `disk_cache`, `cache_dir`, `offline`, `deadline`, `encryption_key_file`, `verify_key`,
+                `source_order`; see `WeightClient`.
 
         Raises:
             ConfigurationError: an argument cannot be used, or both `cache_size` and `memory_budget` are given.
@@ -231,6 +238,7 @@ class StreamingBaseModel(AdaptedModel):
                     parts.engine.running(run, prefetch=enable_prefetch),
                     self.metrics.span("forward"),
                     torch.no_grad(),
+                    traced(parts.model, parts.manifest),
                 ):
                     result = work(parts.model)
             except BaseException:
@@ -246,6 +254,31 @@ class StreamingBaseModel(AdaptedModel):
         When it is cancelled, the pass ends at its next layer, and only then this does.
         """
         return await self._in_thread(lambda: self(*args, enable_prefetch=enable_prefetch, **kwargs))
+
+    def switch(self, name: str) -> None:
+        """Run another model of the same source from now on, with the same settings; the one there was is closed.
+
+        Layers that both have, as fine-tunes do, stay in memory where they are, and are not fetched. `model` is another
+        object then. Where the new model cannot be opened, the old one goes on.
+
+        Args:
+            name: its name in the source, in full or a unique last part.
+
+        Raises:
+            ConfigurationError: the memory is too small for it, it runs just now, or an event loop runs in this thread:
+                use `switch_async`.
+            UnknownModelError: the source has no such model.
+            SurfwError: the new model cannot be opened.
+        """
+        expect("name", name, str, "a model's name")
+        refuse_event_loop("switching to another model", "'await model.switch_async(…)'")
+        self._open_here()
+        self._end_speculation()
+        self._switch(name)
+
+    async def switch_async(self, name: str) -> None:
+        """As `switch`, without blocking the event loop."""
+        await self._in_thread(lambda: self.switch(name))
 
     def leave_room(self, prompt_tokens: int, new_tokens: int, sequences: int = 1) -> None:
         """Leave memory for the KV cache of a generation of your own, as `generate` does by itself.
@@ -268,10 +301,130 @@ class StreamingBaseModel(AdaptedModel):
         moved, named = to_device(args, device), to_device(kwargs, device)
 
         def generate(model: Any) -> Any:
-            self.leave_room(*generation_size(model, args, kwargs))
-            return model.generate(*moved, **named)
+            size = generation_size(model, args, kwargs)
+            guesses = may_guess(named, model.generation_config)
+            return self.generate_with(
+                size,
+                lambda more: model.generate(*moved, **named, **more),
+                guesses=guesses,
+                quantised=find_quantised(model, args, kwargs),
+            )
 
         return self.run(generate)
+
+    def speculate(
+        self,
+        *,
+        prompt_lookup: int | None = None,
+        draft: "StreamingBaseModel | str | None" = None,
+        draft_source: Source | None = None,
+    ) -> None:
+        """Guess tokens ahead from now on, which one pass checks together, wherever one sequence is generated.
+
+        Transformers' own assisted generation: greedy answers are the plain ones wherever they are there. Guessing rests
+        where it does not pay, as measured in each generation. Without arguments, there is no guessing any more.
+
+        Args:
+            prompt_lookup: guess up to so many tokens, from what followed the same words earlier in the text.
+            draft: instead, the model that guesses: one that is open; the name of one; or `self:int4`, `self:int8`,
+                this model in that form. One that is named is opened here, kept in memory as a whole within this
+                model's budget, and closed with this model.
+            draft_source: where the named draft is; default: where this model is.
+
+        Raises:
+            ConfigurationError: an argument cannot be used, or there is too little memory for both models.
+            SurfwError: the draft cannot be opened.
+        """
+        expect_number("prompt_lookup", prompt_lookup, 1, kind=int | None)
+        expect("draft", draft, StreamingBaseModel | str | None, "an open model, a name or None")
+        has_draft = draft is not None or draft_source is not None
+        if prompt_lookup is not None and has_draft:
+            raise ConfigurationError("prompt_lookup and a draft exclude each other; give one of them")
+        self._end_speculation()
+        if prompt_lookup is None and not has_draft:
+            return
+        self._expect_generation()
+        if isinstance(draft, str) or (draft is None and has_draft):
+            self._own_draft = self._open_draft(draft, draft_source)
+            draft = self._own_draft.model
+        try:
+            if draft is not None:
+                expect_draft(self, draft)
+        except ConfigurationError:
+            self._end_speculation()
+            raise
+        self._speculation = Speculation(prompt_lookup=prompt_lookup, draft=draft)
+
+    @property
+    def guesses(self) -> bool:
+        """Whether tokens are guessed ahead, see `speculate`."""
+        return self._speculation is not None
+
+    def _open_draft(self, name: str | None, source: Source | None) -> OwnDraft:
+        """Open a draft within this model's budget."""
+        parts, settings, options = self._open_here(), self._settings, OpenOptions()
+        if parts.below is not None:
+            raise ConfigurationError(
+                f"{parts.manifest.name} computes on {parts.device}, where a draft has memory of its own: open it with "
+                "a device_memory, and give the open model as the draft"
+            )
+        kind: type[StreamingBaseModel] = StreamingBaseModel
+        if name is not None and name.startswith(OWN_FORM):
+            kind, source = type(self), None
+            options = OpenOptions(
+                codec=name.removeprefix(OWN_FORM),  # type: ignore[typeddict-item]  # checked where it is opened
+                dtype=settings.dtype,
+                on_missing=settings.on_missing,
+            )
+            name = parts.manifest.name
+        place = self._client if source is None else source
+
+        def open_draft(budget: int | None) -> StreamingBaseModel:
+            options["memory_budget"] = budget
+            return kind.open(place, name, **options)
+
+        return OwnDraft(parts, open_draft)
+
+    def _end_speculation(self) -> None:
+        own, self._own_draft, self._speculation = self._own_draft, None, None
+        if own is not None:
+            own.close()
+
+    def _take_apart(self) -> None:
+        """End it, and the draft that it opened."""
+        if self._own_draft is not None:
+            self._own_draft.model.close()
+        super()._take_apart()
+
+    def generate_with(
+        self,
+        size: tuple[int, int, int],
+        generate: Callable[[Mapping[str, Any]], T],
+        *,
+        guesses: bool = True,
+        quantised: Quantised | None = None,
+    ) -> T:
+        """Leave room for a generation, as `leave_room` does, and have it done within a run; what `speculate` says.
+
+        Args:
+            size: tokens of the prompt, new ones at most, and sequences.
+            generate: calls `generate()` of transformers' model once, with these arguments besides its own.
+            guesses: whether it may guess; only a single sequence does.
+            quantised: how its KV cache is, which cannot take a guess back.
+        """
+        if quantised is not None:
+            self._open_here().kv.reserve_for(*size, quantised)
+            return generate({})
+        speculation = self._speculation if guesses and size[2] == 1 else None
+        if speculation is None:
+            self.leave_room(*size)
+            return generate({})
+        if self._own_draft is not None:
+            self._own_draft.share(*size[:2])
+        elif speculation.draft is not None:
+            speculation.draft.leave_room(*size)
+        self.leave_room(*size)
+        return speculation.run(self.model, generate)
 
     async def generate_async(self, *args: Any, **kwargs: Any) -> Any:
         """As `generate`, in a thread of the model's own; cancelled as `forward_async`."""
@@ -364,7 +517,7 @@ class StreamingBaseModel(AdaptedModel):
 
     def statistics(self) -> Statistics:
         """All statistics, in the form that `surfw infer --json` prints."""
-        return full_statistics(self.metrics, self._parts, self._client.refetched_blocks)
+        return full_statistics(self.metrics, self._parts, self._client.refetched_blocks, self._speculation)
 
     def progress(self) -> Progress:
         """Where a run is just now, for whoever shows it."""
@@ -406,6 +559,36 @@ class StreamingBaseModel(AdaptedModel):
             self._settings = replace(self._settings, limit=limit)
             if self._parts is not None:
                 self._parts.engine.resize(layers)
+
+    @property
+    def memory_budget(self) -> int | None:
+        """What weights and KV cache may take in memory, in bytes; None where layers are counted, or it is not open.
+
+        Setting it, to bytes or a size as `1.5GB`, takes effect at once, also while the model runs: what is too much is
+        evicted, or, where it is in use just now, after its use. A draft that this model opened is part of it.
+
+        Raises:
+            ConfigurationError: it is too small for the model; all stays as it was.
+        """
+        if self._parts is None:
+            return self._settings.limit.budget_bytes
+        host = self._parts.below or self._parts.engine
+        return host.limit.budget_bytes if self._own_draft is None else self._own_draft.total_bytes
+
+    @memory_budget.setter
+    def memory_budget(self, budget: int | str) -> None:
+        size_bytes = budget_bytes(budget)
+        if size_bytes is None:
+            raise ConfigurationError("memory_budget is None, expected a number of bytes, or a size such as '1.2GB'")
+        with self._state:
+            limit = replace(self._settings.limit, cache_layers=None, budget_bytes=size_bytes)
+            if self._parts is not None:
+                host = self._parts.below or self._parts.engine
+                if self._own_draft is not None and self._own_draft.total_bytes is not None:
+                    self._own_draft.change_budget(size_bytes)
+                else:
+                    host.relimit(replace(host.limit, cache_layers=None, budget_bytes=size_bytes, reason=""))
+            self._settings = replace(self._settings, limit=limit)
 
     def read_file(self, path: str) -> bytes:
         """A tokenizer file that the model's manifest lists. It blocks, so not where an event loop runs."""

@@ -8,7 +8,7 @@ from ssl import SSLContext
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from surfw.config import DEFAULT_CONNECT_SECONDS, DEFAULT_SILENCE_SECONDS, TlsFiles
+from surfw.config import DEFAULT_CONNECT_SECONDS, DEFAULT_SILENCE_SECONDS, SourceOrder, TlsFiles
 from surfw.errors import ModelClosedError
 from surfw.models.disk_options import disk_options
 from surfw.models.places import Connection, Place
@@ -130,6 +130,8 @@ class WeightClient(SourceThread):
         offline: bool | None = None,
         deadline: float | None = None,
         encryption_key_file: str | os.PathLike[str] | None = None,
+        verify_key: str | os.PathLike[str] | None = None,
+        source_order: SourceOrder = "given",
     ) -> None:
         """Note where the weights are; nothing is contacted before the first use.
 
@@ -154,6 +156,9 @@ class WeightClient(SourceThread):
             deadline: seconds that whatever is to be read is waited for, however often its sources fail meanwhile;
                 default: as `retry` says.
             encryption_key_file: holds the key of encrypted models. They are decrypted here; a server never sees it.
+            verify_key: holds the public keys, in PEM, one of which every model has to be signed with.
+            source_order: of several sources, `given` asks the first one that works; `speed` the one that turns out to
+                be the fastest, and the others now and then in case that changes.
 
         Raises:
             ConfigurationError: an argument cannot be used, or the source takes no token, certificates or options.
@@ -168,6 +173,8 @@ class WeightClient(SourceThread):
             disk=disk_options(disk_cache, cache_dir, offline),
             deadline=deadline,
             encryption_key_file=encryption_key_file,
+            verify_key=verify_key,
+            source_order=source_order,
         )
         super().__init__(*connection.locate(source))
 

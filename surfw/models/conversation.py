@@ -25,6 +25,7 @@ from surfw.models.inference import (
     answer,
     encode_prompt,
 )
+from surfw.models.measure import most_positions
 from surfw.models.streaming import StreamingModel
 from surfw.models.text_stream import INCOMPLETE, space_before
 from surfw.runtime.kv_cache import cache_bytes, cache_name, output_cache
@@ -271,7 +272,7 @@ class Conversation:
 
     @property
     def _positions(self) -> int | None:
-        return getattr(self._model.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        return most_positions(self._model.model.config.get_text_config(decoder=True))
 
     @property
     def _ends(self) -> Sequence[int | None]:

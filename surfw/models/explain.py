@@ -172,10 +172,11 @@ def explain_plan(
     # Stored bytes ÷ bytes in memory: they differ where the model runs in another dtype than it is stored in, and where
     # coded forms are read.
     read: Counter[str] = Counter()
-    for name in plan.sizes:
+    experts = [chunk.name for one in manifest.experts.values() for chunk in one.chunks]
+    for name in (*plan.sizes, *experts):
         form = parts.forms.form(manifest.by_name[name])
         read[form.codec] += form.stored_bytes
-    stored = read.total() / max(1, sum(plan.sizes.values()))
+    stored = read.total() / max(1, sum(plan.sizes.values()) + plan.all_expert_bytes)
     speed = reading.bytes_per_second / stored if reading and stored else None
     by_computing = 1 / computing.seconds if computing and computing.seconds else None
     by_reading = behind.ceiling(speed) if speed else None

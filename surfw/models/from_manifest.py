@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from surfw.config import GIB, OnMissing, count, format_size
 from surfw.errors import ManifestError, UninitializedWeightsWarning
-from surfw.manifest import Manifest, TensorInfo
+from surfw.manifest import Manifest, TensorInfo, stack_name
 from surfw.runtime.loader import as_parameter
 from surfw.runtime.run import Run, current_run
 from surfw.skeleton.build import Skeleton, build_skeleton, fill_rest, read_config, resolve_class
@@ -64,7 +64,7 @@ def open_skeleton(
             logger.warning("%s: ignored in its configuration, because %s: %s", where, why, line)
     config = read_config(settings, where=where, model_class=model_class)
     cls = model_class or resolve_class(manifest.class_name, config, where=where)
-    tensors = manifest.tensors
+    tensors = manifest.weights
     shapes = {tensor.shape for tensor in tensors.values()}
     skeleton = build_skeleton(
         config,
@@ -141,7 +141,7 @@ def _set_dtypes(skeleton: Skeleton, manifest: Manifest) -> None:
 def cast_dtypes(manifest: Manifest, skeleton: Skeleton) -> dict[str, torch.dtype]:
     """The tensors that have another dtype in the model than in their chunk, and that dtype."""
     wanted = target_dtypes(skeleton)
-    found = {name: (torch_dtype(info.dtype), wanted(name)) for name, info in manifest.tensors.items()}
+    found = {name: (torch_dtype(info.dtype), wanted(stack_name(name))) for name, info in manifest.tensors.items()}
     return {name: to for name, (stored, to) in found.items() if stored != to}
 
 
@@ -167,6 +167,7 @@ def _configure_generation(
             continue  # a configuration has other settings of these names
         logger.warning("%s: ignored in its generation settings, because no file may choose it: %s", manifest.name, line)
     check_generation(settings, where=manifest.name)
-    with foreign_errors(f"the generation settings of {manifest.name}"):
+    advice = "; correct its generation_config.json or config.json, and chunk it again"
+    with foreign_errors(f"the generation settings of {manifest.name}", advice):
         make: Any = GenerationConfig.from_dict if has_file else GenerationConfig.from_model_config
         model.generation_config = make(settings)

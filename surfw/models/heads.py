@@ -117,8 +117,10 @@ def encode_texts(
     head = None if sentences else find_head(streaming.manifest.class_name)
     if prompt_name is not None and sentences is None:
         raise ConfigurationError(f"{name} has no prompts of its own; give no name of one (prompt_name, --prompt-name)")
-    if pairs and head != "labels" and head not in _NEEDS_SECOND:
-        raise ConfigurationError(f"{name} reads one text; give no second one (pairs, --pair)")
+    most = _most_pairs(streaming.manifest.class_name, head)
+    if most is not None and len(pairs) > most:
+        most_read = f"reads one text{' and a second one' * most}; give no {'third' if most else 'second'} one"
+        raise ConfigurationError(f"{name} {most_read} (pairs, --pair)")
     if not pairs and head in _NEEDS_SECOND:
         raise ConfigurationError(
             f"{name} ({streaming.manifest.class_name}) reads two texts: give {_NEEDS_SECOND[head]} too (pairs, --pair)"
@@ -149,6 +151,13 @@ def encode_texts(
     return {key: value[None] for key, value in inputs.items()} if head == "choice" else inputs
 
 
+def _most_pairs(class_name: str, head: str | None) -> int | None:
+    """How many second texts a model may be given; None for any number."""
+    if head == "labels" or head in _NEEDS_SECOND:
+        return None
+    return 1 if class_name.endswith("ForPreTraining") else 0
+
+
 def read_heads(
     streaming: StreamingBaseModel,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -161,11 +170,40 @@ def read_heads(
         UnsupportedModelError: its head is not known, or it does not run on a text alone.
         SurfwError: weights could not be read.
     """
+    return read_output(streaming, tokenizer, inputs, pairs, run_heads(streaming, tokenizer, inputs))
+
+
+def run_heads(
+    streaming: StreamingBaseModel, tokenizer: PreTrainedTokenizerBase | None, inputs: Mapping[str, torch.Tensor]
+) -> Any:
+    """The output of a model that generates no tokens; of one that embeds sentences, its hidden states alone.
+
+    Raises:
+        UnsupportedModelError: it does not run on a text alone.
+        SurfwError: weights could not be read.
+    """
+    if find_sentences(streaming) is not None:
+        return SimpleNamespace(last_hidden_state=_run_base(streaming, inputs))
+    is_mask = find_head(streaming.manifest.class_name) == "mask"
+    needs_states = is_mask and not all(find_masks(tokenizer, row[None]) for row in inputs["input_ids"])
+    return _run(streaming, inputs, output_hidden_states=needs_states or None)
+
+
+def read_output(
+    streaming: StreamingBaseModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    inputs: Mapping[str, torch.Tensor],
+    pairs: Sequence[str],
+    output: Any,
+) -> Reading:
+    """Read what `run_heads` gave for a text, whose inputs these are.
+
+    Raises:
+        UnsupportedModelError: the head is not known.
+    """
     if (sentences := find_sentences(streaming)) is not None:
-        return _embed(streaming, sentences, inputs)
+        return _embed(sentences, inputs, output.last_hidden_state)
     head = find_head(streaming.manifest.class_name)
-    needs_states = head == "mask" and not find_masks(tokenizer, inputs["input_ids"])
-    output = _run(streaming, inputs, output_hidden_states=needs_states or None)
     seen = Seen(streaming=streaming, tokenizer=tokenizer, inputs=inputs, pairs=pairs, head=head, output=output)
     for read in READERS:
         if (found := read(seen)) is not None:
@@ -193,10 +231,7 @@ def _run(streaming: StreamingBaseModel, inputs: Mapping[str, torch.Tensor], **op
     except SurfwError:
         raise
     except (AttributeError, KeyError, TypeError, ValueError) as exc:
-        said = " ".join(str(exc).split())[:200]
-        raise _for_python(
-            streaming, f"does not run on a text alone ({type(exc).__name__}: {said})", "**inputs"
-        ) from exc
+        raise no_text_alone(streaming, exc) from exc
 
 
 def _accepted(forward: Callable[..., Any], inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -205,8 +240,8 @@ def _accepted(forward: Callable[..., Any], inputs: Mapping[str, torch.Tensor]) -
     return {name: value for name, value in inputs.items() if name in parameters and name not in _NOT_INPUTS}
 
 
-def _embed(streaming: StreamingBaseModel, settings: SentenceSettings, inputs: Mapping[str, torch.Tensor]) -> Reading:
-    """The embedding of a sentence: of the model without its head, and of an encoder and a decoder, the encoder."""
+def _run_base(streaming: StreamingBaseModel, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The hidden states of a model without its head, and of an encoder and a decoder, of the encoder."""
 
     def work(model: Any) -> Any:
         base = model.get_encoder() if model.config.is_encoder_decoder else model.base_model
@@ -214,12 +249,23 @@ def _embed(streaming: StreamingBaseModel, settings: SentenceSettings, inputs: Ma
         uncached = {"use_cache": False} if "use_cache" in inspect.signature(base.forward).parameters else {}
         return base(**given, return_dict=True, **uncached).last_hidden_state
 
-    states = streaming.run(work)
+    found: torch.Tensor = streaming.run(work)
+    return found
+
+
+def _embed(settings: SentenceSettings, inputs: Mapping[str, torch.Tensor], states: torch.Tensor) -> Reading:
+    """The embedding of a sentence, of its hidden states."""
     mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).to(states.device)
     ignored = int(inputs["prompt_tokens"]) if "prompt_tokens" in inputs else 0
     vector = pool(states, mask, settings, ignored)
     how = {"modes": list(settings.modes), "normalised": settings.normalises, "from": "modules.json"}
     return Reading(embedding=vector[0].float().tolist(), pooling=how)
+
+
+def no_text_alone(streaming: StreamingBaseModel, exc: Exception) -> UnsupportedModelError:
+    """The error for a model that needs other inputs than a text; what it complained of shows which."""
+    said = " ".join(str(exc).split())[:200]
+    return _for_python(streaming, f"does not run on a text alone ({type(exc).__name__}: {said})", "**inputs")
 
 
 def _for_python(streaming: StreamingBaseModel, what: str, arguments: str) -> UnsupportedModelError:

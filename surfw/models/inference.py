@@ -11,16 +11,18 @@ from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from surfw.errors import ConfigurationError
+from surfw import tracing
+from surfw.errors import ConfigurationError, SurfwError
 from surfw.models.base import StreamingBaseModel, to_device
 from surfw.models.chat import encode_chat
-from surfw.models.heads import encode_texts, expect_text_model, generates, read_heads
-from surfw.models.measure import SPARE_POSITIONS
+from surfw.models.heads import encode_texts, expect_text_model, generates, no_text_alone, read_heads
+from surfw.models.measure import SPARE_POSITIONS, most_positions
 from surfw.models.options import expect_number
 from surfw.models.read_ahead import expect_ids, no_tokenizer
+from surfw.models.stopping import StopTexts, find_stops
 from surfw.models.text_stream import TextStream, cut_at_stop
 
 logger = logging.getLogger("surfw.models")
@@ -147,9 +149,10 @@ class TokenClock(BaseStreamer):
         if self._skip:
             self._skip = False
             return
+        now = time.perf_counter() - self.start
         for token in value.reshape(-1).tolist():  # several at a time where they were guessed (prompt lookup)
-            self.times.append(time.perf_counter() - self.start)
-            self._on_token(token, self.times[-1])
+            self.times.append(now)
+            self._on_token(token, now)
             if self._text is not None:
                 self._text.put(token)
 
@@ -211,8 +214,8 @@ def answer(
     except (ValueError, IndexError, RuntimeError) as exc:
         if any(exc is one for one in callers_own):
             raise
-        if complaint := _complaint(model, request, inputs["input_ids"].shape[-1], exc):
-            raise ConfigurationError(complaint) from exc
+        if (error := _explain(model, request, inputs["input_ids"].shape[-1], exc)) is not None:
+            raise error from exc
         raise
 
 
@@ -232,7 +235,9 @@ def find_remarks(model: StreamingBaseModel, request: InferenceRequest, prompt_to
         for setting in _OF_SEVERAL
         if (asked := getattr(own, setting, None) or 1) > 1
     ]
-    positions = getattr(model.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if model.guesses and (request.stop or getattr(model.model.generation_config, "stop_strings", None)):
+        remarks.append(f"{name} guesses no tokens ahead here: a stop text inside several at once would be missed")
+    positions = most_positions(model.model.config.get_text_config(decoder=True))
     if positions is not None and prompt_tokens > positions:
         remarks.append(
             f"the prompt has {prompt_tokens} tokens, and {name} was made for {positions} (max_position_embeddings): "
@@ -244,6 +249,15 @@ def find_remarks(model: StreamingBaseModel, request: InferenceRequest, prompt_to
             f"{positions} (max_position_embeddings): expect nonsense beyond, or ask for fewer (max_new_tokens)"
         )
     return remarks
+
+
+def _explain(
+    model: StreamingBaseModel, request: InferenceRequest, prompt_tokens: int, exc: Exception
+) -> SurfwError | None:
+    """The error for an exception of transformers, where a request or a model is to blame; None if neither is."""
+    if complaint := _complaint(model, request, prompt_tokens, exc):
+        return ConfigurationError(complaint)
+    return no_text_alone(model, exc) if isinstance(exc, IndexError) and not generates(model) else None
 
 
 def _complaint(model: StreamingBaseModel, request: InferenceRequest, prompt_tokens: int, exc: Exception) -> str | None:
@@ -258,13 +272,11 @@ def _complaint(model: StreamingBaseModel, request: InferenceRequest, prompt_toke
             if token is not None and not 0 <= token <= most:
                 return f"{name} has the generation setting {setting} = {token}, expected 0 to {most}"
     new_tokens = request.max_new_tokens if answers else 0
-    positions = getattr(model.model.config.get_text_config(), "max_position_embeddings", None)
+    positions = most_positions(model.model.config.get_text_config())
     if positions is None or prompt_tokens + new_tokens + SPARE_POSITIONS <= positions:
         return None
-    return (
-        f"{name} has positions for {positions} tokens, but the prompt has {prompt_tokens}, and {new_tokens} new ones "
-        "are asked for; ask for less"
-    )
+    asked = f", and {new_tokens} new ones are asked for; ask for less" if new_tokens else "; shorten it"
+    return f"{name} has positions for {positions} tokens, but the prompt has {prompt_tokens}{asked}"
 
 
 def encode_prompt(
@@ -327,33 +339,38 @@ def _generate(
     on_text: Callable[[str], None],
     on_token: Callable[[int, float], None],
 ) -> InferenceResult:
-    if request.stop and tokenizer is None:
-        raise ConfigurationError(f"{streaming.manifest.name} has no tokenizer, so no text can end its generation")
     inputs.pop("token_type_ids", None)
     prompt_tokens = inputs["input_ids"].shape[1]
     stalled: list[float] = []
 
     def note(token: int, seconds: float) -> None:
         stalled.append(streaming.metrics.seconds("stall"))
+        tracing.token()
         on_token(token, seconds)
 
     own: GenerationConfig = streaming.model.generation_config
-    stops = list(request.stop) or _own_stops(own, tokenizer, streaming.manifest.name)
+    stops = find_stops(own, request.stop, tokenizer, streaming.manifest.name, ignore_own=request.ignore_eos)
     text = TextStream(tokenizer, on_text, stops) if tokenizer is not None else None
     clock = TokenClock(text, note)
-    stopping: dict[str, Any] = {"stop_strings": stops, "tokenizer": tokenizer} if stops else {}
-    if text is not None and stops:
-        stopping["stopping_criteria"] = StoppingCriteriaList([_Withheld(text)])
+    stopping = StoppingCriteriaList()
+    if tokenizer is not None and text is not None and stops:
+        stopping.append(StopTexts(tokenizer, stops, text))
 
     def generate(model: Any) -> list[int]:
         """As the request says, and in no other way: what is left open would be taken from the model's own settings."""
-        streaming.leave_room(prompt_tokens, request.max_new_tokens)
         config = model.generation_config = generation_config(own, request)
         if request.seed is not None:
             torch.manual_seed(request.seed)
         given = to_device(inputs, streaming.device)
+
+        def run(guessing: Mapping[str, Any]) -> Any:
+            return model.generate(
+                generation_config=config, streamer=clock, stopping_criteria=stopping, **given, **past, **guessing
+            )[0]
+
         try:
-            tokens = model.generate(generation_config=config, streamer=clock, **given, **past, **stopping)[0]
+            size = prompt_tokens, request.max_new_tokens, 1
+            tokens = streaming.generate_with(size, run, guesses=not past and not stopping)
         finally:
             model.generation_config = own
         new: list[int] = tokens[1 if model.config.is_encoder_decoder else prompt_tokens :].tolist()
@@ -372,25 +389,6 @@ def _generate(
         tokens_per_second=len(new) / took if new else None,
         decode_stall_share=min(1.0, (stalled[-1] - stalled[0]) / decoding) if decoding else None,
     )
-
-
-class _Withheld(StoppingCriteria):
-    """Ends a generation where its text has one of those that end it, if the tokens alone did not show it."""
-
-    def __init__(self, text: TextStream) -> None:
-        self._text = text
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        return torch.full((input_ids.shape[0],), self._text.is_stopped, device=input_ids.device)
-
-
-def _own_stops(own: GenerationConfig, tokenizer: PreTrainedTokenizerBase | None, name: str) -> list[str]:
-    """The texts that end a generation by the model's own settings; they take a tokenizer to be seen."""
-    stops = getattr(own, "stop_strings", None) or []
-    if stops and tokenizer is None:
-        logger.warning("%s has texts that end a generation (stop_strings), which take a tokenizer: ignored", name)
-        return []
-    return [stops] if isinstance(stops, str) else list(stops)
 
 
 def generation_config(own: GenerationConfig, request: InferenceRequest) -> GenerationConfig:

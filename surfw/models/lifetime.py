@@ -24,6 +24,7 @@ from surfw.metrics import Metrics
 from surfw.models.assembly import ModelParts, assemble
 from surfw.models.client import Source, WeightClient
 from surfw.models.options import ConnectionOptions, OpenSettings
+from surfw.models.switching import switch_parts
 from surfw.runtime.run import Run, current_run, run_in_executor
 from surfw.skeleton.default_dtype import runs
 from surfw.source import check_pin, find_base, split_pin
@@ -180,6 +181,26 @@ class ModelLifetime:
                     if (layers := self._settings.limit.cache_layers) != settings.limit.cache_layers and layers:
                         parts.engine.resize(layers)  # it was set meanwhile
             return self._parts
+
+    def _switch(self, name: str) -> None:
+        """Have another model of the source from now on; the one there was is closed.
+
+        Raises:
+            ConfigurationError: the model runs in this thread.
+        """
+        old, run = self._open(), current_run.get() or Run()
+        if self._current is not None and self._current[1] == threading.get_ident():
+            raise ConfigurationError(f"{old.manifest.name} runs just now; switch to another model after that")
+        with self._holding(run):
+            before, self._wanted = self._wanted, name
+            try:
+                manifest, adapter = self._find_manifest()
+                parts = switch_parts(old, manifest, self._settings, self.metrics, adapter=adapter)
+            except BaseException:
+                self._wanted = before
+                raise
+            with self._state:
+                self._parts = parts
 
     def _open_here(self) -> ModelParts:
         """The parts, for callers in a thread where an event loop may run; those of a closed model still tell facts."""

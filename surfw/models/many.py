@@ -9,7 +9,7 @@ under the same scheduler, with the same prompts in the same order and the same m
 import threading
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Self, TypeAlias, cast
@@ -22,6 +22,8 @@ from surfw.errors import ConfigurationError, UnsupportedModelError
 from surfw.models.assembly import ModelParts
 from surfw.models.base import StreamingBaseModel
 from surfw.models.inference import InferenceRequest, InferenceResult, encode_prompt, generation_config
+from surfw.models.stopping import StopTexts, find_stops
+from surfw.models.text_stream import TextStream, cut_at_stop
 from surfw.runtime.kv_cache import kv_cost
 
 PAGE_TOKENS = 32
@@ -33,7 +35,7 @@ MOST_SEQUENCES = 64
 MOST_TOKENS = 512
 """So many tokens are computed in a pass: one of each sequence that generates, and the rest of prompts."""
 
-_SHARED = ("temperature", "top_p", "top_k", "seed")
+SHARED = ("temperature", "top_p", "top_k", "seed")
 """What is the same for all prompts of a run, as their tokens are sampled together."""
 
 _SPARE_PAGES = 2
@@ -146,6 +148,8 @@ class _Sequence:
     index: int
     request: InferenceRequest
     ids: list[int]
+    stops: Sequence[str] = ()
+    stopping: tuple[TextStream, StopTexts] | None = None
     told: int = 0  # how many of its tokens its reader has seen
 
     @property
@@ -336,7 +340,7 @@ class _Batch:
             sequence.ids,
             request_id=key,
             max_new_tokens=request.max_new_tokens,
-            streaming=tells or bool(request.stop),
+            streaming=tells or bool(sequence.stops),
             eos_token_id=_NO_TOKEN if request.ignore_eos else self._ends,
         )
 
@@ -402,23 +406,32 @@ class _Answering:
                 continue
             try:
                 ids = encode_prompt(self._model, self._tokenizer, request)["input_ids"][0].tolist()
+                stops = self._stops(request)
             except ConfigurationError as exc:
                 self._on_result(ManyResult(index=index, error=str(exc)))
                 continue
-            if ids:
-                sequences.append(_Sequence(index, request, ids))
-            else:
+            if not ids:
                 self._on_result(ManyResult(index=index, error="the prompt has no tokens"))
+                continue
+            sequence = _Sequence(index, request, ids, stops)
+            if self._tokenizer is not None and stops:
+                text = TextStream(self._tokenizer, lambda _: None, stops)
+                sequence.stopping = (text, StopTexts(self._tokenizer, stops, text))
+            sequences.append(sequence)
         return sequences
 
     def _mistake(self, request: InferenceRequest) -> str | None:
         """What of a request does not go with the others, or with the model."""
-        for name in _SHARED:
+        for name in SHARED:
             if getattr(request, name) != getattr(self._shared, name):
                 return f"{name} is {getattr(request, name)}, but it is the same for all prompts of a run"
-        if request.stop and self._tokenizer is None:
-            return f"{self._model.manifest.name} has no tokenizer, so no text can end its generation"
         return None
+
+    def _stops(self, request: InferenceRequest) -> list[str]:
+        """The texts that end an answer, as for a prompt alone."""
+        own = cast("Any", self._model.model).generation_config
+        name = self._model.manifest.name
+        return find_stops(own, request.stop, self._tokenizer, name, ignore_own=request.ignore_eos)
 
     def run(self, batch: _Batch, waiting: deque[_Sequence], check: Callable[[], None]) -> None:
         """Answer the prompts that wait, and all that come, until there are none or the next one needs a larger cache.
@@ -447,20 +460,29 @@ class _Answering:
 
     def _tell(self, batch: _Batch, sequence: _Sequence, tokens: list[int], *, ended: bool) -> bool:
         """Hand tokens on; returns whether this was the end of a sequence."""
-        is_wanted = True
-        if self._on_tokens is not None and len(tokens) > sequence.told:
-            is_wanted = self._on_tokens(sequence.index, tokens[sequence.told :]) is not False
-            sequence.told = len(tokens)
-        is_over, stops = ended or not is_wanted, sequence.request.stop
-        if not is_over and not stops:
+        end = _find_end(sequence, tokens)
+        tokens, is_over = tokens[:end], ended or end is not None
+        new, sequence.told = tokens[sequence.told :], len(tokens)
+        if self._on_tokens is not None and new:
+            is_over |= self._on_tokens(sequence.index, new) is False
+        if not is_over:
             return False
         text = str(self._tokenizer.decode(tokens, skip_special_tokens=True)) if self._tokenizer is not None else ""
-        at = [place for one in stops if (place := text.find(one)) >= 0]
-        if not is_over and not at:
-            return False
-        if at:
-            text = text[: min(at)]
         batch.stop(sequence)
-        result = InferenceResult(text=text, token_ids=list(tokens), prompt_tokens=len(sequence.ids))
+        result = InferenceResult(
+            text=cut_at_stop(text, sequence.stops), token_ids=list(tokens), prompt_tokens=len(sequence.ids)
+        )
         self._on_result(ManyResult(index=sequence.index, result=result))
         return True
+
+
+def _find_end(sequence: _Sequence, tokens: list[int]) -> int | None:
+    """How many tokens a sequence has with the one that completes a text which ends it; None if none of the new does."""
+    if sequence.stopping is None:
+        return None
+    shown, stops = sequence.stopping
+    for count in range(sequence.told + 1, len(tokens) + 1):
+        shown.put(tokens[count - 1])
+        if stops.is_over([*sequence.ids, *tokens[:count]]):
+            return count
+    return None

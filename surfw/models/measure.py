@@ -94,7 +94,10 @@ Fetch = Callable[[int, int, memoryview], Awaitable[object]]
 def measure_reading(parts: ModelParts) -> Reading | None:
     """Read streamed chunks for a while, each at most once; None if there are none."""
     plan, manifest = (parts.below or parts.engine).plan, parts.manifest
-    streamed = ((chunk, parts.forms.form(chunk)) for chunk in manifest.chunks if chunk.name in plan.streamed)
+    names = set(plan.streamed)
+    if plan.expert_bytes < plan.all_expert_bytes:
+        names |= {chunk.name for one in manifest.experts.values() for chunk in one.chunks}
+    streamed = ((chunk, parts.forms.form(chunk)) for chunk in manifest.chunks if chunk.name in names)
     forms = [(chunk, form) for chunk, form in streamed if form.stored_bytes]
 
     async def read(source: ChunkSource) -> Reading:
@@ -267,10 +270,16 @@ class _Stopwatch:
         return self._metrics.seconds("forward") - self._metrics.seconds("stall")
 
 
+def most_positions(config: Any) -> int | None:
+    """How many tokens a model was made for; None for any number, which some configurations call -1."""
+    positions = getattr(config, "max_position_embeddings", None)
+    return positions if isinstance(positions, int) and positions > 0 else None
+
+
 def _passes(model: Any, prompt_tokens: int) -> tuple[Callable[[], Any], Callable[[], Any]]:
     """A first forward, and one that can be repeated: without the encoder, where a decoder follows it."""
     config = model.config.get_text_config()
-    positions = getattr(config, "max_position_embeddings", None) or prompt_tokens + SPARE_POSITIONS
+    positions = most_positions(config) or prompt_tokens + SPARE_POSITIONS
     tokens = 1 if model.can_generate() else max(1, min(prompt_tokens, positions - SPARE_POSITIONS))
     ids = torch.full((1, tokens), _harmless_id(config), dtype=torch.int64, device=model.device)
     options: dict[str, Any] = {}

@@ -15,6 +15,7 @@ from surfw.config import (
     CodecChoice,
     OnMissing,
     Policy,
+    SourceOrder,
     TlsFiles,
     check_codec,
     check_on_missing,
@@ -45,6 +46,8 @@ class ConnectionOptions(TypedDict, total=False):
     offline: bool | None
     deadline: float | None
     encryption_key_file: str | os.PathLike[str] | None
+    verify_key: str | os.PathLike[str] | None
+    source_order: SourceOrder
 
 
 class ModelOptions(ConnectionOptions, total=False):

@@ -9,11 +9,12 @@ from typing import Any
 
 from surfw.chunking.in_place import publish_place
 from surfw.client import open_wire_source
-from surfw.config import TlsFiles, display_url, expect, is_server_url
+from surfw.config import SourceOrder, TlsFiles, check_source_order, display_url, expect, is_server_url
 from surfw.encryption import DecryptingSource, EncryptionKey, read_key
 from surfw.errors import ConfigurationError
 from surfw.models.disk_options import DiskOptions, OpenSource
 from surfw.retry import RetryPolicy
+from surfw.signing import VerifyingSource, VerifyKeys, read_verify_keys
 from surfw.source import ChunkSource
 from surfw.sources.failover import Failover
 from surfw.storage import StorageBackend, open_backend
@@ -43,11 +44,15 @@ class Connection:
     disk: DiskOptions
     deadline: float | None
     encryption_key_file: str | os.PathLike[str] | None
+    verify_key: str | os.PathLike[str] | None
+    source_order: SourceOrder
 
     def __post_init__(self) -> None:
         """Check the values."""
         expect("storage_options", self.storage_options, Mapping | None, "a mapping of names to values, or None")
-        expect("encryption_key_file", self.encryption_key_file, str | os.PathLike | None, "a file or None")
+        for name in ("encryption_key_file", "verify_key"):
+            expect(name, getattr(self, name), str | os.PathLike | None, "a file or None")
+        check_source_order(self.source_order)
         expect("token", self.token, str | None, "a text or None")
         expect("ssl", self.ssl, SSLContext | TlsFiles | None, "an ssl.SSLContext, TlsFiles or None")
         expect("retry", self.retry, RetryPolicy | None, "a RetryPolicy or None")
@@ -84,6 +89,8 @@ class Connection:
             open_source = self.disk.wrap([one for one, _ in found], open_source)
         if self.encryption_key_file is not None:  # in front of the disk, where everything stays encrypted
             open_source = partial(_open_encrypted, open_source, read_key(self.encryption_key_file))
+        if self.verify_key is not None:  # in front of all, for what a disk cache was told may be wrong, too
+            open_source = partial(_open_verified, open_source, read_verify_keys(self.verify_key))
         return url, open_source
 
     def _tls_for(self, place: object, places: Sequence[object]) -> SSLContext | TlsFiles | None:
@@ -105,11 +112,15 @@ class Connection:
 
     async def _open_all(self, found: Sequence[tuple[str, OpenSource]]) -> ChunkSource:
         """Several sources as one; none is contacted yet."""
-        return Failover(found, retry=self.retry, deadline_seconds=self.deadline)
+        return Failover(found, retry=self.retry, deadline_seconds=self.deadline, by_speed=self.source_order == "speed")
 
 
 async def _open_encrypted(open_source: OpenSource, key: EncryptionKey) -> ChunkSource:
     return DecryptingSource(await open_source(), key)
+
+
+async def _open_verified(open_source: OpenSource, keys: VerifyKeys) -> ChunkSource:
+    return VerifyingSource(await open_source(), keys)
 
 
 def _locate(source: object, open_place: Callable[[str], Coroutine[Any, Any, ChunkSource]]) -> tuple[str, OpenSource]:

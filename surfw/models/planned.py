@@ -127,7 +127,9 @@ class PlannedModel:
         share = coded.share if coded else 1.0
         stored_bytes = sum(form.stored_bytes for chunk in manifest.chunks for form in chunk.forms)
         in_memory = plan_residency(needs, Limit(budget_bytes=least)).bytes_per_pass
-        read_bytes = in_memory * stored_bytes / max(1, sum(needs.sizes.values()))  # memory is in whole pages
+        read_bytes = (
+            in_memory * stored_bytes / max(1, sum(needs.sizes.values()) + needs.expert_bytes)
+        )  # memory is in whole pages
         seconds = read_bytes * share / disk.bytes_per_second if disk else 0.0
         if coded:
             seconds += read_bytes / coded.decoded_per_second  # as `runtime.forms` reckons, it overlaps with nothing

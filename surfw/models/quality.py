@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from surfw.config import MIB
 from surfw.errors import ConfigurationError, ModelError, UnsupportedModelError
+from surfw.models.measure import most_positions
 from surfw.models.streaming import StreamingModel
 from surfw.skeleton.guards import foreign_errors
 
@@ -252,7 +253,7 @@ def measure_forms(
 
 
 def _passage_tokens(config: Any) -> int:
-    positions = getattr(config, "max_position_embeddings", None) or _PASSAGE_TOKENS + _SPARE_POSITIONS
+    positions = most_positions(config) or _PASSAGE_TOKENS + _SPARE_POSITIONS
     return int(min(_PASSAGE_TOKENS, max(2, positions - _SPARE_POSITIONS)))
 
 

@@ -15,6 +15,7 @@ import asyncio
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from surfw import tracing
 from surfw.codec import choose_form, for_run
 from surfw.config import MB, CodecChoice
 from surfw.errors import ConfigurationError
@@ -71,6 +72,7 @@ class ReadAhead(SourceInFront):
         self.url = source.url
         super().__init__(source)
         self._manifest = for_run(manifest, codec, where=source.url)
+        self._next, self._stored = self._manifest, manifest
         self._wanted = wanted
         self._name = adapter or manifest.name
         self._files: dict[str, asyncio.Task[bytes]] = {}
@@ -120,7 +122,9 @@ class ReadAhead(SourceInFront):
             self._free_bytes -= form.stored_bytes
             memory = Buffer(form.stored_bytes).view[: form.stored_bytes]
             read = Read(chunk, form, 0, form.stored_bytes, memory)
-            await self._source.fetch(self._manifest, [read], priority=priority)
+            about = {"layer": chunk.name, "bytes": form.stored_bytes, "form": form.codec, "tier": "host"}
+            with tracing.span("fetch", f"fetch {chunk.name}", **about):
+                await self._source.fetch(self._manifest, [read], priority=priority)
             return View(memory, lambda: None, is_mapped=False)
 
     async def resolve(self, name: str | None) -> str:
@@ -128,8 +132,11 @@ class ReadAhead(SourceInFront):
         return self._name if name == self._wanted else await self._source.resolve(name)
 
     async def manifest(self, model: str) -> Manifest:
-        """The manifest of a model."""
-        return self._manifest if model == self._manifest.name else await self._source.manifest(model)
+        """The manifest of a model: for the first who asks, what the chunks are read ahead by; else as it is stored."""
+        if model != self._manifest.name:
+            return await self._source.manifest(model)
+        found, self._next = self._next, self._stored
+        return found
 
     async def file(self, manifest: Manifest, path: str) -> bytes:
         """A tokenizer file, which may have been read."""

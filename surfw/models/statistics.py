@@ -8,6 +8,7 @@ from surfw.config import MB
 from surfw.metrics import Metrics, hit_rate
 from surfw.models.assembly import LimitedBy, ModelParts
 from surfw.models.progress import Outage, Progress
+from surfw.models.speculation import Speculation, SpeculationFacts
 
 
 class CacheInfo(TypedDict):
@@ -89,13 +90,35 @@ class PlanFacts(TypedDict):
     bytes_per_pass: int
 
 
+class ExpertCounts(TypedDict):
+    """What was found in memory of the experts of a mixture, when a router had chosen them.
+
+    Each module counts an expert once in a forward, however many tokens it computes. `fetched_bytes` are those of
+    `CacheCounts` that were read for experts. Of `guesses` at the experts that the next layer would use, `foreseen` were
+    right.
+    """
+
+    hits: int
+    loads: int
+    hit_rate: float
+    resident_bytes: int
+    fetched_bytes: int
+    guesses: int
+    foreseen: int
+
+
 class Statistics(TypedDict):
-    """All statistics; `plan` is None for a model that is not open."""
+    """All statistics; `plan` is None for a model that is not open.
+
+    `experts` is None for one that is no mixture, `speculation` for one that does not guess.
+    """
 
     cache: CacheCounts
     time: RunTimes
     fetch_latency_seconds: dict[str, float]
     plan: PlanFacts | None
+    experts: ExpertCounts | None
+    speculation: SpeculationFacts | None
 
 
 def cache_info(metrics: Metrics, parts: ModelParts | None, cache_size: int) -> CacheInfo:
@@ -124,7 +147,9 @@ def inference_stats(metrics: Metrics) -> InferenceStats:
     }
 
 
-def full_statistics(metrics: Metrics, parts: ModelParts | None, refetched_blocks: int) -> Statistics:
+def full_statistics(
+    metrics: Metrics, parts: ModelParts | None, refetched_blocks: int, speculation: Speculation | None = None
+) -> Statistics:
     """All statistics, in the form that `surfw infer --json` prints."""
     hits, misses = _counts(metrics)
     return {
@@ -149,6 +174,8 @@ def full_statistics(metrics: Metrics, parts: ModelParts | None, refetched_blocks
         },
         "fetch_latency_seconds": metrics.latency("fetch").percentiles(50, 95),
         "plan": _plan_facts(metrics, parts) if parts else None,
+        "experts": _expert_counts(metrics, parts) if parts and parts.manifest.experts else None,
+        "speculation": speculation.facts() if speculation is not None else None,
     }
 
 
@@ -205,6 +232,19 @@ def _plan_facts(metrics: Metrics, parts: ModelParts) -> PlanFacts:
         "pinned": len(plan.pinned),
         "streamed": len(plan.streamed),
         "bytes_per_pass": plan.bytes_per_pass,
+    }
+
+
+def _expert_counts(metrics: Metrics, parts: ModelParts) -> ExpertCounts:
+    hits, loads = metrics.count("expert_hits"), metrics.count("expert_loads")
+    return {
+        "hits": hits,
+        "loads": loads,
+        "hit_rate": hit_rate(hits, loads),
+        "resident_bytes": parts.engine.experts.resident_bytes,
+        "fetched_bytes": metrics.count("expert_bytes"),
+        "guesses": metrics.count("expert_guesses"),
+        "foreseen": metrics.count("experts_foreseen"),
     }
 
 

@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callab
 from dataclasses import replace
 from functools import partial
 from typing import Any, Self, TypeAlias, Unpack, overload
+from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedTokenizerBase
 
@@ -16,11 +17,14 @@ from surfw.errors import ConfigurationError, SurfwError, UnsupportedModelError
 from surfw.manifest import ModelFile
 from surfw.models.base import StreamingBaseModel
 from surfw.models.client import Source
+from surfw.models.heads import generates
 from surfw.models.inference import GenerationOptions, InferenceRequest, answer
 from surfw.models.many import MOST_SEQUENCES, Feed, ManyResult, OnTokens, answer_many, feeding
+from surfw.models.many_encoded import encode_many
 from surfw.models.options import ModelOptions, OpenOptions, expect_number
+from surfw.models.session import Line, Session
 from surfw.models.tokenizer import open_tokenizer
-from surfw.runtime.run import current_run
+from surfw.runtime.run import Run, current_run
 from surfw.threads import refuse_event_loop
 
 _AHEAD = 16
@@ -41,6 +45,7 @@ class StreamingModel(StreamingBaseModel):
     _tokenizer: PreTrainedTokenizerBase | SurfwError | None = None
     _tokenizer_read = False
     _tokenizer_files: tuple[ModelFile, ...] = ()
+    _lines: "WeakKeyDictionary[asyncio.AbstractEventLoop, Line] | None" = None
 
     @property
     def tokenizer(self) -> Any:
@@ -83,6 +88,10 @@ class StreamingModel(StreamingBaseModel):
         files = adapter.files if adapter is not None and adapter.files else self.manifest.files
         if self._tokenizer_read and files != self._tokenizer_files:
             self._read_tokenizer()
+
+    def _switch(self, name: str) -> None:
+        super()._switch(name)
+        self._read_tokenizer()
 
     async def __aenter__(self) -> Self:
         """Open the model, if it is not open, and read its tokenizer, without blocking the event loop."""
@@ -128,7 +137,8 @@ class StreamingModel(StreamingBaseModel):
 
         Each pass over the layers computes a token for every sequence, so while weights stream, many answers take hardly
         longer than one; a sequence that has ended makes place for the next prompt. Token ids are those that the
-        resident model gives under transformers' continuous batching of the same prompts.
+        resident model gives under transformers' continuous batching of the same prompts. An encoder reads texts of
+        like length in one pass, and gives what the resident model gives for the same batch.
 
         Args:
             prompts: texts, lists of token ids, or `InferenceRequest`s with a `max_new_tokens`, `stop`, `ignore_eos`,
@@ -139,7 +149,7 @@ class StreamingModel(StreamingBaseModel):
             **options: as of `stream`, for every prompt that brings none of its own.
 
         Raises:
-            UnsupportedModelError: the model does not generate, has an encoder, or transformers cannot batch it.
+            UnsupportedModelError: the model generates from an encoder, or transformers cannot batch it.
             ConfigurationError: an option cannot be used. What is wrong with one prompt is its result.
             SurfwError: weights could not be read.
         """
@@ -183,6 +193,29 @@ class StreamingModel(StreamingBaseModel):
                 if not task.cancelled():
                     task.exception()
 
+    def session(self, **options: Unpack[GenerationOptions]) -> Session:
+        """A session of this model: what its sessions ask for at the same time runs together, in each pass.
+
+        They share the layers in memory, and the stream of the others. Token ids are those of `generate_many`. All
+        sessions that run together belong to one event loop, in which this is called.
+
+        Args:
+            **options: as of `stream`, for every request that brings none of its own.
+
+        Raises:
+            ConfigurationError: an option cannot be used, or no event loop runs here.
+        """
+        InferenceRequest(prompt_ids=(0,), **options)  # or say what of them is wrong
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            raise ConfigurationError(
+                "a session belongs to an event loop, and none runs here; use 'async def'"
+            ) from None
+        if self._lines is None:
+            self._lines = WeakKeyDictionary()
+        return Session(self.find_tokenizer, self._lines.setdefault(loop, Line(self)).add, options)
+
     def answer_many(
         self,
         prompts: Iterable[Prompt],
@@ -215,10 +248,26 @@ class StreamingModel(StreamingBaseModel):
         on_tokens: OnTokens | None,
         sequences: int,
     ) -> None:
+        parts, tokenizer = self._open_here(), self.find_tokenizer()
+        if not generates(self):
+            self._encode_many(feed, on_result, sequences)
+            return
         answer_many(
-            self, self._open_here(), self.find_tokenizer(), feed, shared=InferenceRequest(prompt_ids=(0,), **options),
+            self, parts, tokenizer, feed, shared=InferenceRequest(prompt_ids=(0,), **options),
             on_result=on_result, on_tokens=on_tokens, most_sequences=sequences,
         )  # fmt: skip
+
+    def _encode_many(self, feed: Feed, on_result: Callable[[ManyResult], None], most_texts: int) -> None:
+        run = current_run.get() or Run()
+        outer = current_run.set(run)  # of each pass, too
+        try:
+            with self._holding(run):
+                encode_many(
+                    self, self._open_here(), self.find_tokenizer(), feed, on_result=on_result, check=run.check,
+                    most_texts=most_texts,
+                )  # fmt: skip
+        finally:
+            current_run.reset(outer)
 
     async def _stream(self, request: InferenceRequest) -> AsyncGenerator[Any, None]:
         """The pieces of a generation: of text for a text, token ids for token ids."""
@@ -238,7 +287,8 @@ class StreamingModel(StreamingBaseModel):
     def _generate_for(self, request: InferenceRequest, give: Callable[[Any], None]) -> None:
         self._expect_generation()
         is_text = request.prompt is not None
-        tokenizer = self.find_tokenizer() if is_text or request.stop else None
+        stops = request.stop or getattr(self.model.generation_config, "stop_strings", None)
+        tokenizer = self.find_tokenizer() if is_text or stops else None
         if is_text:
             answer(self, tokenizer, request, on_text=lambda text: give(text) if text else None)
         else:

@@ -47,12 +47,13 @@ class Buffer:
 
     Attributes:
         is_locked: whether a device has locked its pages, so that it can read them itself.
+        is_shared: whether several models may hold it, so that nobody writes to it again.
     """
 
     def __init__(self, size_bytes: int) -> None:
         """Map at least `size_bytes`."""
         self.capacity_bytes = buffer_capacity(size_bytes)
-        self.is_locked = False
+        self.is_locked = self.is_shared = False
         huge_bytes = size_bytes // _HUGE * _HUGE
         mapped_bytes = -(-size_bytes // _HUGE) * _HUGE if huge_bytes else self.capacity_bytes  # whole, to be aligned
         try:
@@ -65,3 +66,10 @@ class Buffer:
                 if mapped_bytes > huge_bytes:
                     self._map.madvise(mmap.MADV_NOHUGEPAGE, huge_bytes, mapped_bytes - huge_bytes)
         self.view = memoryview(self._map)[: self.capacity_bytes]
+
+    @classmethod
+    def over(cls, view: memoryview) -> "Buffer":
+        """Memory that another object maps: page-aligned, and of whole pages."""
+        buffer = cls.__new__(cls)
+        buffer.capacity_bytes, buffer.is_locked, buffer.view = view.nbytes, False, view
+        return buffer

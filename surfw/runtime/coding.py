@@ -20,15 +20,7 @@ from surfw.manifest import Chunk
 from surfw.runtime.buffers import Buffer, buffer_capacity
 from surfw.runtime.coding_plan import USUAL_SHARE
 from surfw.runtime.device import DEVICE_ALIGNMENT, Copy, Device
-from surfw.runtime.exponents import (
-    MOST_SHARE,
-    Piece,
-    are_worth_it,
-    cut,
-    encode,
-    room_bytes,
-    scratch_bytes,
-)
+from surfw.runtime.exponents import MOST_SHARE, Piece, cut, encode, room_bytes, scratch_bytes
 from surfw.runtime.loader import flat_view, held_bytes, packed_form
 from surfw.skeleton.dtypes import torch_dtype
 
@@ -167,7 +159,7 @@ class Coder:
                     "weights are copied to %s as they are, since they cannot be coded there: %s", device.name, said
                 )
             return None
-        return Coded(tuple(pieces)) if are_worth_it([piece for piece, _ in pieces]) else None
+        return Coded(tuple(pieces))
 
     def gave_up(self) -> bool:
         """Whether it was found not to pay."""

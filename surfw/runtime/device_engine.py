@@ -13,8 +13,10 @@ import torch
 from surfw.metrics import Metrics
 from surfw.runtime.coding_plan import copied_per_pass, plan_device
 from surfw.runtime.device import Device
+from surfw.runtime.device_experts import DeviceExperts
 from surfw.runtime.device_tier import DeviceTier
 from surfw.runtime.engine import Engine
+from surfw.runtime.experts import ExpertPool
 from surfw.runtime.host import Tier
 from surfw.runtime.lender import Lender
 from surfw.runtime.loader import Loader
@@ -68,6 +70,9 @@ class DeviceEngine(Engine):
     def _open_tier(self, loader: Loader, io: IoThread, plan: ResidencyPlan) -> Tier:
         return DeviceTier(self.below, loader, io, self.device, metrics=self.metrics, plan=plan)
 
+    def _open_experts(self, loader: Loader, io: IoThread, plan: ResidencyPlan) -> ExpertPool:
+        return DeviceExperts(self.below.experts, self.device, self.metrics)
+
     @contextmanager
     def running(self, run: Run, *, prefetch: bool = True) -> Iterator[None]:
         """As of `Engine`: rows of tables are read for the same run."""
@@ -103,6 +108,10 @@ class DeviceEngine(Engine):
         finally:
             self.below.close()
             self.device.close()
+
+    def shrink(self, size_bytes: int) -> tuple[int, int] | None:
+        """As of `Engine`, of host memory."""
+        return self.below.shrink(size_bytes)
 
     @property
     def claimed_bytes(self) -> int:

@@ -10,12 +10,14 @@ Invariant: a chunk of the host tier is held from before the copy is issued until
 
 import asyncio
 import threading
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 
 import torch
 
+from surfw import tracing
 from surfw.errors import ModelClosedError
 from surfw.manifest import Chunk
 from surfw.metrics import Metrics
@@ -39,21 +41,21 @@ class DeviceContents:
 
     Attributes:
         chunk: the chunk that it holds or receives.
+        size_bytes: what is copied of it.
         memory: of its own: uint8, of shape (bytes,); empty once the slot is gone.
         load: done when the copy has been issued, or could not be.
         copied: the copy, or what decodes it.
-        stream: on which the chunk was used last; None before.
-        is_used: whether it was.
+        streams: those that it was used on.
         is_gone: whether the slot is no longer this chunk's, so that nothing may be copied to its memory.
         tensors: parameters over the memory, made at the first use.
     """
 
     chunk: Chunk
+    size_bytes: int
     memory: torch.Tensor
     load: "Future[None]" = field(init=False)
     copied: Copy | None = None
-    stream: object = None
-    is_used: bool = False
+    streams: set[object] = field(default_factory=set)
     is_gone: bool = False
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
 
@@ -112,7 +114,7 @@ class DeviceTier:
         if memory is None or memory.numel() < slot.size_bytes:
             memory = None  # gone before there is a larger one
             memory = self._device.allocate(slot.size_bytes)
-        contents = DeviceContents(self._host.manifest.by_name[slot.name], memory)
+        contents = DeviceContents(self._host.manifest.by_name[slot.name], self._plan.sizes[slot.name], memory)
         lent = self._host.lend_ready(slot.name)
         if isinstance(lent, Coded) or (lent is not None and not self._is_to_be_coded(slot.name)):
             self._copy(contents, lent)
@@ -143,7 +145,7 @@ class DeviceTier:
         """
         self.check(contents)
         assert contents.copied is not None, f"{contents.chunk.name} is loaded and was not copied"
-        contents.stream, contents.is_used = self._device.wait(contents.copied), True
+        contents.streams.add(self._device.wait(contents.copied))
         if not contents.tensors:
             views = self._loader.tensors_in(contents.chunk, contents.memory)
             contents.tensors = {name: as_parameter(view) for name, view in views.items()}
@@ -169,8 +171,8 @@ class DeviceTier:
             contents.is_gone = True
             memory, contents.memory = contents.memory, _NOTHING  # a load that failed may keep the contents
         contents.load.cancel()
-        if contents.is_used:
-            self._device.wait_for_computing(contents.stream)
+        for stream in contents.streams:
+            self._device.wait_for_computing(stream)
         if slot.in_ring and memory.numel() == self._plan.ring_bytes:
             self.spare.append(memory)
 
@@ -221,8 +223,7 @@ class DeviceTier:
             return
         coded = None
         try:
-            size = self._plan.sizes[name]
-            coded = self._coder.encode(memory[:size], contents.copied, lambda: contents.is_gone)
+            coded = self._coder.encode(memory[: contents.size_bytes], contents.copied, lambda: contents.is_gone)
         finally:
             self._host.settle(name, coded, is_gone=contents.is_gone)
             if self._coder.gave_up():
@@ -234,35 +235,48 @@ class DeviceTier:
         Returns:
             The copy, or what decodes it; None if the chunk's slot is gone.
         """
-        name, size = contents.chunk.name, self._plan.sizes[contents.chunk.name]
+        name = contents.chunk.name
         try:
             with self._issuing:
-                if contents.is_gone:
-                    self._give_back(name, lent)
-                    return None
-                if isinstance(lent, Coded):
-                    copies, contents.copied = self._coder.copy(lent, contents.memory[:size])
-                else:
-                    assert isinstance(lent.memory, Buffer), f"{name} is mapped, and a device cannot read it there"
-                    contents.copied = self._device.copy(contents.memory[:size], flat_view(lent.memory)[:size])
-                    copies = [contents.copied]
-            self._await_at_end(self._io.submit(self._return(copies, name, lent)))
+                copies = () if contents.is_gone else self._issue(contents, lent)
+            if copies:
+                self._await_at_end(self._io.submit(self._return(copies, contents, lent)))
         except BaseException:
-            self._give_back(name, lent)
+            try:
+                self._device.synchronize()  # some of it may have been issued
+            finally:
+                self._give_back(name, lent)
             raise
+        if not copies:
+            self._give_back(name, lent)
+            return None
         return contents.copied
+
+    def _issue(self, contents: DeviceContents, lent: Contents | Coded) -> Sequence[Copy]:
+        """Issue the copies of a chunk."""
+        into = contents.memory[: contents.size_bytes]
+        if isinstance(lent, Coded):
+            copies, contents.copied = self._coder.copy(lent, into)
+            return copies
+        assert isinstance(lent.memory, Buffer), f"{contents.chunk.name} is mapped, and a device cannot read it there"
+        contents.copied = self._device.copy(into, flat_view(lent.memory)[: contents.size_bytes])
+        return (contents.copied,)
 
     def _await_at_end(self, job: Job[None]) -> Job[None]:
         self._unfinished.add(job)
         job.add_done_callback(self._unfinished.discard)
         return job
 
-    async def _return(self, copies: Sequence[Copy], name: str, lent: Contents | Coded) -> None:
+    async def _return(self, copies: Sequence[Copy], contents: DeviceContents, lent: Contents | Coded) -> None:
         """Give a chunk back once it is copied."""
+        name = contents.chunk.name
         try:
             await in_thread(copies[-1].synchronize)
-            self._metrics.add("copied_bytes", lent.nbytes if isinstance(lent, Coded) else self._plan.sizes[name])
-            self._metrics.add_seconds("copy", sum(one.seconds() for one in copies))
+            self._metrics.add("copied_bytes", lent.nbytes if isinstance(lent, Coded) else contents.size_bytes)
+            self._metrics.add_seconds("copy", seconds := sum(one.seconds() for one in copies))
+            if (trace := tracing.current()) is not None:
+                now = time.perf_counter()
+                trace.add("copy", f"copy {name}", now - seconds, now, {"layer": name, "tier": "device"})
         finally:
             self._give_back(name, lent)
 

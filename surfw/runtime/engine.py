@@ -14,7 +14,7 @@ is not used for another chunk; a failed load is reported to the one who needs th
 
 import logging
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -23,10 +23,12 @@ from typing import Any, ClassVar
 
 import torch
 
+from surfw import tracing
 from surfw.config import MIB, format_size
 from surfw.errors import ConfigurationError, ModelClosedError
 from surfw.manifest import Manifest, Use
 from surfw.metrics import Metrics
+from surfw.runtime.experts import ExpertPool
 from surfw.runtime.host import HostTier, Tier
 from surfw.runtime.loader import Loader
 from surfw.runtime.packed import values_of
@@ -52,6 +54,7 @@ class Engine:
         table: which chunk is in which slot.
         host: the memory of the slots.
         rows: reads rows of tables for the run that the engine works for.
+        experts: brings the experts that a router chooses.
         watches_layers: whether it is told of each module that runs also where all of them stay; if not, of each pass.
         reached: the chunks of the module that execution has reached last.
     """
@@ -94,6 +97,7 @@ class Engine:
         self.manifest = manifest
         self.metrics = metrics
         self.limit = limit
+        self._ahead = prefetch
         self._io = io
         self._source = loader.source
         self._units = tables or {}
@@ -107,11 +111,11 @@ class Engine:
         self._closed = False
         self._run = Run()
         self._runner: int | None = None  # the thread that has a run
-        self._ahead = prefetch
         self._asked = _DEMAND
         self._beside_bytes = 0
         self.reached: tuple[str, ...] = ()
         reader = partial(RowReader, loader.source, manifest, io, metrics, dtypes=loader.dtypes)
+        self.experts = self._open_experts(loader, io, plan)
         self.rows = reader(run=lambda: self._run, scratch_bytes=rows_bytes, keep_bytes=rows_bytes)
         self._outside = reader(scratch_bytes=_OUTSIDE_BYTES, keep_bytes=0)
         self._reading = threading.Lock()  # held while a tensor is read outside of a run
@@ -120,6 +124,12 @@ class Engine:
     def _open_tier(self, loader: Loader, io: IoThread, plan: ResidencyPlan) -> Tier:
         """The memory of the slots."""
         return HostTier(self.manifest, loader, io, self.metrics, plan)
+
+    def _open_experts(self, loader: Loader, io: IoThread, plan: ResidencyPlan) -> ExpertPool:
+        """The memory of experts."""
+        return ExpertPool(
+            self.manifest, loader, io=io, metrics=self.metrics, plan=plan, run=lambda: self._run, is_ahead=self._ahead
+        )
 
     def _plan(self, needs: Needs, limit: Limit) -> ResidencyPlan:
         """The plan for these needs under this limit."""
@@ -317,17 +327,24 @@ class Engine:
                 self._obey(self.table.fetch(names))
             return [(name, self.host[name].load) for name in names if name in self.table]
 
+    def keep_only(self, names: Collection[str]) -> None:
+        """Forget all chunks that are not in use but these."""
+        with self._lock:
+            self._obey(self.table.clear(names))
+
     def clear(self) -> None:
         """Forget every chunk that is not in use, and give its memory back."""
         with self._lock:
             self._obey(self.table.clear())
             self.host.spare.clear()
+            self.experts.clear()
 
     def close(self) -> None:
         """Cancel what is in flight and let go of all memory."""
         with self._lock:
             self._closed = True
             self.table.forget(list(self.table))
+            self.experts.close()
             self.host.close()
 
     # The plan.
@@ -418,25 +435,41 @@ class Engine:
             self._replan(self._needs, limit)
             self.host.spare.clear()
 
+    def shrink(self, size_bytes: int) -> tuple[int, int] | None:
+        """Run with about so many bytes less from now on, or with as many less as there can be.
+
+        Returns:
+            The budget before and now, in bytes; None if nothing can be given back: what is mapped is not our own, and
+            the model needs the rest.
+        """
+        with self._lock:
+            before = min(self.claimed_bytes, self.limit.budget_bytes or self.claimed_bytes)
+            now = max(before - size_bytes, self.least_budget_bytes)
+            is_mapped = self.plan.everything_fits and 2 * self.host.anonymous_bytes < before
+            if self._closed or is_mapped or now >= before:
+                return None
+            self.relimit(replace(self.limit, cache_layers=None, budget_bytes=now))
+            return before, now
+
     # What is in memory.
 
     def resident(self) -> list[str]:
         """Names of the chunks in memory, least recently used first."""
         with self._lock:
             self._sync()
-            return [slot.name for slot in self.table if slot.state is SlotState.READY]
+            return [slot.name for slot in self.table if slot.state is SlotState.READY] + self.experts.resident()
 
     @property
     def resident_bytes(self) -> int:
         """Memory of all buffers that hold a chunk or receive one."""
         with self._lock:
-            return sum(slot.size_bytes for slot in self.table)
+            return sum(slot.size_bytes for slot in self.table) + self.experts.resident_bytes
 
     @property
     def anonymous_bytes(self) -> int:
         """Memory of filled buffers that are not mapped files: what the system counts as in use."""
         with self._lock:
-            return self.host.anonymous_bytes
+            return self.host.anonymous_bytes + self.experts.resident_bytes
 
     def _hold(self, module: str, names: Sequence[str]) -> list[tuple[Slot, Any, bool]]:
         """Mark the chunks of a module as used, starting their loads if need be; say of each whether it is ready."""
@@ -479,7 +512,7 @@ class Engine:
             return True
 
     def _wait(self, load: Future[None]) -> None:
-        with self.metrics.span("stall"):
+        with self.metrics.span("stall"), tracing.span("stall", "stall", layer=self.reached):
             self._run.wait_for(load)
 
     def _learn(self, module: str) -> None:
@@ -500,6 +533,7 @@ class Engine:
         self.host.adopt(plan)
         self._sync()
         self._obey(self.table.adopt(plan))
+        self.experts.adopt(plan)
         del self.host.spare[self.table.spare_ring_slots :]
         self._announce()
 

@@ -15,7 +15,6 @@ The parts follow one another, each at a multiple of 64. A device decodes a block
 block come before a word says where its exponent is. Any sixteen bits come back as they were.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -93,7 +92,7 @@ def cut(words: int) -> list[tuple[int, int]]:
 def room_bytes(words: int) -> int:
     """The most that a piece of a chunk of so many words takes, coded; what would take more is not coded."""
     largest = max((size for _, size in cut(words)), default=0)
-    return Piece(0, largest, int(largest * (2 * MOST_SHARE - 1))).nbytes
+    return max(Piece(0, largest, 0).nbytes, int(MOST_SHARE * 2 * largest))
 
 
 def scratch_bytes(words: int) -> int:
@@ -165,11 +164,6 @@ def decode(coded: torch.Tensor, piece: Piece, into: torch.Tensor) -> None:
         found = ((halves & 0x80) << 8) | (exponents << 7) | (halves & 0x7F)
         stop = min(stop, piece.words)
         into[first:stop] = found[: stop - first].to(torch.int16)
-
-
-def are_worth_it(pieces: Sequence[Piece]) -> bool:
-    """Whether the pieces of a chunk are so much smaller than it that they are worth decoding."""
-    return sum(one.nbytes for one in pieces) <= MOST_SHARE * 2 * sum(one.words for one in pieces)
 
 
 def _find_bases(exponents: torch.Tensor) -> torch.Tensor:

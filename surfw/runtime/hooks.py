@@ -22,6 +22,7 @@ from surfw.errors import ManifestError, ModelError
 from surfw.manifest import Manifest
 from surfw.runtime.absent import AbsentBuffer, AbsentParameter
 from surfw.runtime.engine import Engine
+from surfw.runtime.expert_hooks import ExpertHooks
 from surfw.runtime.plan import ResidencyPlan
 from surfw.runtime.rows import StreamedTables
 from surfw.skeleton.build import Skeleton
@@ -72,7 +73,9 @@ class StreamingHooks:
         manifest: Manifest,
         engine: Engine,
         tables: StreamedTables | None = None,
+        *,
         device: torch.device = _CPU,
+        experts: ExpertHooks | None = None,
     ) -> None:
         """Attach to every unit that the manifest's order names.
 
@@ -82,7 +85,9 @@ class StreamingHooks:
             engine: brings them.
             tables: says which units run without their tables in memory.
             device: where the engine brings them.
+            experts: the hooks of modules whose experts are brought one by one.
         """
+        self._experts = experts
         self._engine = engine
         self._device = device
         self._staying: dict[str, list[_Place]] = {}  # units whose tensors are left in place until the run ends
@@ -116,6 +121,8 @@ class StreamingHooks:
 
     def detach(self) -> None:
         """Remove the hooks; every slot gets back what it held before, unless the user has replaced that."""
+        if self._experts:
+            self._experts.detach()
         for handle in [*self._handles, *self._unit_handles]:
             handle.remove()
         self._handles.clear()
@@ -129,6 +136,8 @@ class StreamingHooks:
     def recover(self) -> None:
         """Take away what a forward that was interrupted has left in place."""
         if self._handles:
+            if self._experts:
+                self._experts.recover()
             self._without_tables.clear()
             self._inside.clear()
             self._running.clear()

@@ -134,10 +134,14 @@ class HostTier:
         buffer = self.spare.pop() if slot.in_ring and self.spare else None
         if buffer is not None and buffer.capacity_bytes < slot.size_bytes:
             buffer = None  # gone before there is a larger one
-        if buffer is None and (slot.in_ring or not self._plan.everything_fits):
+        chunk = self._manifest.by_name[slot.name]
+        is_shared = not slot.in_ring and self._device is None
+        there = self._loader.find_shared(chunk, buffer_capacity(slot.size_bytes)) if is_shared else None
+        if buffer is None and there is None and (slot.in_ring or not self._plan.everything_fits):
             buffer = Buffer(slot.size_bytes)
-        contents = Contents(self._manifest.by_name[slot.name], buffer)
-        contents.load = self._io.submit(self._fill(contents, slot.size_bytes, priority))
+        contents = Contents(chunk, there or buffer)
+        filling = self._fill(contents, slot.size_bytes, priority, is_shared=is_shared) if there is None else _nothing()
+        contents.load = self._io.submit(filling)
         self._contents[slot.name] = contents
         self._in_flight[slot.name] = contents.load
 
@@ -195,7 +199,9 @@ class HostTier:
             contents.load.cancel()  # its buffer goes when nothing writes to it any more
             return
         contents.memory = None  # also where a load that failed keeps the contents
-        if slot.in_ring and isinstance(buffer, Buffer) and buffer.capacity_bytes == ring_bytes:
+        if not slot.in_ring or not isinstance(buffer, Buffer) or buffer.is_shared:
+            return
+        if buffer.capacity_bytes == ring_bytes:
             self.spare.append(buffer)  # those of an earlier ring go
 
     def close(self) -> None:
@@ -219,7 +225,7 @@ class HostTier:
         views = sum(one.memory.nbytes for one in filled if isinstance(one, View) and not one.is_mapped)
         return views + sum(one.capacity_bytes for one in filled if isinstance(one, Buffer))
 
-    async def _fill(self, contents: Contents, size_bytes: int, priority: int) -> None:
+    async def _fill(self, contents: Contents, size_bytes: int, priority: int, *, is_shared: bool) -> None:
         """Map the chunk if it has no memory and can be mapped; else fetch it."""
         start = time.perf_counter()
         if contents.memory is None and self._device is None:
@@ -238,5 +244,11 @@ class HostTier:
                 in_pieces=self._plan.in_pieces,
                 may_map=self._plan.everything_fits and self._device is None,
             )
+            if is_shared:
+                self._loader.share(contents.chunk, buffer)
         self._metrics.add("fetched_bytes", stored_bytes)
         self._metrics.latency("fetch").observe(time.perf_counter() - start)
+
+
+async def _nothing() -> None:
+    """What is there already is loaded like this."""

@@ -79,7 +79,7 @@ class Lender(Engine):
             phases=Phases(once=needs.before, cycle=(*needs.cycle, *sorted(tables))),
             rows_bytes=rows_bytes,
             prefetch=prefetch,
-            order=[Use(chunk.name, (chunk.name,)) for chunk in manifest.chunks],
+            order=[Use(chunk.name, (chunk.name,)) for chunk in manifest.chunks if chunk.kind != "expert"],
         )
 
     @property
@@ -138,10 +138,12 @@ class Lender(Engine):
 
     def give_back(self, name: str) -> None:
         """The chunk is not read any more: it may be evicted, and the next ones may come."""
-        self.release(name)
-        with self._lock:
-            returned, self._returned = self._returned, Future()
-        returned.set_result(None)
+        try:
+            self.release(name)
+        finally:  # whoever waits for a place looks again, also where the next chunk could not be asked for
+            with self._lock:
+                returned, self._returned = self._returned, Future()
+            returned.set_result(None)
 
     def tensors(self, contents: Contents) -> dict[str, torch.Tensor]:
         """Tensors in host memory over a chunk that was lent."""

@@ -9,16 +9,17 @@ parameters, and what has to be cast of their other tensors lies behind them.
 
 import asyncio
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from contextlib import nullcontext
 
 import torch
 
+from surfw import tracing
 from surfw.codec.lossless import DECODERS, FrameDecoder, decoders
 from surfw.config import ALIGNMENT, BLOCK_BYTES, MIB, aligned
 from surfw.errors import IntegrityError
 from surfw.manifest import Chunk, Form, Manifest, Part, parts_of
-from surfw.runtime import matrices
+from surfw.runtime import matrices, shared
 from surfw.runtime.buffers import Buffer, buffer_capacity, plan_layout, spread
 from surfw.runtime.forms import FormChoice
 from surfw.runtime.packed import PackedParameter, packed_parameter
@@ -107,6 +108,20 @@ class Loader:
         self.forms.loaded(chunk.payload_bytes)
         return form.stored_bytes
 
+    def find_shared(self, chunk: Chunk, capacity_bytes: int) -> Buffer | None:
+        """A buffer that another model has filled with this very chunk."""
+        found = (shared.find(self._identity(chunk, form, capacity_bytes)) for form in chunk.forms)
+        return next((buffer for buffer in found if buffer is not None), None)
+
+    def share(self, chunk: Chunk, buffer: Buffer) -> None:
+        """Let other models have a buffer that holds a chunk, and nothing else from now on."""
+        shared.share(self._identity(chunk, self.forms.form(chunk), buffer.capacity_bytes), buffer)
+
+    def _identity(self, chunk: Chunk, form: Form, capacity_bytes: int) -> Hashable | None:
+        if self._keeps_operands:  # which are made in the buffer
+            return None
+        return shared.identity(chunk, form, self.dtypes, capacity_bytes=capacity_bytes)
+
     async def map(self, chunk: Chunk) -> View | None:
         """The chunk's tensors where they are stored, if they can be used there as they are.
 
@@ -135,11 +150,16 @@ class Loader:
             return _views(chunk, flat, [tensor.offset for tensor in chunk.tensors], {})
         return self.tensors_in(chunk, flat_view(memory))
 
+    def expert_tensors(self, chunk: Chunk, flat: torch.Tensor) -> dict[str, torch.Tensor]:
+        """As `tensors_in`, without what quantised matrices could keep: there is no memory for that."""
+        form = packed_form(chunk)
+        return _packed_views(chunk, form, flat, self.dtypes) if form else self.tensors_in(chunk, flat)
+
     def tensors_in(self, chunk: Chunk, flat: torch.Tensor) -> dict[str, torch.Tensor]:
         """Views over a copy of a filled buffer, wherever it lies: uint8, of shape (`held_bytes`, or more)."""
         if form := packed_form(chunk):
             return _packed_views(chunk, form, flat, self.dtypes, keeps_operands=self._keeps_operands)
-        return _views(chunk, flat, plan_layout(_sizes(chunk, self.dtypes))[0], self.dtypes)
+        return _views(chunk, flat, plan_layout(tensor_bytes(chunk, self.dtypes))[0], self.dtypes)
 
     async def _read(
         self, chunk: Chunk, form: Form, buffer: Buffer, priority: int, *, in_pieces: bool, may_map: bool
@@ -150,7 +170,7 @@ class Loader:
             await self._read_coded(chunk, form, buffer, priority, in_pieces=in_pieces, may_map=may_map)
         else:
             await self._read_as_it_is(chunk, form, place, priority, in_pieces=in_pieces)
-        spread(buffer.view, _sizes(chunk, {}))
+        spread(buffer.view, tensor_bytes(chunk, {}))
 
     async def _read_as_it_is(
         self, chunk: Chunk, form: Form, into: memoryview, priority: int, *, in_pieces: bool
@@ -162,7 +182,9 @@ class Loader:
     async def _fetch(self, read: Read, priority: int, *, in_pieces: bool) -> None:
         """One part of a chunk; where it is one of many small pieces, one at a time."""
         async with self._piece_turn if in_pieces else nullcontext():
-            with self.forms.reading.transfer(read.stop - read.start):
+            size_bytes = read.stop - read.start
+            about = {"layer": read.chunk.name, "bytes": size_bytes, "form": read.form.codec, "tier": "host"}
+            with self.forms.reading.transfer(size_bytes), tracing.span("fetch", f"fetch {read.chunk.name}", **about):
                 await self.source.fetch(self.manifest, [read], priority=priority)
 
     async def _read_coded(
@@ -207,7 +229,8 @@ class Loader:
         async with self._decode_turn:
             if not self.forms.decoding.bytes:  # the threads have begun before time counts
                 await to_its_end(asyncio.gather(*(loop.run_in_executor(self._decoders, int) for _ in range(DECODERS))))
-            with self.forms.decode(size_bytes):
+            about = {"layer": chunk.name, "bytes": size_bytes, "tier": "host"}
+            with self.forms.decode(size_bytes), tracing.span("decode", f"decode {chunk.name}", **about):
                 works = [loop.run_in_executor(self._decoders, decoder.decode, arrived) for _ in range(DECODERS)]
                 try:
                     await to_its_end(_all(works))
@@ -233,7 +256,7 @@ class Loader:
 
     def _cast(self, chunk: Chunk, stored: Buffer, buffer: Buffer) -> None:
         cast = self.tensors(chunk, buffer)
-        for name, tensor in _views(chunk, flat_view(stored), plan_layout(_sizes(chunk, {}))[0], {}).items():
+        for name, tensor in _views(chunk, flat_view(stored), plan_layout(tensor_bytes(chunk, {}))[0], {}).items():
             cast[name].copy_(tensor)
 
 
@@ -274,7 +297,7 @@ def held_bytes(chunk: Chunk, dtypes: Mapping[str, torch.dtype]) -> int:
     """How much of its buffer a chunk takes on a device: its tensors, with these dtypes for the stored ones."""
     if form := packed_form(chunk):
         return _plan_casts(chunk, form, dtypes)[1]
-    return plan_layout(_sizes(chunk, dtypes))[1]
+    return plan_layout(tensor_bytes(chunk, dtypes))[1]
 
 
 def scratch_bytes(chunk: Chunk, dtypes: Mapping[str, torch.dtype]) -> int:
@@ -305,6 +328,17 @@ def device_scratch_bytes(chunk: Chunk, dtypes: Mapping[str, torch.dtype]) -> int
 def packed_form(chunk: Chunk) -> Form | None:
     """The form that a chunk is read in, if that is a packed one: then a run has no other of it (`codec.for_run`)."""
     return next((form for form in chunk.forms if form.is_packed), None)
+
+
+def tensor_places(chunk: Chunk, dtypes: Mapping[str, torch.dtype]) -> dict[str, int | None]:
+    """Where tensors lie in the memory of a chunk; None for quantised ones, which are no views."""
+    form = packed_form(chunk)
+    if form is None:
+        return dict(zip((one.name for one in chunk.tensors), plan_layout(tensor_bytes(chunk, dtypes))[0], strict=True))
+    behind, _ = _plan_casts(chunk, form, dtypes)
+    return {
+        part.name: behind.get(part.name, part.start) if part.kind == "raw" else None for part in parts_of(chunk, form)
+    }
 
 
 def as_parameter(values: torch.Tensor) -> torch.nn.Parameter:
@@ -380,7 +414,7 @@ def _packed_views(
     return found
 
 
-def _sizes(chunk: Chunk, dtypes: Mapping[str, torch.dtype]) -> list[int]:
+def tensor_bytes(chunk: Chunk, dtypes: Mapping[str, torch.dtype]) -> list[int]:
     """The bytes of each tensor, with these dtypes instead of the stored ones."""
     return [
         tensor.nbytes // (stored := torch_dtype(tensor.dtype)).itemsize * dtypes.get(tensor.name, stored).itemsize
@@ -393,7 +427,7 @@ def _views(
 ) -> dict[str, torch.Tensor]:
     """Tensors that begin at these places, as views, or as copies where a place is no multiple of 64."""
     found = {}
-    for info, size, place in zip(chunk.tensors, _sizes(chunk, dtypes), places, strict=True):
+    for info, size, place in zip(chunk.tensors, tensor_bytes(chunk, dtypes), places, strict=True):
         values = flat[place : place + size]
         placed = values.clone() if place % ALIGNMENT else values
         found[info.name] = placed.view(dtypes.get(info.name, torch_dtype(info.dtype))).view(info.shape)

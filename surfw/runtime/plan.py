@@ -31,6 +31,10 @@ _RING = 2
 _ROUNDS = 3
 
 
+class BudgetTooSmallError(ConfigurationError):
+    """A budget is smaller than the least with which a model runs."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Needs:
     """What a model needs to run, as far as memory is concerned. All sizes are in bytes.
@@ -46,12 +50,16 @@ class Needs:
         overhead_bytes: the most memory that reads in flight take besides the chunks, if these are large.
         in_flight_bytes: as `overhead_bytes`, where chunks are read one small piece at a time, from any source; None
             where that would make no difference.
-        scratch: memory that each chunk passes through to be converted, one at a time; nothing for those not named.
+        scratch: memory that each chunk passes through to be converted, one at a time, experts among them; nothing for
+            those not named.
         cycle: the chunks in the order in which they run again and again, lookups in tables left out; a chunk may recur.
         before: chunks that run before the cycle begins, such as those of an encoder.
         passing: chunks that are handed on to a nearer tier, where they stay: here, they only pass through.
         working_bytes: memory that is taken in this tier besides slots and KV cache: by computing, or by chunks that
             wait in coded form.
+        expert_bytes: memory of all experts of which routers choose; they are no chunks of the above.
+        least_expert_bytes: of the module whose experts take most: all of them may be used at once.
+        expert_pass_bytes: what is read of them for one token, if none is in memory.
     """
 
     name: str
@@ -67,6 +75,9 @@ class Needs:
     before: tuple[str, ...] = ()
     passing: frozenset[str] = frozenset()
     working_bytes: int = 0
+    expert_bytes: int = 0
+    least_expert_bytes: int = 0
+    expert_pass_bytes: int = 0
 
     @property
     def ring_buffers(self) -> int:
@@ -85,13 +96,14 @@ class Needs:
     def overhead_of(self, names: Iterable[str]) -> int:
         """Memory besides the chunks where no others than these are ever in memory, in bytes.
 
-        No more is in flight than two chunks, or what rows take that are read of the others.
+        No more is in flight than two chunks, the experts of a module, or what rows take that are read of the others.
         """
-        names = list(names)
-        flight = 2 * max((self.sizes[name] for name in names), default=0)
+        names = set(names)
+        flight = max(self.least_expert_bytes, 2 * max((self.sizes[name] for name in names), default=0))
         if not self.tables.issubset(names):
             flight = max(flight, self.table_bytes)
-        scratch = max((self.scratch.get(name, 0) for name in names), default=0)
+        used = (size for name, size in self.scratch.items() if name in names or name not in self.sizes)
+        scratch = max(used, default=0)
         return min(self.overhead_bytes, flight) + scratch + self.working_bytes
 
     def in_memory(self) -> tuple[dict[str, int], int]:
@@ -173,6 +185,8 @@ class ResidencyPlan:
         fixed: those of the pinned chunks that stay in every plan.
         passing: as of the needs.
         coding_bytes: of a device's overhead, what coding and decoding chunks takes; 0 where that is not done.
+        expert_bytes: memory for experts of which routers choose.
+        all_expert_bytes: what all of them take.
     """
 
     pinned: frozenset[str]
@@ -193,6 +207,8 @@ class ResidencyPlan:
     fixed: frozenset[str] = field(default=frozenset(), repr=False)
     passing: frozenset[str] = field(default=frozenset(), repr=False)
     coding_bytes: int = 0
+    expert_bytes: int = 0
+    all_expert_bytes: int = 0
 
     @property
     def streamed(self) -> dict[str, int]:
@@ -207,7 +223,8 @@ class ResidencyPlan:
     @property
     def peak_bytes(self) -> int:
         """The most memory that weights take, the overhead included; the reserve is not counted."""
-        return self.pinned_bytes + self.floating_bytes + self.ring_buffers * self.ring_bytes + self.overhead_bytes
+        chunks = self.pinned_bytes + self.floating_bytes + self.ring_buffers * self.ring_bytes
+        return chunks + self.overhead_bytes + self.expert_bytes
 
     @property
     def slots(self) -> int:
@@ -225,7 +242,8 @@ class ResidencyPlan:
     @property
     def everything_fits(self) -> bool:
         """Whether every chunk stays, and nothing is read twice."""
-        return (self.pinned | self.passing).issuperset(self.sizes) and not self.absent
+        chunks_fit = (self.pinned | self.passing).issuperset(self.sizes) and not self.absent
+        return chunks_fit and self.expert_bytes >= self.all_expert_bytes
 
     def ceiling(self, bytes_per_second: float, *, tokens_per_pass: float = 1.0) -> float | None:
         """The most tokens per second that reading allows: tokens per pass × bandwidth ÷ bytes per pass.
@@ -246,6 +264,8 @@ def plan_residency(needs: Needs, limit: Limit) -> ResidencyPlan:
     Raises:
         ConfigurationError: the limit is smaller than what the model needs at least; the error names that.
     """
+    if needs.expert_bytes:
+        return _plan_experts(needs, limit)
     if limit.cache_layers is not None:
         return _plan_layers(needs, limit.cache_layers, limit.policy)
     if limit.budget_bytes is None:
@@ -254,6 +274,34 @@ def plan_residency(needs: Needs, limit: Limit) -> ResidencyPlan:
         if (made := _plan_budget(tried, limit, limit.budget_bytes)) is not None:
             return replace(made, in_pieces=tried is not needs)
     raise _too_small(needs, limit, limit.budget_bytes)
+
+
+def _plan_experts(needs: Needs, limit: Limit) -> ResidencyPlan:
+    """Decide what stays of a mixture of experts: first of what every token uses, then of its experts.
+
+    A byte of the former that stays saves a byte of every pass, of the latter as often as it is chosen.
+    """
+    shared, least = replace(needs, expert_bytes=0), needs.least_expert_bytes
+    budget_bytes, room = limit.budget_bytes, needs.expert_bytes
+    if limit.cache_layers is not None:
+        made, room = plan_residency(shared, limit), limit.cache_layers * least
+    elif budget_bytes is None:
+        made = plan_residency(shared, limit)
+    elif budget_bytes - limit.reserved_bytes < least_bytes(needs.in_pieces()):
+        raise _too_small(needs, limit, budget_bytes)
+    else:
+        made = replace(
+            plan_residency(shared, replace(limit, budget_bytes=budget_bytes - least)), budget_bytes=budget_bytes
+        )
+        room = budget_bytes - limit.reserved_bytes - made.peak_bytes
+    kept = max(least, min(room, needs.expert_bytes))
+    missed = needs.expert_pass_bytes * (needs.expert_bytes - kept) // needs.expert_bytes
+    return replace(
+        made,
+        expert_bytes=kept,
+        all_expert_bytes=needs.expert_bytes,
+        bytes_per_pass=made.bytes_per_pass + missed,
+    )
 
 
 def needs_behind(needs: Needs, nearer: ResidencyPlan, order: Needs) -> Needs:
@@ -288,7 +336,7 @@ def least_bytes(needs: Needs) -> int:
     for ring_bytes in {0, *(size for name, size in sizes.items() if name not in needs.fixed)}:
         stays = sum(size for name, size in sizes.items() if name in needs.fixed or size > ring_bytes)
         least = min(least, overhead + stays + needs.ring_buffers * ring_bytes)
-    return least
+    return least + needs.least_expert_bytes
 
 
 def _everything(needs: Needs, limit: Limit) -> ResidencyPlan:
@@ -355,11 +403,15 @@ def _plan_ring(needs: Needs, limit: Limit, budget_bytes: int, ring_bytes: int) -
     return replace(made, bytes_per_pass=bytes_per_pass(made, needs.cycle))
 
 
-def _too_small(needs: Needs, limit: Limit, budget_bytes: int) -> ConfigurationError:
+SMALLER_CACHE = ", or have the KV cache quantised, which is not exact (generate(cache_implementation='quantized'))"
+"""What an error about a KV cache that has no room advises besides."""
+
+
+def _too_small(needs: Needs, limit: Limit, budget_bytes: int) -> BudgetTooSmallError:
     """The error about a budget that the model does not run with: one that the user gave, or the default."""
     reserve = f", {format_size(limit.reserved_bytes)} of it for the KV cache" if limit.reserved_bytes else ""
     here = least_bytes(needs.in_pieces())
-    tokens = ", or ask for fewer tokens" if limit.reserved_bytes and here <= budget_bytes else ""
+    tokens = f", or ask for fewer tokens{SMALLER_CACHE}" if limit.reserved_bytes and here <= budget_bytes else ""
     least, anywhere = (one + limit.reserved_bytes for one in (here, least_bytes(needs.from_anywhere())))
     needed = f"{format_size(least)} ({least} bytes) at least{reserve}"
     if anywhere > least:
@@ -368,7 +420,7 @@ def _too_small(needs: Needs, limit: Limit, budget_bytes: int) -> ConfigurationEr
     if not limit.reason:
         given = f" ({budget_bytes} bytes)" if budget_bytes >= KB else ""
         what = "device memory" if is_device else "a memory budget"
-        return ConfigurationError(
+        return BudgetTooSmallError(
             f"{what} of {format_size(budget_bytes)}{given} is too small for {needs.name}, which needs "
             f"{needed}; give that or more{tokens}"
         )
@@ -376,7 +428,7 @@ def _too_small(needs: Needs, limit: Limit, budget_bytes: int) -> ConfigurationEr
     where, options = " on the device" if is_device else "", "(memory_budget, --memory-budget)"
     if is_device:
         options = "(device_memory, --device-memory)"
-    return ConfigurationError(
+    return BudgetTooSmallError(
         f"there is too little memory{where} for {needs.name}: it needs {needed}, and {there} free for it "
         f"({limit.reason}); make some free or raise that limit{tokens}, or give a budget of {least} bytes to go beyond "
         f"it {options}"

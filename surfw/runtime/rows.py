@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from surfw import tracing
 from surfw.config import BLOCK_BYTES, MIB
 from surfw.errors import ManifestError, ModelClosedError
 from surfw.manifest import Chunk, Form, Manifest, Part, TensorInfo, parts_of
@@ -231,7 +232,7 @@ class RowReader:
         run = self._run()
         try:
             if not job.done():
-                with self._metrics.span("stall"):
+                with self._metrics.span("stall"), tracing.span("stall", "stall for rows"):
                     run.wait_for(job)
             run.check()
             job.result()

@@ -272,11 +272,11 @@ class SlotTable:
         for slot in self:
             slot.users = 0
 
-    def clear(self) -> Decision:
-        """Evict every chunk that is not in use, loading ones included."""
+    def clear(self, keep: Collection[str] = ()) -> Decision:
+        """Evict every chunk that is not in use, loading ones included, but for these."""
         decision = Decision()
         for slot in list(self):
-            if not slot.users:
+            if not slot.users and slot.name not in keep:
                 self._evict(slot, decision)
         return decision
 

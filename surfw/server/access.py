@@ -73,13 +73,14 @@ class Grant:
         return [model for model in models if self.may_read(model)]
 
     def limit(self, stats: ServerStats) -> ServerStats:
-        """The statistics, without other models, those who read them, and events, which may name them."""
+        """The statistics without other models, their heat, those who read them, and events, which may name them."""
         if self.models is None:
             return stats
         limited = stats.copy()
         limited["models"] = self.choose(stats["models"])
         limited["connections"] = [one for one in stats.get("connections", []) if self.may_read(one["model"])]
         limited["events"] = []
+        limited["heat"] = [one for one in stats.get("heat", []) if self.may_read(one["model"])]
         if "cache_shortage" in limited and not self.may_read(limited["cache_shortage"]["model"]):
             del limited["cache_shortage"]
         return limited

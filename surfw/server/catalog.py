@@ -86,6 +86,10 @@ class Catalog:
         self._reads = SingleFlight(self._read, _READS)
         self._listings = SingleFlight(self._list, 1)
 
+    def known(self) -> list[Manifest]:
+        """Return the models whose manifests are kept, those that were asked for last at the end."""
+        return [self._entries[name].manifest for name in list(self._entries)]
+
     async def models(self, reader: Reader | None = None) -> Sequence[str]:
         """List the models that the store has now, and forget what is kept of others.
 

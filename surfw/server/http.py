@@ -1,4 +1,4 @@
-"""Plain HTTP on the same port: health, statistics and metrics, at four paths and read-only.
+"""Plain HTTP on the same port: a page for people, health, statistics and metrics, all read-only.
 
 A server with tokens wants to see one before it tells anything but its health, and before any WebSocket exists. One that
 lets everybody in only answers requests for a name of its own. However often its health is asked for, the storage is
@@ -19,12 +19,13 @@ from surfw.server.access import Access
 from surfw.server.fairness import SingleFlight
 from surfw.server.journal import Journal, Sparse
 from surfw.server.operations import GOODBYE
+from surfw.server.page import page_response, send_events
 from surfw.server.reception import FairConnection
 from surfw.wire import EXPIRED, PROTOCOL, ServerHealth, ServerStats, is_meant
 
 _HELP = f"""\
 This is a surfw server. It speaks {PROTOCOL} over WebSocket here: surfw infer --source ws://HOST:PORT
-Plain HTTP: GET /livez, /readyz, /stats (JSON), /metrics (Prometheus).
+Plain HTTP: GET / (a page), /livez, /readyz, /stats (JSON), /metrics (Prometheus).
 """
 KEPT_SECONDS = 3.0
 """For how long an answer about the storage's health is reused: so much later, one that is back is noticed."""
@@ -33,7 +34,7 @@ _MISDIRECTED = """\
 This server is not known by that name. Call it by its address or as localhost, or start it with --allowed-host NAME.
 """
 _FULL = "all places for clients are taken"
-_PATHS = {"/livez", "/readyz", "/stats", "/metrics"}
+_PATHS = {"/livez", "/readyz", "/stats", "/metrics", "/events"}
 _OPEN_PATHS = {"/livez", "/readyz"}
 """Paths without a token: they tell no more than that there is a server, and whether it works."""
 
@@ -70,7 +71,18 @@ class HttpEndpoints:
         self._full = Sparse(journal, "refused", logging.WARNING)
 
     async def process_request(self, connection: FairConnection, request: Request) -> Response | None:
-        """Return the answer to a request; None lets the WebSocket handshake go on."""
+        """Return the answer to a request; None lets the WebSocket handshake go on.
+
+        A client that has sent something behind its request that is no WebSocket frame gets none: the library has
+        already taken that for the end, and would fail to answer.
+        """
+        answer = await self._choose(connection, request)
+        if connection.protocol.eof_sent:
+            connection.abort()
+            await connection.wait_closed()
+        return answer
+
+    async def _choose(self, connection: FairConnection, request: Request) -> Response | None:
         await connection.turn()
         path = request.path.partition("?")[0]
         if (refusal := self._refuse(connection, request, path)) is not None:
@@ -92,9 +104,7 @@ class HttpEndpoints:
         if path not in _PATHS and path != "/":
             return connection.respond(HTTPStatus.NOT_FOUND, f"There is nothing at this path.\n{_HELP}")
         if path == "/" and "Upgrade" not in request.headers:
-            response = connection.respond(HTTPStatus.UPGRADE_REQUIRED, _HELP)
-            response.headers["Upgrade"] = "websocket"
-            return response
+            return page_response()
         if path not in _OPEN_PATHS and (challenge := self._challenge(connection, request)):
             response = connection.respond(HTTPStatus.UNAUTHORIZED, "Show the token: Authorization: Bearer TOKEN\n")
             response.headers["WWW-Authenticate"] = challenge
@@ -137,6 +147,9 @@ class HttpEndpoints:
                 if await self._is_ready():
                     return connection.respond(HTTPStatus.OK, self._health)
                 return connection.respond(HTTPStatus.SERVICE_UNAVAILABLE, "the storage cannot be reached\n")
+            case "/events":
+                await self._is_ready()
+                return await send_events(connection, lambda: connection.grant.limit(self._server.stats()))
             case "/stats":
                 await self._is_ready()
                 kind, text = "application/json", json.dumps(connection.grant.limit(self._server.stats())) + "\n"

@@ -16,7 +16,7 @@ A page is a byte range of a stored object, of at most `PAGE_BYTES`. Invariants:
 import asyncio
 import logging
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import AbstractContextManager, aclosing, contextmanager
 from dataclasses import dataclass, field, replace
@@ -57,6 +57,8 @@ _LEAD_BYTES = 8 * PAGE_BYTES
 _MOST_PRICE = 64
 """The highest price of a page of which little is wanted, as a multiple of its size."""
 
+_MOST_COUNTED = 1 << 16
+
 _LITTLE = 16
 """If at most one in so many bytes of a page is wanted, a near storage rests after the read, for three times as long."""
 
@@ -94,6 +96,7 @@ class PageCache:
         futures: what clients announced that they will read; the clock is the bytes that were used.
         healthy: whether the storage answered when it was last asked.
         reads: the pages that are being read, or are queued.
+        hits: of each page, by its object and start; forgotten where there are too many.
         redis: what is asked before the storage.
     """
 
@@ -115,6 +118,7 @@ class PageCache:
         self.cache: ProvingCache[Page, memoryview] = make_cache(
             policy, capacity_bytes, len, lambda page: self.futures.next_use(page.part), lambda: self.futures.now
         )
+        self.hits: Counter[tuple[str, int]] = Counter()
         self.healthy = True
         self._backend = backend
         self._metrics = metrics
@@ -166,6 +170,7 @@ class PageCache:
         is_hit = (reader is None or not reader.fresh) and self.cache.get(page) is not None
         if is_hit:
             self._metrics.add("hits")
+            self._note_hit(page)
             self._metrics.add("bytes_hit", wanted_bytes)
         return is_hit
 
@@ -176,6 +181,11 @@ class PageCache:
         if not self.use_cached(page, reader, wanted_bytes):
             self._metrics.add("coalesced" if page in self.reads else "misses")
             await self._join(page, reader, wanted_bytes)
+
+    def _note_hit(self, page: Page) -> None:
+        if len(self.hits) >= _MOST_COUNTED:
+            self.hits.clear()
+        self.hits[page.object, page.start] += 1
 
     async def view(self, page: Page, reader: Reader | None = None, wanted_bytes: int = PAGE_BYTES) -> memoryview:
         """Return the page's bytes, for use until the next `await`: keeping them longer would exceed the budget.

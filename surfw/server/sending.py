@@ -196,6 +196,6 @@ class Sender:
             frame = run[start : start + self._limits.frame_bytes]
             parts += [prefix + binary_header(len(frame)), frame]
             prefix = b""
-        self._websocket.outbox.write(parts)
-        self.sent_bytes += len(run)
+        self.sent_bytes += len(run)  # before the client can have them
         self._metrics.add("bytes_sent", len(run))
+        self._websocket.outbox.write(parts)

@@ -40,6 +40,7 @@ from surfw.server.access import Access
 from surfw.server.connection import Connection
 from surfw.server.exposition import Exposition
 from surfw.server.fairness import Turns
+from surfw.server.heat import heat_of
 from surfw.server.http import HttpEndpoints
 from surfw.server.journal import ClientLog, Journal
 from surfw.server.listening import Listening
@@ -365,6 +366,7 @@ class WeightServer:
             "bytes_read": metrics.count("bytes_read"),
             "connections": self._busiest(),
             "events": self._journal.recent(details=details),
+            "heat": heat_of(served.catalog, served.pages),
             "sending": self._sending(),
         }
         if served.cache_shortage:

@@ -20,7 +20,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from surfw.errors import ConfigurationError, UnsupportedModelError
 from surfw.skeleton.default_dtype import runs
-from surfw.skeleton.guards import RealLinspace, foreign_errors, guarded, no_hub
+from surfw.skeleton.experts import ExpertModule, find_experts
+from surfw.skeleton.guards import RealLinspace, foreign_errors, guarded, no_hub, quiet_prints
 from surfw.skeleton.sanitise import COMPILED, IMPLEMENTATIONS, untag_floats
 from surfw.skeleton.units import Slot, Unit, find_units
 
@@ -47,6 +48,11 @@ class Skeleton:
     def units(self) -> list[Unit]:
         """The executed modules, in registration order."""
         return find_units(self.model)
+
+    @cached_property
+    def experts(self) -> dict[str, ExpertModule]:
+        """The modules that hold experts of which a router chooses, by path."""
+        return {one.path: one for one in find_experts(self.model)}
 
     @cached_property
     def slots(self) -> dict[str, Slot]:
@@ -170,6 +176,7 @@ def build_skeleton(
         UnsupportedModelError: the model cannot be built, or asks for more than `tensor_count` and `accepts` allow.
         ModelError: a model that runs in another thread does not reach its next layer.
     """
+    quiet_prints(cls)
     with ExitStack() as stack:
         stack.enter_context(runs.holding(_BUILDING, check))
         stack.enter_context(runs.building(dtype, check, where=where))

@@ -20,7 +20,7 @@ from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorPr
 from surfw.errors import CheckpointError, UnsupportedModelError
 from surfw.skeleton.build import Skeleton
 from surfw.skeleton.guards import foreign_errors, no_hub
-from surfw.skeleton.loading import Loading, Recipe, finish_loading, target_dtypes
+from surfw.skeleton.loading import Loading, Recipe, finish_loading, slice_experts, target_dtypes
 
 _Read = Callable[[str], torch.Tensor]
 
@@ -131,7 +131,7 @@ def plan_gguf(
         for target, needed in sources.items()
         if target in skeleton.slots
     }
-    return finish_loading(skeleton, recipes, unused, lambda *_: False, where=where)
+    return slice_experts(skeleton, finish_loading(skeleton, recipes, unused, lambda *_: False, where=where))
 
 
 def _process(

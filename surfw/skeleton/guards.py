@@ -4,6 +4,8 @@ Each looks at the thread that comes by and is invisible to the others, which may
 meanwhile. The one thing that cannot be kept to a thread is the default dtype; see `default_dtype`.
 """
 
+import logging
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,8 +22,20 @@ from transformers import PreTrainedModel
 
 from surfw.errors import SurfwError, UnsupportedModelError
 
+logger = logging.getLogger("surfw.skeleton")
+
 _MODULES_PER_TENSOR = 32
 _UNTIED_TRIES = 6000
+
+
+def quiet_prints(cls: type[PreTrainedModel]) -> None:
+    """Have what transformers' code of a class prints go to the log: stdout is for results."""
+    if cls.__module__.startswith("transformers."):
+        vars(sys.modules[cls.__module__]).setdefault("print", _log)
+
+
+def _log(*texts: object, **_: object) -> None:
+    logger.info("%s", " ".join(map(str, texts)))
 
 
 class _ThisThread(threading.local):

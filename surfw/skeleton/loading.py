@@ -8,13 +8,15 @@ operation. The grouping follows `transformers.core_model_loading.convert_and_loa
 
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
+    MergeModulelist,
     WeightConverter,
     WeightRenaming,
     build_glob_alternation,
@@ -23,6 +25,7 @@ from transformers.core_model_loading import (
 )
 
 from surfw.errors import CheckpointError
+from surfw.manifest import nbytes, slice_name
 from surfw.skeleton.build import Skeleton
 from surfw.skeleton.computed import compute_missing
 from surfw.skeleton.dequantise import source_dtype
@@ -45,24 +48,26 @@ class Recipe:
         sources: names of the source tensors that it needs; none where transformers computes it.
         converter: transformers' operation; None where one source becomes one target, at most renamed and cast.
         joined: the sources whose concatenated bytes are those of the one target; empty if there are none such.
+        start: where in its one source the bytes of a slice begin.
     """
 
     targets: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
     sources: tuple[str, ...]
     converter: Callable[[Callable[[str], torch.Tensor]], dict[str, torch.Tensor]] | None = None
     joined: tuple[str, ...] = ()
+    start: int = 0
 
 
 def convert_bytes(
-    recipe: Recipe, read: Callable[[str, memoryview], None], sources: SourceFacts
+    recipe: Recipe, read: Callable[[str, memoryview, int], None], sources: SourceFacts
 ) -> dict[str, memoryview]:
-    """The bytes of a recipe's targets; `read` fills memory with a source tensor's bytes."""
+    """The bytes of a recipe's targets; `read` fills memory with a source tensor's bytes, from a byte on."""
 
-    def read_tensor(name: str) -> torch.Tensor:
+    def read_tensor(name: str, only: tuple[int, ...] | None = None) -> torch.Tensor:
         dtype, shape = sources[name]
-        tensor = torch.empty(shape, dtype=torch_dtype(dtype))
+        tensor = torch.empty(shape if only is None else only, dtype=torch_dtype(dtype))
         if tensor.nbytes:
-            read(name, _bytes_of(tensor))
+            read(name, _bytes_of(tensor), recipe.start)
         return tensor
 
     if recipe.converter is not None:
@@ -75,8 +80,8 @@ def convert_bytes(
                     f"transformers makes {found} of {recipe.sources[0]} for {name}, expected {dtype} of shape {shape}"
                 )
         return {name: _bytes_of(tensor) for name, tensor in made.items() if name in recipe.targets}
-    ((name, (dtype, _)),) = recipe.targets.items()
-    return {name: _bytes_of(read_tensor(recipe.sources[0]).to(dtype))}
+    ((name, (dtype, shape)),) = recipe.targets.items()
+    return {name: _bytes_of(read_tensor(recipe.sources[0], shape).to(dtype))}
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
@@ -89,7 +94,8 @@ class Loading:
     """All recipes of a checkpoint.
 
     Attributes:
-        recipes: by the name of each target; a recipe with several targets stands under each.
+        recipes: by the name of each target; a recipe with several targets stands under each. Stacks of experts that
+            can be made slice by slice are there as their slices, see `manifest.slice_name`.
         ties: name of a tensor that is stored under another name, to that name.
         unused: source tensors that the model has no place for.
         missing: parameters of the model that are not in the checkpoint.
@@ -129,13 +135,51 @@ def plan_loading(
     Raises:
         CheckpointError: weights have other shapes, or cannot be converted.
     """
-    dtypes = target_dtypes(skeleton)
     groups, unused = _group(skeleton, sources, quantizer)
+    maker = _Maker(skeleton, sources, quantizer, where=where)
     recipes: dict[str, Recipe] = {}
     for first, group in groups.items():
-        recipe = _recipe(skeleton, first, group, sources, dtypes, where=where, quantizer=quantizer)
+        recipe = maker.recipe(first, group)
         recipes |= dict.fromkeys(recipe.targets, recipe)
-    return finish_loading(skeleton, recipes, unused, equal, where=where)
+    loading = finish_loading(skeleton, recipes, unused, equal, where=where)
+
+    def slices(name: str, recipe: Recipe) -> dict[str, Recipe]:
+        return maker.slices(name, recipe, groups[name]) if name in groups else {}
+
+    return slice_experts(skeleton, loading, slices)
+
+
+def slice_experts(
+    skeleton: Skeleton, loading: Loading, slices: Callable[[str, Recipe], dict[str, Recipe]] = lambda *_: {}
+) -> Loading:
+    """With the slices of stacks of experts in place of the stacks.
+
+    Args:
+        skeleton: the model.
+        loading: of its checkpoint.
+        slices: recipes for the slices of a stack that can be made one by one; others are made as a whole, and cut.
+    """
+    recipes, tied = dict(loading.recipes), set(loading.ties.values())
+    for module in skeleton.experts.values():
+        stacks = {slot.name: recipes.get(slot.name) for slot in module.slots}
+        if any(recipe is None or len(recipe.targets) > 1 or name in tied for name, recipe in stacks.items()):
+            continue
+        for name in stacks:
+            recipe = recipes.pop(name)
+            recipes |= slices(name, recipe) or _cut(name, recipe)
+    return replace(loading, recipes=recipes)
+
+
+def _cut(name: str, recipe: Recipe) -> dict[str, Recipe]:
+    """One recipe for all slices of a stack."""
+    ((dtype, (count, *inner)),) = recipe.targets.values()
+    names = [slice_name(name, index) for index in range(count)]
+
+    def convert(read: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:
+        assert recipe.converter is not None, "what is stored as it is can be read slice by slice"
+        return dict(zip(names, recipe.converter(read)[name], strict=False))
+
+    return dict.fromkeys(names, Recipe({one: (dtype, tuple(inner)) for one in names}, recipe.sources, convert))
 
 
 def finish_loading(
@@ -199,45 +243,108 @@ def _group(skeleton: Skeleton, sources: SourceFacts, quantizer: Any) -> tuple[di
     return groups, unused
 
 
-def _recipe(
-    skeleton: Skeleton,
-    first: str,
-    group: _Group,
-    sources: SourceFacts,
-    dtypes: Callable[[str], torch.dtype],
-    *,
-    where: str,
-    quantizer: Any,
-) -> Recipe:
-    names = tuple(source for _, source in group.collected)
-    if group.converter is None:
-        joined = names[:1] if torch_dtype(sources[names[0]][0]) == dtypes(first) else ()
-        return Recipe({first: (dtypes(first), sources[names[0]][1])}, names, joined=joined)
+class _Maker:
+    """Makes the recipes of one checkpoint."""
 
-    def convert(read: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:
+    def __init__(self, skeleton: Skeleton, sources: SourceFacts, quantizer: Any, *, where: str) -> None:
+        self._skeleton = skeleton
+        self._quantizer = quantizer
+        self._sources = sources
+        self._dtypes = target_dtypes(skeleton)
+        self._where = where
+
+    def recipe(self, first: str, group: _Group) -> Recipe:
+        """The recipe for all targets of a group, the first of which has this name."""
+        sources, names = self._sources, tuple(source for _, source in group.collected)
+        if group.converter is None:
+            joined = names[:1] if torch_dtype(sources[names[0]][0]) == self._dtypes(first) else ()
+            return Recipe({first: (self._dtypes(first), sources[names[0]][1])}, names, joined=joined)
+        convert = partial(self._convert, first, group)
+        if self._quantizer is not None:
+            _expect_scales(names, sources, where=self._where)
+            if len(group.converter.target_patterns) == 1:
+                return _untried(self._skeleton, first, names, self._dtypes, convert)
+        trial = convert(lambda one: torch.empty(sources[one][1], dtype=torch_dtype(sources[one][0]), device="meta"))
+        slots = self._skeleton.slots
+        targets = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in trial.items() if name in slots}
+        return Recipe(targets, names, convert, _joined(group, targets, sources))
+
+    def slices(self, name: str, recipe: Recipe, group: _Group) -> dict[str, Recipe]:
+        """Recipes for the slices of a stack; none if it can only be made as a whole.
+
+        That is where a stack is stored as it is, and where one tensor of each expert, or several that are joined, is
+        put on a stack. Other operations may mix experts, so far as anybody knows.
+        """
+        dtype, shape = recipe.targets[name]
+        names = [slice_name(name, index) for index in range(shape[0])]
+        targets = [{one: (dtype, shape[1:])} for one in names]
+        if group.converter is None:
+            size = nbytes(self._sources[recipe.sources[0]][0], shape[1:])
+            return {
+                one: Recipe(target, recipe.sources, joined=recipe.joined, start=index * size)
+                for index, (one, target) in enumerate(zip(names, targets, strict=True))
+            }
+        if self._quantizer is not None or len(recipe.targets) > 1 or not _stacks(group.converter):
+            return {}
+        alone = _apart(group, len(names))
+        facts = [[self._sources[source] for _, source in one.collected] for one in alone]
+        if not alone or any(one != facts[0] for one in facts):
+            return {}
+        if self.recipe(name, alone[0]).targets != {name: (dtype, (1, *shape[1:]))}:
+            return {}
+        is_joined = all(torch_dtype(stored) == dtype for stored, _ in facts[0])
+        return {
+            one: Recipe(
+                target,
+                tuple(source for _, source in its.collected),
+                partial(self._convert_slice, name, its, one, shape[1:]),
+                tuple(source for _, source in its.collected) if is_joined else (),
+            )
+            for one, target, its in zip(names, targets, alone, strict=True)
+        }
+
+    def _convert(self, first: str, group: _Group, read: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What transformers' operation makes of the sources of a group."""
         converter: Any = deepcopy(group.converter)
         for pattern, source in group.collected:
             tensor = read(source)
-            dtype = source_dtype(quantizer, converter, tensor, dtypes(first))
+            dtype = source_dtype(self._quantizer, converter, tensor, self._dtypes(first))
             converter.add_tensor(first, source, pattern, tensor if dtype is None else tensor.to(dtype))
         try:
-            realised = converter.convert(first, model=skeleton.model, config=skeleton.model.config)
+            realised = converter.convert(first, model=self._skeleton.model, config=self._skeleton.model.config)
         except Exception as exc:
             raise CheckpointError(
-                f"{where}: transformers cannot make {first} out of {len(names)} tensors such as {names[0]}: {exc}"
+                f"{self._where}: transformers cannot make {first} out of {len(group.collected)} tensors such as "
+                f"{group.collected[0][1]}: {exc}"
             ) from exc
         made = {name: (value[0] if isinstance(value, list) else value) for name, value in realised.items()}
         return {name: tensor.detach() for name, tensor in made.items()}
 
-    if quantizer is not None:
-        _expect_scales(names, sources, where=where)
-        if len(group.converter.target_patterns) == 1:
-            return _untried(skeleton, first, names, dtypes, convert)
-    trial = convert(
-        lambda source: torch.empty(sources[source][1], dtype=torch_dtype(sources[source][0]), device="meta")
+    def _convert_slice(
+        self, stack: str, group: _Group, name: str, shape: tuple[int, ...], read: Callable[[str], torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """A stack of one slice, as that slice."""
+        return {name: self._convert(stack, group, read)[stack].reshape(shape)}
+
+
+def _stacks(converter: WeightConverter) -> bool:
+    """Whether it puts tensors on stacks, and joins what lies on these at most along the rows of their slices."""
+    first, *others = converter.operations
+    is_stack = type(first) is MergeModulelist and first.dim == 0
+    return is_stack and len(others) < 2 and all(type(one) is Concatenate and one.dim == 1 for one in others)
+
+
+def _apart(group: _Group, count: int) -> list[_Group]:
+    """The sources of each of so many slices, in the order in which they are joined; none if they are not as many."""
+    by_pattern: dict[str, list[str]] = {}
+    for pattern, source in group.collected:
+        by_pattern.setdefault(pattern, []).append(source)
+    ordered = (
+        [pattern for pattern in group.converter.source_patterns if pattern in by_pattern] if group.converter else []
     )
-    targets = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in trial.items() if name in skeleton.slots}
-    return Recipe(targets, names, convert, _joined(group, targets, sources))
+    if any(len(sources) != count for sources in by_pattern.values()):
+        return []
+    return [_Group(group.converter, [(one, by_pattern[one][index]) for one in ordered]) for index in range(count)]
 
 
 def _expect_scales(names: Sequence[str], sources: SourceFacts, *, where: str) -> None:

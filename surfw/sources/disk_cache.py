@@ -4,7 +4,7 @@
 computes from the stream while this fills the disk; a run that was interrupted goes on where it was. Whoever fetches
 blocks holds a lock on them, so that tasks and processes that want the same ones at once fetch them once.
 
-Without a source (offline) it delivers what is there, and says what is missing. A folder that cannot be written, or a
+Without a source (`offline`) it delivers what is there, and says what is missing. A folder that cannot be written, or a
 full disk, costs a warning and nothing else: what is missing then comes from the source, each time.
 """
 
@@ -17,17 +17,11 @@ from dataclasses import replace
 from functools import partial
 
 from surfw.config import BLOCK_BYTES, MIB, count
-from surfw.errors import (
-    ConfigurationError,
-    IntegrityError,
-    NotFoundError,
-    StorageError,
-    SurfwError,
-    UnknownModelError,
-)
+from surfw.errors import ConfigurationError, IntegrityError, StorageError
 from surfw.manifest import Chunk, Digests, Form, Manifest, count_blocks, payload_digest, with_digests
-from surfw.source import ChunkSource, Read, Verification, View, Waiting, find_damage, find_model
+from surfw.source import ChunkSource, Read, SourceInFront, Verification, View, find_damage
 from surfw.sources.disk import Blob, CacheFolder
+from surfw.sources.offline import OfflineSource, missing
 from surfw.storage.local_reader import FileRange, LocalReader, MappedFile
 from surfw.threads import in_thread, together
 
@@ -44,7 +38,7 @@ _PATIENCE_SECONDS = 20.0
 """After this long, what another process was about to fetch is fetched all the same: it may have been stopped."""
 
 
-class DiskCache(ChunkSource):
+class DiskCache(SourceInFront):
     """A source whose bytes are kept in a folder.
 
     Attributes:
@@ -53,6 +47,7 @@ class DiskCache(ChunkSource):
         kept_bytes: stored bytes that were written to the folder.
         healed_blocks: blocks that were damaged there.
         folder: where they are kept.
+        is_offline: whether there is no source, and what is missing is an error.
     """
 
     def __init__(self, source: ChunkSource | None, folder: CacheFolder, url: str) -> None:
@@ -63,10 +58,11 @@ class DiskCache(ChunkSource):
             folder: the cache.
             url: the address of the source, for people; models are found by it when there is no source.
         """
+        super().__init__(source or OfflineSource(folder, url))
         self.url = url
+        self.is_offline = source is None
         self.near_bytes = self.far_bytes = self.kept_bytes = self.healed_blocks = 0
         self.folder = folder
-        self._source = source
         self._local = LocalReader()
         self._writable = True
         self._keys: dict[str, Manifest] = {}  # the manifests as they are kept, by the names of models
@@ -80,7 +76,7 @@ class DiskCache(ChunkSource):
         Raises:
             ConfigurationError: something else lies there; or it is not there, and there is no source.
         """
-        if self._source is None:
+        if self.is_offline:
             if not await in_thread(lambda: self.folder.exists):
                 raise ConfigurationError(
                     f"there is no disk cache in {self.folder.path}, and nothing is fetched offline; fill it with a "
@@ -108,34 +104,9 @@ class DiskCache(ChunkSource):
                 self.folder.path, why,
             )  # fmt: skip
 
-    async def models(self) -> list[str]:
-        """The names of the source's models; offline, of those that it had and that are here."""
-        if self._source is not None:
-            return await self._source.models()
-        found = await in_thread(self.folder.manifests, self.url)
-        return sorted({manifest.name for manifest in found})
-
-    async def resolve(self, name: str | None) -> str:
-        """The full name of a model; offline, of one that is here."""
-        if self._source is not None:
-            return await self._source.resolve(name)
-        known, where = await self.models(), f"the disk cache in {self.folder.path}"
-        if not known:
-            raise NotFoundError(
-                f"{where} holds no model of {self.url}, and nothing is fetched offline; 'surfw pull' puts one there"
-            )
-        return find_model(name, known, where=where)
-
     async def manifest(self, model: str) -> Manifest:
-        """The manifest of a model: the source's, which is kept; offline, the one that was used last."""
-        if self._source is None:
-            found = await in_thread(self.folder.manifests, self.url)
-            manifest = next((one for one in found if one.name == model), None)
-            if manifest is None:
-                where = f"the disk cache in {self.folder.path}"
-                raise UnknownModelError(model, sorted({one.name for one in found}), where=where)
-        else:
-            manifest = await self._source.manifest(model)
+        """The manifest of a model, which is kept."""
+        manifest = await self._source.manifest(model)
         await in_thread(self._enter, manifest)
         return manifest
 
@@ -161,8 +132,8 @@ class DiskCache(ChunkSource):
         data = await in_thread(self.folder.read_file, entry.digest, entry.size)
         if data is not None and payload_digest(data) == entry.digest:
             return data
-        if self._source is None:
-            raise self._missing(f"{path} of {manifest.name}", "is damaged" if data is not None else "is not")
+        if data is not None and self.is_offline:
+            raise missing(f"{path} of {manifest.name}", "is damaged", self.folder)
         fetched = await self._source.file(manifest, path)
         try:
             if self._writable:
@@ -170,12 +141,6 @@ class DiskCache(ChunkSource):
         except OSError as exc:
             self._give_up(exc)
         return fetched
-
-    def _missing(self, what: str, how: str) -> SurfwError:
-        kind = IntegrityError if "damaged" in how else NotFoundError
-        return kind(
-            f"{what} {how} in the disk cache in {self.folder.path}, and nothing is fetched offline; run it once online"
-        )
 
     async def fetch(self, manifest: Manifest, reads: Sequence[Read], *, priority: int = 0) -> None:
         """Fill every read's destination from the folder, or from the source, and the folder with what that gave."""
@@ -268,12 +233,6 @@ class DiskCache(ChunkSource):
     async def _from_source(self, manifest: Manifest, reads: Sequence[Read], priority: int) -> None:
         if not reads:
             return
-        if self._source is None:
-            read = reads[0]
-            size = sum(one.stop - one.start for one in reads)
-            raise self._missing(
-                f"chunk {read.chunk.name} of {manifest.name}", f"is not whole: {size} bytes are missing"
-            )
         await self._source.fetch(manifest, reads, priority=priority)
         self.far_bytes += sum(read.stop - read.start for read in reads)
 
@@ -298,7 +257,7 @@ class DiskCache(ChunkSource):
         self.healed_blocks += len(damaged)
         logger.warning(
             "%s of chunk %s damaged in the disk cache in %s%s",
-            count(len(damaged), "block"), chunk.name, self.folder.path, "; fetching again" if self._source else "",
+            count(len(damaged), "block"), chunk.name, self.folder.path, "" if self.is_offline else "; fetching again",
         )  # fmt: skip
         for block in damaged:
             self._held.setdefault(form.digest, bytearray(blob.count))[block] = 0
@@ -306,8 +265,8 @@ class DiskCache(ChunkSource):
             await in_thread(blob.forget, list(damaged))
         except OSError as exc:
             self._give_up(exc)
-        if self._source is None:
-            raise self._missing(f"chunk {chunk.name}", "is damaged")
+        if self.is_offline:
+            raise missing(f"chunk {chunk.name}", "is damaged", self.folder)
 
     async def _write(self, blob: Blob, form: Form, read: Read, *, keep_pages: bool) -> None:
         if not self._writable:
@@ -338,7 +297,7 @@ class DiskCache(ChunkSource):
         if read.form.is_known:
             return read
         if read.chunk.id not in self._digests:
-            found = await self._source.digests(manifest, read.chunk) if self._source else None
+            found = await self._source.digests(manifest, read.chunk)
             if found is None:
                 return None
             self._digests[read.chunk.id] = found
@@ -352,8 +311,7 @@ class DiskCache(ChunkSource):
 
     async def digests(self, manifest: Manifest, chunk: Chunk) -> Digests | None:
         """The digests of a chunk that lacks them."""
-        known = self._digests.get(chunk.id)
-        return known or (await self._source.digests(manifest, chunk) if self._source else None)
+        return self._digests.get(chunk.id) or await self._source.digests(manifest, chunk)
 
     async def view(self, manifest: Manifest, chunk: Chunk, form: Form) -> View | None:
         """The form's bytes as mapped pages of the folder, if all of them are there."""
@@ -438,25 +396,15 @@ class DiskCache(ChunkSource):
         whole = tuple(form for form, there in forms if 0 not in there)
         return whole or tuple(form for form, there in forms if any(there))
 
-    async def announce(self, manifest: Manifest, cycle: Sequence[Chunk], kept: Sequence[Chunk]) -> None:
-        """Tell the source."""
-        if self._source is not None:
-            await self._source.announce(manifest, cycle, kept)
-
     @property
     def buffered_bytes(self) -> int:
         """The most memory that fetching takes besides the destinations."""
-        return self._source.buffered_bytes + _KEPT_AT_A_TIME * _SCRATCH_BYTES if self._source else 0
-
-    @property
-    def waiting(self) -> Waiting | None:
-        """What keeps the source waiting."""
-        return self._source.waiting if self._source else None
+        return 0 if self.is_offline else self._source.buffered_bytes + _KEPT_AT_A_TIME * _SCRATCH_BYTES
 
     @property
     def refetched_blocks(self) -> int:
         """Blocks that arrived damaged, or were damaged in the folder, and were fetched again."""
-        return self.healed_blocks + (self._source.refetched_blocks if self._source else 0)
+        return self.healed_blocks + self._source.refetched_blocks
 
     @property
     def fetched_bytes(self) -> int:
@@ -465,8 +413,7 @@ class DiskCache(ChunkSource):
 
     async def close(self) -> None:
         """Close the source, and let go of the folder."""
-        if self._source is not None:
-            await self._source.close()
+        await self._source.close()
         await in_thread(self._local.close)
         await in_thread(self.folder.close)
 

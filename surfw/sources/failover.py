@@ -63,7 +63,7 @@ class _LateError(ConnectionFailedError):
 
 
 class Failover(ChunkSource):
-    """The sources in the order in which they are wanted.
+    """The sources in the order in which they are wanted, or by their speed.
 
     Attributes:
         fetched_bytes: stored bytes delivered so far.
@@ -79,6 +79,7 @@ class Failover(ChunkSource):
         *,
         retry: RetryPolicy | None = None,
         deadline_seconds: float | None = None,
+        by_speed: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Name the sources; none is opened yet.
@@ -87,12 +88,13 @@ class Failover(ChunkSource):
             places: the address of each for people, and what opens it.
             retry: how long a source rests after failures, and how many are waited out where there is no deadline.
             deadline_seconds: how long anything that is asked for is waited for, whatever happens meanwhile.
+            by_speed: whether the fastest is asked first, as they turn out, and not the first that was given.
             clock: the time in seconds, from any beginning.
         """
         self.url = places[0][0]
         self.hedged_ranges = self.failures = 0
         self._retry = retry or RetryPolicy()
-        self._table = SourceTable([Standing(url) for url, _ in places], self._retry)
+        self._table = SourceTable([Standing(url) for url, _ in places], self._retry, by_speed)
         self._open = [open_source for _, open_source in places]
         self._sources: dict[int, ChunkSource] = {}
         self._opening = [asyncio.Lock() for _ in places]
@@ -339,6 +341,8 @@ class Failover(ChunkSource):
                     last = exc
                     self._note(index, exc)
                     continue
+                finally:
+                    self._table.end(index)
                 self._waiting = None
                 return
             resting = self._table.next_try()
@@ -454,7 +458,7 @@ def _copy(read: Read) -> Read:
 
 
 def _translate(read: Read, theirs: Manifest, url: str) -> Read:
-    """The same range of a chunk as another source names it.
+    """The same range of a chunk where another source has it, compared with our digests and not with theirs.
 
     Raises:
         StorageError: it does not have that form.
@@ -462,5 +466,6 @@ def _translate(read: Read, theirs: Manifest, url: str) -> Read:
     chunk = theirs.by_name[read.chunk.name]
     for form in chunk.forms:
         if form.codec == read.form.codec and form.digest in {read.form.digest, ""}:
-            return replace(read, chunk=chunk, form=form)
+            ours = replace(read.form, locations=form.locations) if read.form.is_known and form.is_known else form
+            return replace(read, chunk=chunk, form=ours)
     raise StorageError(f"chunk {chunk.name} is not stored as '{read.form.codec}' in {url}")

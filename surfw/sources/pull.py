@@ -7,6 +7,7 @@ from surfw.codec import choose_form, for_run
 from surfw.config import CodecChoice, format_size
 from surfw.errors import StorageError, StorageFullError
 from surfw.manifest import Chunk, Form, Manifest
+from surfw.source import check_pin, split_pin
 from surfw.sources.disk_cache import DiskCache
 
 
@@ -30,14 +31,17 @@ async def pull_model(
     name: str | None,
     *,
     codec: CodecChoice = "auto",
+    check: Callable[[Manifest], object] = lambda _: None,
     progress: Callable[[int, int, str], object] = lambda *_: None,
 ) -> Pulled:
     """Have all chunks and files of a model in the cache, and pin it. It goes on where an earlier call was interrupted.
 
     Args:
         cache: the cache, with a source.
-        name: the model's name in the source, in full or a unique last part; None for the only one.
+        name: the model's name in the source, in full or a unique last part, with its pin if it has one; None for the
+            only one.
         codec: which forms; `auto` takes those that are there by now, and else compressed ones.
+        check: sees the manifest before anything else is fetched, and raises what is wrong with it.
         progress: called with how many stored bytes are there, how many there will be, and the chunk that is next.
 
     Raises:
@@ -45,7 +49,10 @@ async def pull_model(
         StorageError: the folder cannot be written.
         SurfwError: the source cannot be reached or read.
     """
-    manifest = await cache.manifest(await cache.resolve(name))
+    wanted, pin = split_pin(name)
+    manifest = await cache.manifest(await cache.resolve(wanted))
+    check_pin(manifest, pin, where=cache.url)
+    check(manifest)
     await cache.pin(manifest)
     for file in manifest.files:
         await cache.file(manifest, file.path)

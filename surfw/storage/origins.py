@@ -56,6 +56,11 @@ class PlacedOptions:
     place: str
     options: Mapping[str, Any]
 
+    @classmethod
+    def of_chunking(cls, model: str, store: str, options: Mapping[str, Any]) -> "PlacedOptions":
+        """Those given where a checkpoint is chunked: a folder takes none, so beside one they are the other's."""
+        return cls(model if is_local_url(store) else store, options)
+
     def for_url(self, url: str) -> Mapping[str, Any]:
         """Return the options for another address: all if it is of the same server, none otherwise.
 

@@ -117,6 +117,19 @@ class ServerEvent(TypedDict):
     text: str
 
 
+class ModelHeat(TypedDict):
+    """What of a model is in the cache: for each of its first 256 `chunks`, in their order.
+
+    `resident` is the part of a chunk that is cached, `hits` how often its pages were hit since the start, or since
+    there were too many to count.
+    """
+
+    model: str
+    chunks: int
+    resident: list[float]
+    hits: list[int]
+
+
 class CacheShortage(TypedDict):
     """A cache that is smaller than one pass over a model that was read, and a size that would help.
 
@@ -131,9 +144,9 @@ class CacheShortage(TypedDict):
 class ServerStats(TypedDict):
     """A server's counters since its start, and how it is now.
 
-    `connections` are the busiest `MOST_CONNECTIONS`, `events` the latest, the oldest of them first. Older servers have
-    neither, nor `bytes_read` (from the storage) and `sending`. Only a server whose cache is too small has
-    `cache_shortage`, and only one with a Redis tier `redis`.
+    `connections` are the busiest `MOST_CONNECTIONS`, `events` the latest, the oldest of them first, `heat` of the
+    models that were read last. Older servers have none of them, nor `bytes_read` (from the storage) and
+    `sending`. Only a server whose cache is too small has `cache_shortage`, and only one with a Redis tier `redis`.
     """
 
     server: ServerFacts
@@ -147,6 +160,7 @@ class ServerStats(TypedDict):
     bytes_read: NotRequired[int]
     connections: NotRequired[list[ClientFacts]]
     events: NotRequired[list[ServerEvent]]
+    heat: NotRequired[list[ModelHeat]]
     cache_shortage: NotRequired[CacheShortage]
     redis: NotRequired[RedisState]
     sending: NotRequired[SendingState]

@@ -22,5 +22,5 @@ def test_rows_compare_with_cp(tmp_path: Path) -> None:
     assert not list((tmp_path / "work").iterdir()), "what was written for the measurement is gone"
     assert asdict(result).keys() == {"benchmark", "machine", "rows"}
     assert asdict(result)["rows"][1].keys() == {
-        "name", "value", "unit", "low", "high", "baseline", "ratio", "ceiling", "share", "verified", "note",
+        "name", "value", "unit", "low", "high", "baseline", "ratio", "ceiling", "share", "verified", "note", "ratios",
     }  # fmt: skip

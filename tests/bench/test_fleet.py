@@ -79,8 +79,8 @@ def test_rows_say_what_it_costs() -> None:
     read = rows["read of the storage"]
     cost = rows["cost of storage"]
     assert cost.value == pytest.approx(read.value * MANY.storage_price)
-    assert cost.ratio == pytest.approx(read.ratio)
-    assert read.ratio == pytest.approx(read.value / (12 * 4 * 16 * 4 * MB / 1e9))
+    assert read.baseline == pytest.approx(12 * 4 * 16 * 4 * MB / 1e9)
+    assert cost.baseline == pytest.approx(read.baseline * MANY.storage_price)
     assert "12 clients of 2 servers, each keeps 0 of 16 chunks" in rows["hits of the servers' caches"].note
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from surfw.bench.cap import LEAST_BYTES, memory_group
 from surfw.bench.comparison import Comparison
@@ -25,6 +27,7 @@ from surfw.errors import ConfigurationError
 from surfw.storage import Store, open_backend
 from tests.checkpoints import save_bert, save_llama
 from tests.cli.run import SURFW, environment, surfw
+from tests.exactness.families import MIXTURES
 from tests.servers import serve
 from tests.services import warm
 from tests.skeleton.models import skeleton_of
@@ -128,6 +131,21 @@ def test_a_server_is_read_instead_of_a_store_and_its_link_is_the_ceiling(checkpo
     assert ours.ceiling == pytest.approx(10_000_000 / ours.streamed_bytes_per_token)
     assert (unlimited.ceiling, unknown.bandwidth_bytes_per_second) == (None, None)
     assert any(note.startswith("no ceiling") for note in unknown.notes)
+
+
+def test_experts_become_stacks_of_llama_cpps(tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    MIXTURES["qwen3-moe"].build().save_pretrained(tmp_path / "mixture")
+    file = write_gguf(tmp_path / "mixture", tmp_path / "mixture.gguf")
+    tensors = {one.name: one for one in gguf.GGUFReader(file).tensors}
+    stored = load_file(tmp_path / "mixture" / "model.safetensors")
+    for index in range(8):
+        whole = gguf.quants.dequantize(tensors["blk.1.ffn_up_exps.weight"].data, gguf.GGMLQuantizationType.BF16)
+        expert = stored[f"model.layers.1.mlp.experts.{index}.up_proj.weight"]
+        assert torch.equal(torch.from_numpy(whole[index]), expert.bfloat16().float())
+    query = gguf.quants.dequantize(tensors["blk.1.attn_q.weight"].data, gguf.GGMLQuantizationType.BF16)
+    plain = stored["model.layers.1.self_attn.q_proj.weight"]
+    assert torch.equal(torch.from_numpy(query), plain.bfloat16().float()), "its pairs are halves, as in transformers"
 
 
 def test_llama_cpp_generates_as_many(checkpoint: Path, store: Path, tmp_path: Path) -> None:

@@ -27,19 +27,24 @@ def test_each_way_is_timed_and_compared_with_transformers(
     download: bool, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With processes that have their imports done; the next test starts one as users do."""
-    parts = {"Popen": _start, "PIPE": subprocess.PIPE, "DEVNULL": subprocess.DEVNULL}
-    monkeypatch.setattr(start, "subprocess", SimpleNamespace(**parts))
+    instead = {"Popen": _start, "PIPE": subprocess.PIPE, "DEVNULL": subprocess.DEVNULL}
+    monkeypatch.setattr(start, "subprocess", SimpleNamespace(**instead))
     checkpoint = save_llama(tmp_path / "tiny")
     if download:
         assert surfw(tmp_path, "chunk", str(checkpoint)).returncode == 0
     said: list[str] = []
     source, files = (tmp_path / "store", str(checkpoint)) if download else (checkpoint, None)
     found = bench_start(str(source), download=files, codecs=["none"], rounds=1, on_progress=said.append)
-    ours, theirs = found.rows
+    ours, theirs, *parts = found.rows
     assert (ours.name, theirs.name) == ("surfw, codec none", name)
     assert ours.ratio == pytest.approx(theirs.value / ours.value)
     assert (ours.unit, theirs.ratio, theirs.note) == ("s", 1.0, "the baseline of all others")
-    assert said == ["round 1 of 1: surfw, codec none", f"round 1 of 1: {name}"]
+    last = "where the time goes: surfw, codec none"
+    assert said == ["round 1 of 1: surfw, codec none", f"round 1 of 1: {name}", last]
+    assert [one.name.partition(": ")[2] for one in parts] == [
+        "starting Python, and imports", "connecting, and the manifest", "building", "the first pass",
+    ]  # fmt: skip
+    assert all(one.value >= 0 and one.unit == "s" for one in parts)
 
 
 def test_what_fails_is_named_with_its_last_words(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ def test_it_measures_what_it_says() -> None:
     assert document["benchmark"] == "wire"
     assert {"cpu", "cores", "memory", "python", "websockets", "blake3"} <= set(document["machine"])
     assert set(document["rows"][0]) == {
-        "name", "value", "unit", "low", "high", "baseline", "ratio", "ceiling", "share", "verified", "note",
+        "name", "value", "unit", "low", "high", "baseline", "ratio", "ceiling", "share", "verified", "note", "ratios",
     }  # fmt: skip
 
 

@@ -27,6 +27,9 @@ try:
 except SurfwError as error:
     print(json.dumps(f"{type(error).__name__}: {error}"))
 """
+_OPEN_ADAPTER = _OPEN.replace("open_checkpoint", "open_adapter").replace(
+    "checkpoint import", "checkpoint.adapter import"
+)
 _DOWNLOAD = """
 import sys
 from surfw.checkpoint import open_checkpoint
@@ -46,7 +49,9 @@ _SINGLE = {
 _OPENED = [MODEL, COMMIT, ["a", "b"], ["tokenizer.json"]]
 
 
-def open_in_process(home: Path, endpoint: str, model: str = MODEL, revision: str = "", **more: str) -> object:
+def open_in_process(
+    home: Path, endpoint: str, model: str = MODEL, revision: str = "", script: str = _OPEN, **more: str
+) -> object:
     settings = {
         "HF_HOME": str(home),
         "HF_ENDPOINT": endpoint,
@@ -54,7 +59,7 @@ def open_in_process(home: Path, endpoint: str, model: str = MODEL, revision: str
         "NO_PROXY": "*",
     } | more
     kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    command = [sys.executable, "-c", _OPEN, model, revision]
+    command = [sys.executable, "-c", script, model, revision]
     seen = subprocess.run(command, env=kept | settings, capture_output=True, text=True, check=False, timeout=120)
     assert seen.returncode == 0, seen.stderr
     return json.loads(seen.stdout)
@@ -99,6 +104,53 @@ def test_shards_are_those_of_the_index(tmp_path):
     with serve(files | {"model-00003-of-00002.safetensors": b"left over", "tokenizer.json": b"{}"}) as hub:
         assert open_in_process(tmp_path / "home", hub.url) == [MODEL, COMMIT, sorted(tensors), ["tokenizer.json"]]
         assert sorted(hub.served) == sorted([*files, "tokenizer.json"])
+
+
+_ADAPTER = {
+    "adapter_config.json": b'{"peft_type": "LORA", "r": 4}',
+    "adapter_model.safetensors": save(arrays("base_model.model.a.lora_A.weight", "base_model.model.a.lora_B.weight")),
+    "adapter_model.bin": b"the same again",
+    "tokenizer.json": b"{}",
+    "checkpoint-500/adapter_model.safetensors": b"an earlier one",
+    "optimizer.pt": b"not this one",
+}
+
+
+def test_of_an_adapter_too_only_what_is_needed_is_fetched_and_kept(tmp_path, nowhere):
+    tensors = ["base_model.model.a.lora_A.weight", "base_model.model.a.lora_B.weight"]
+    opened = [MODEL, COMMIT, tensors, ["tokenizer.json"]]
+    with serve(_ADAPTER) as hub:
+        for revision in ("", "main"):
+            assert open_in_process(tmp_path, hub.url, revision=revision, script=_OPEN_ADAPTER) == opened
+            assert sorted(hub.served) == ["adapter_config.json", "adapter_model.safetensors", "tokenizer.json"]
+        assert open_in_process(tmp_path, hub.url) == (
+            f"UnsupportedModelError: hub model {MODEL} is an adapter (adapter_config.json), no whole model: chunk its "
+            f"base first, and then the adapter over it, with surfw chunk {MODEL} --base NAME"
+        )
+    assert open_in_process(tmp_path, nowhere, script=_OPEN_ADAPTER) == opened
+    absent = open_in_process(tmp_path, nowhere, "org/other", script=_OPEN_ADAPTER)
+    assert absent == refusal("org/other", "ConnectError: [Errno 111] Connection refused")
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        (_SINGLE, " is no adapter: there is no adapter_config.json; name the folder that peft's save_pretrained wrote"),
+        (
+            {name: data for name, data in _ADAPTER.items() if not name.startswith("adapter_model")},
+            " has no weights of an adapter: expected adapter_model.safetensors or adapter_model.bin, it has ",
+        ),
+        (
+            _ADAPTER | {"adapter_config.json": b'{"peft_type": "VERA"}'},
+            "/adapter_config.json is an adapter of the kind 'VERA' (peft_type), and surfw applies 'LORA' alone",
+        ),
+    ],
+)
+def test_what_is_no_adapter_that_is_applied_is_refused_before_its_weights_are_fetched(tmp_path, files, said):
+    with serve(files) as hub:
+        refused = open_in_process(tmp_path, hub.url, script=_OPEN_ADAPTER)
+        assert f": hub model {MODEL}{said}" in refused
+        assert not {"model.safetensors", "adapter_model.safetensors"}.intersection(hub.served)
 
 
 def test_what_cannot_be_chunked_is_refused_before_its_weights_are_fetched(tmp_path):

@@ -25,7 +25,7 @@ from surfw.errors import (
     StorageError,
     UnsupportedModelError,
 )
-from surfw.manifest import Manifest
+from surfw.manifest import Manifest, split_name
 from surfw.storage import FilesystemBackend, Store
 from tests.exactness.families import FAMILIES
 from tests.services import warm
@@ -147,7 +147,7 @@ def test_tensors_without_a_place_are_left_out_with_a_word(
     manifest = chunk(backend, checkpoint)
     assert set(tensors(backend, manifest)) == set(source)
     (record,) = [one for one in caplog.records if one.name == "surfw.chunking"]
-    assert "has no place for 1 tensors of the checkpoint, such as zzz.extra" in record.getMessage()
+    assert "has no place for 1 tensor of the checkpoint, such as zzz.extra" in record.getMessage()
 
 
 def test_code_that_a_configuration_asks_for_is_left_out_with_a_word(
@@ -326,16 +326,22 @@ def test_a_killed_run_leaves_nothing_visible_and_a_second_one_completes(
     assert list(written) == [one.name for one in manifest.chunks]
 
 
-def test_experts_are_stacked_on_the_way(backend: FilesystemBackend, tmp_path: Path) -> None:
+def test_each_expert_is_a_chunk(backend: FilesystemBackend, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = FAMILIES["mixtral-experts"].build()
     model.save_pretrained(tmp_path / "experts")
-    stored = tensors(backend, chunk(backend, tmp_path / "experts"))
-    assert {name: tuple(tensor.shape) for name, tensor in stored.items()} == {
-        name: tuple(tensor.shape) for name, tensor in model.state_dict().items()
+    manifest = chunk(backend, tmp_path / "experts")
+    stored = tensors(backend, manifest)
+    state = model.state_dict()
+    slices = {name: split_name(name) for name in stored if split_name(name)}
+    assert len(slices) == 2 * 4 * 4  # tensors, layers, experts
+    assert {name: info.shape for name, info in manifest.weights.items()} == {
+        name: tuple(tensor.shape) for name, tensor in state.items()
     }
-    assert all(torch.equal(tensor, stored[name]) for name, tensor in model.state_dict().items())
-    assert any("mlp.experts.gate_up_proj" in name for name in stored)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in stored.items() if name not in slices)
+    assert all(torch.equal(stored[name], state[stack][index]) for name, (stack, index) in slices.items())
+    assert [one.kind for one in manifest.chunks] == ["part", *(["layer", *["expert"] * 4] * 4), "part", "part"]
+    assert manifest.version == 7
 
 
 def test_a_legacy_checkpoint_gives_the_same_chunks(backend: FilesystemBackend, checkpoint: Path) -> None:

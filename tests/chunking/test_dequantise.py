@@ -142,6 +142,7 @@ def test_dense_weights_have_transformers_own_bits(tmp_path: Path, kind: str) -> 
     save(tmp_path / "quantised")
     manifest = chunk(tmp_path / "quantised", tmp_path / "store")
     assert "quantization_config" not in manifest.config
+    assert bool(manifest.experts) is kind.endswith("experts")
     assert {tensor.dtype for tensor in manifest.tensors.values()} == {"BF16"}
     loaded = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "quantised", dtype=torch.bfloat16, quantization_config=settings(dequantize=True)

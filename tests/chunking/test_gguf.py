@@ -139,6 +139,7 @@ def test_dense_weights_have_transformers_own_bits(
     file = write(tmp_path / "toy.gguf", name, make(), kind)
     manifest = chunk(file, tmp_path / "store", dtype=dtype)
     assert (manifest.name, manifest.dtype) == ("toy", dtype or "float32")
+    assert len(manifest.experts) == (LAYERS if name.endswith("moe") else 0)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path, gguf_file="toy.gguf", dtype=getattr(torch, manifest.dtype)
     ).eval()

@@ -28,9 +28,14 @@ def imports(command: Sequence[str]) -> Sequence[str]:
 
 
 def surfw(home: Path, *arguments: str, stdin: str = "", **extra: str) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end, in a process that has its imports done."""
+    """Run a command to its end, in a process that has its imports done; what it prints as JSON fits its schema."""
     command = [SURFW, *arguments]
-    return warm.run(command, modules=imports(command), input=stdin, env=environment(home, **extra))
+    done = warm.run(command, modules=imports(command), input=stdin, env=environment(home, **extra))
+    if "--json" in arguments:
+        from tests.cli import schemas  # where it is needed: it reads all commands
+
+        schemas.check(arguments, done.stdout)
+    return done
 
 
 def complaint(done: subprocess.CompletedProcess[str], code: int = 1) -> str:

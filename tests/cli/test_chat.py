@@ -45,7 +45,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_llama(home / "talker", eos_token_id=None)
     (home / "talker" / "chat_template.jinja").write_text(TEMPLATE)
     save_bert(home / "encoder")
-    for name in ("talker", "encoder"):
+    save_llama(home / "other", eos_token_id=None, seed=4)
+    for name in ("talker", "encoder", "other"):
         done = surfw(home, "chunk", str(home / name))
         assert done.returncode == 0, done.stderr
     return home
@@ -81,10 +82,17 @@ def test_a_session(home: Path, tmp_path: Path) -> None:
         it.read_to("saved in")
         it.type("/nonsense\r")
         it.read_to("there is no command '/nonsense'; /help lists them")
+        it.type("/model encoder\r")
+        it.read_to("does not generate text, so there is no conversation with it")
+        it.type("/model\r")
+        it.read_to("this is talker")
+        it.type("/model other\r")
+        it.read_to("other, which has no chat template")
+        it.type("/stats\r")
+        it.read_to("2 turns, 0 of")
         it.type("/reset\r")
         it.read_to("a new conversation")
         it.type(" /help is a message here\r")
-        it.read_to("reading the prompt")
         it.read_to(ANSWER)
         it.type(CTRL_C)
         it.read_to("stopped")
@@ -201,7 +209,7 @@ class _Interrupted(ThreadPoolExecutor):
 
 def test_an_answer_is_stopped_that_was_only_about_to_begin() -> None:
     talk: Any = _Talk()
-    session = chat._Session(talk, talk, talk)
+    session = chat._Session(talk, talk, talk, talk)
     with _Interrupted(1) as session._answers:
         try:
             with pytest.raises(KeyboardInterrupt):

@@ -199,7 +199,7 @@ def test_stats(home: Path) -> None:
         shown = surfw(home, "stats", served.url).stdout
     assert facts.keys() == {
         "server", "models", "cache", "requests", "bytes_sent", "clients", "storage", "resources", "bytes_read",
-        "connections", "events", "sending",
+        "connections", "events", "heat", "sending",
     }  # fmt: skip
     assert facts["models"] == ["bert", "tiny"]
     assert facts["bytes_sent"] > 0

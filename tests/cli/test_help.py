@@ -128,6 +128,13 @@ def test_completions_are_current() -> None:
         assert path.read_text() == script, "run python -m tests.regenerate"
 
 
+def test_the_man_page_is_current() -> None:
+    for path, page in regenerate.man_page().items():
+        assert path.read_text() == page, "run python -m tests.regenerate"
+        for command in regenerate.commands():
+            assert f'.SH "SURFW {command.upper()}"' in page
+
+
 def test_generated_parts_of_the_pages_are_current() -> None:
     for page, text in regenerate.pages_now().items():
         assert pages.read(page) == text, "run python -m tests.regenerate"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from surfw import ModelChunker
-from tests.checkpoints import save_llama
+from tests.checkpoints import save_bert, save_llama
 from tests.cli.run import SURFW, environment, surfw
 from tests.services import warm
 
@@ -18,7 +18,8 @@ from tests.services import warm
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("home")
-    ModelChunker(save_llama(home / "talker"), home / "store").chunk_model_sync()
+    for folder in (save_llama(home / "talker"), save_bert(home / "encoder")):
+        ModelChunker(folder, home / "store").chunk_model_sync()
     return home
 
 
@@ -66,6 +67,28 @@ def test_answers_are_json_lines_and_a_bad_line_stops_nobody(home: Path, tmp_path
     assert alone.returncode == 0
     assert alone.stderr == ""
     assert read(alone.stdout)[0]["text"] == found[0]["text"]
+
+
+def test_an_encoder_answers_with_what_its_head_says(home: Path, tmp_path: Path) -> None:
+    prompts = write(
+        tmp_path / "prompts.jsonl",
+        {"id": "a", "prompt": "Weights while"},
+        {"id": "b", "prompt": "the [MASK] computes"},
+        {"id": "c", "prompt": "Weights", "pair": "while"},
+        {"id": "d", "prompt": "Weights while"},
+        {"id": "e", "prompt": "Weights", "prompt_name": "query"},
+    )
+    done = surfw(home, "infer", "encoder", "--prompts", str(prompts), "--ordered")
+    assert done.returncode == 1
+    first, masked, pair, same, named = read(done.stdout)
+    assert len(first["embedding"]) == 64
+    assert first["pooling"]["modes"] == ["mean"]
+    assert same["embedding"] == first["embedding"]
+    assert len(masked["predictions"][0]["candidates"]) == 5
+    assert "reads one text; give no second one" in pair["error"]
+    assert "has no prompts of its own" in named["error"]
+    assert "text" not in first
+    assert "3 prompts answered, 2 failed" in done.stderr
 
 
 def test_killed_and_resumed_no_id_is_lost_or_doubled(home: Path, tmp_path: Path) -> None:

@@ -63,6 +63,8 @@ MISTAKES = [
         2,
         "codec 'zip' is not known; expected none or lossless or int8 or int4, or several",
     ),
+    ("chunk ./nowhere --quantize experts", 2, "says what int8 and int4 take; name one of them with --codec, or leave"),
+    ("chunk ./nowhere --quantize most --codec int4", 2, "'most' is not known, expected all or experts"),
     ("chunk ./nowhere --codec none --in-place", 2, "nothing is stored with --in-place; leave one of them out"),
     ("chunk second --from ./store --dtype bfloat16", 2, "is for checkpoints, and does not go with --from"),
     ("chunk none --from ./store", 1, "store has no model 'none'; it has: org/first, second"),

@@ -282,7 +282,7 @@ def talk(picture: Picture, clock: Clock) -> None:
         shown.phase("reading the manifest")
         _picture(shown, picture, "before it is open")
     view.follow(streaming, SERVER, 128)
-    session = chat._Session(streaming, conversation, view)
+    session = chat._Session(streaming, conversation, view, lambda _: conversation)
     session._greet()
     sys.stdout.write("> What is weight streaming?\n")
     with view.answering() as shown:

@@ -1,6 +1,7 @@
 """Encrypted models as their users have them: the same tokens, and no plaintext anywhere but in the client."""
 
 import asyncio
+import contextlib
 import json
 import logging
 from collections.abc import Iterator
@@ -154,6 +155,27 @@ def test_plaintext_is_in_no_storage_server_or_redis(made: Made, tmp_path: Path) 
     storage, *others = found["plain"]
     assert storage == len(windows.all)
     assert min(others) >= ENOUGH, found  # a Redis that is slower than the storage is left alone now and then
+
+
+def test_a_disk_cache_has_ciphertext_however_it_is_filled(made: Made, tmp_path: Path) -> None:
+    """By a run, and by `pull`, which takes no key; offline, who has the key has the same tokens. Plain, it is found."""
+    windows, found, answers = Windows(payloads(made)), {}, {}
+    for kind, key in (("plain", None), ("encrypted", made.key_file)):
+        cached: dict[str, Any] = {"cache_dir": str(tmp_path / kind), "disk_cache": "1GB", "encryption_key_file": key}
+        with serve(Path(made.store(kind))) as server:
+            run = tokens(server.url, codec="none", offline=False, **cached)
+            ran = list(pieces_of_files(tmp_path / kind))
+            pull = ("pull", server.url, "--codec", "int8", "--cache-dir", str(tmp_path / kind), "--json")
+            pulled = surfw(tmp_path, *pull, SURFW_ENCRYPTION_KEY_FILE=made.key_file)
+            assert pulled.returncode == 0, pulled.stderr
+        answers[kind] = [run, *(tokens(server.url, codec=codec, offline=True, **cached) for codec in ("none", "int8"))]
+        with pytest.raises(ConfigurationError, match=r"and no key is given") if key else contextlib.nullcontext():
+            tokens(server.url, codec="none", offline=True, **cached | {"encryption_key_file": None})
+        found[kind] = [len(windows.find_in(pieces)) for pieces in (ran, pieces_of_files(tmp_path / kind))]
+    assert answers["plain"] == answers["encrypted"]
+    assert answers["plain"][0] == answers["plain"][1]
+    assert found["encrypted"] == [0, 0]
+    assert 1000 < found["plain"][0] < found["plain"][1]
 
 
 def test_housekeeping_and_copies_need_no_key(made: Made, tmp_path: Path) -> None:

@@ -83,3 +83,35 @@ FAMILIES = {
     ),
     "electra-classifier": Family("ElectraForSequenceClassification", _PLAIN | {"embedding_size": 32}),
 }  # fmt: skip
+
+_EXPERTS = _GROUPED | {"num_hidden_layers": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
+_LATENT = _EXPERTS | {
+    "num_key_value_heads": 4, "n_routed_experts": 8, "n_shared_experts": 1, "n_group": 1, "topk_group": 1,
+    "first_k_dense_replace": 1, "q_lora_rank": None, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
+    "v_head_dim": 16, "head_dim": 8,
+}  # fmt: skip
+
+MIXTURES = {
+    "mixtral": Family("MixtralForCausalLM", _EXPERTS | {"num_local_experts": 8, "intermediate_size": 32}),
+    "qwen2-moe": Family(
+        "Qwen2MoeForCausalLM", _EXPERTS | {"num_experts": 8, "shared_expert_intermediate_size": 32}
+    ),
+    "qwen3-moe": Family("Qwen3MoeForCausalLM", _EXPERTS | {"num_experts": 8}),
+    "deepseek-v2": Family("DeepseekV2ForCausalLM", _LATENT | {"topk_method": "greedy"}),
+    "deepseek-v3": Family("DeepseekV3ForCausalLM", _LATENT),
+    "gpt-oss": Family(
+        "GptOssForCausalLM",
+        _EXPERTS | {"num_local_experts": 8, "intermediate_size": 32, "layer_types": ["full_attention"] * 3},
+    ),
+    "glm4-moe": Family(
+        "Glm4MoeForCausalLM",
+        _EXPERTS | {"n_routed_experts": 8, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
+    ),
+    "olmoe": Family("OlmoeForCausalLM", _EXPERTS | {"num_experts": 8, "intermediate_size": 32}),
+    "granite-moe": Family("GraniteMoeForCausalLM", _EXPERTS | {"num_local_experts": 8, "intermediate_size": 32}),
+    "llama4": Family(
+        "Llama4ForCausalLM",
+        _EXPERTS | {"num_local_experts": 8, "intermediate_size": 32, "intermediate_size_mlp": 64, "moe_layers": [0, 2]},
+    ),
+}  # fmt: skip
+"""Mixtures of experts: two of eight experts compute each token."""

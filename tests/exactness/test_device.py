@@ -5,6 +5,7 @@ The device is simulated: what is computed before its copy has come is garbage, a
 
 import asyncio
 import copy
+from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ import transformers
 
 from surfw.chunking import prepare_model, write_model
 from surfw.config import CodecChoice
-from surfw.errors import ConfigurationError
+from surfw.errors import ConfigurationError, SurfwError
 from surfw.models import StreamingModel
 from surfw.models.client import WeightClient
 from surfw.runtime.device_engine import DeviceEngine
+from surfw.runtime.device_tier import DeviceTier
 from surfw.runtime.simulated import SimulatedDevice
 from surfw.storage import open_backend
 from tests.checkpoints import save_llama
@@ -25,7 +27,7 @@ from tests.exactness.families import FAMILIES
 from tests.exactness.test_families import assert_equal, inputs, outputs
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-tied", "t5", "albert-shared-layers"])
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "t5", "albert-shared-layers", "qwen3-experts"])
 def test_streamed_to_a_device_equals_resident(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     FAMILIES[name].build().save_pretrained(tmp_path)
@@ -95,6 +97,47 @@ def test_on_a_device_that_has_all_of_it_passes_are_counted_as_on_the_cpu(tmp_pat
                 counted.append((cache["hits"], cache["misses"]))
     chunks = len(streaming.manifest.chunks)
     assert counted == [(5 * chunks, chunks)] * 2
+
+
+def test_memory_is_kept_for_each_stream_that_computed_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_llama(tmp_path, layers=2, hidden=64)
+    streams, waited = iter(["one", "other"]), []
+    monkeypatch.setattr(SimulatedDevice, "wait", lambda *_: next(streams))
+    monkeypatch.setattr(SimulatedDevice, "wait_for_computing", lambda _, stream: waited.append(stream))
+    with WeightClient(tmp_path) as client, StreamingModel.open(client, device="simulated") as streaming:
+        engine = device_engine(streaming)
+        for _ in range(2):
+            engine.acquire(streaming.layers[0])
+            engine.release(streaming.layers[0])
+        engine.clear()
+        assert sorted(waited) == ["one", "other"]
+
+
+def test_a_copy_that_fails_leaves_nothing_and_the_next_run_is_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_llama(tmp_path, layers=3, hidden=64)
+    ids = torch.tensor([[1, 17, 42, 101, 7]])
+    with WeightClient(tmp_path) as client:
+        with StreamingModel.open(client) as here:
+            expected = here(input_ids=ids).logits
+        with StreamingModel.open(client, device="simulated", cache_size=1) as streaming:
+            engine, copied = device_engine(streaming), SimulatedDevice.copy
+            with monkeypatch.context() as patch:
+
+                def fail(*given: Any) -> Any:
+                    copied(*given)
+                    raise SurfwError("the bus is broken")
+
+                patch.setattr(SimulatedDevice, "copy", fail)
+                with pytest.raises(SurfwError, match="the bus is broken"):
+                    streaming(input_ids=ids)
+            tier = engine.host
+            assert isinstance(tier, DeviceTier)
+            while tier._unfinished:  # what was to come ahead
+                wait(list(tier._unfinished))
+            assert not any(slot.users for slot in engine.below.table), "host memory is given back"
+            assert torch.equal(streaming(input_ids=ids).logits, expected)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -27,11 +27,12 @@ from surfw.models import StreamingModel
 from surfw.storage import Store, open_backend
 from surfw.testing.faults import DOWN, UP, Fault, FaultProxy
 from tests.cli.run import complaint, surfw
-from tests.exactness.families import FAMILIES
+from tests.exactness.families import FAMILIES, MIXTURES
 from tests.exactness.test_families import inputs
 from tests.servers import serve
 
-NAMES = ("llama", "bert-mlm", "t5")
+NAMES = ("llama", "bert-mlm", "t5", "qwen3-moe")
+"""One of them a mixture, each of whose experts is a chunk of its own."""
 TOGETHER, AT_ONCE = 10, 3
 SCHEDULES = 300
 EQUAL_AT_LEAST = 3
@@ -60,8 +61,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Serve
         for name in NAMES:
             torch.manual_seed(0)
             path = tmp_path_factory.mktemp(name)
-            FAMILIES[name].build().save_pretrained(path)
-            resident: Any = copy.deepcopy(getattr(transformers, FAMILIES[name].class_name).from_pretrained(path))
+            family = (FAMILIES | MIXTURES)[name]
+            family.build().save_pretrained(path)
+            resident: Any = copy.deepcopy(getattr(transformers, family.class_name).from_pretrained(path))
             manifest = asyncio.run(write_model(prepare_model(str(path), name=name), open_backend(store)))
             given = inputs(resident, 1)
             made[name] = Served(server.url, given, resident(**given).logits, manifest.payload_bytes)

@@ -71,7 +71,7 @@ def test_of_a_running_server_and_of_one_that_is_started_again(llama: Path, store
     expected = IntegrityError if keep_time else RefusedError
     text = "is damaged" if keep_time else "was changed since; start the server again, or run surfw chunk --in-place"
     with serve(store) as served:
-        with StreamingModel.open(served.url) as streaming:
+        with StreamingModel.open(served.url, prefetch=False) as streaming:
             assert streaming.manifest.is_known
         damage(llama / "model.safetensors", keep_time=keep_time)
         with pytest.raises(expected, match=text):

@@ -10,11 +10,13 @@ import pytest
 import torch
 import transformers
 
+from surfw import ModelChunker
 from surfw.chunking import prepare_model
-from surfw.errors import ConfigurationError, ModelError, StorageError
+from surfw.errors import CheckpointError, ConfigurationError, ModelError, StorageError, UnsupportedModelError
 from surfw.models import StreamingModel
 from surfw.server import WeightServer
 from surfw.storage.base import ChangedObjectError
+from tests.adapters import save_adapter
 from tests.checkpoint.fake_hub import COMMIT, MODEL, serve
 from tests.checkpoints import save_llama
 from tests.cli.run import SURFW, environment
@@ -41,6 +43,13 @@ def resident(path: Path) -> torch.Tensor:
         return torch.as_tensor(copy.deepcopy(transformers.AutoModelForCausalLM.from_pretrained(path))(IDS).logits)
 
 
+def s3_options(s3: S3Service) -> dict[str, str]:
+    return {
+        "endpoint_url": s3.endpoint, "aws_access_key_id": s3.key, "aws_secret_access_key": s3.secret,
+        "region": "us-east-1",
+    }  # fmt: skip
+
+
 def run(streaming: StreamingModel) -> torch.Tensor:
     with torch.no_grad():
         return torch.as_tensor(streaming(input_ids=IDS).logits)
@@ -50,11 +59,7 @@ def test_from_s3_by_a_server_and_without_one(llama: Path, s3: S3Service, tmp_pat
     bucket = s3.bucket()
     for file in llama.iterdir():
         s3.client.put_object(Bucket=bucket, Key=f"models/{file.name}", Body=file.read_bytes())
-    url = f"s3://{bucket}/models"
-    options = {
-        "endpoint_url": s3.endpoint, "aws_access_key_id": s3.key, "aws_secret_access_key": s3.secret,
-        "region": "us-east-1",
-    }  # fmt: skip
+    url, options = f"s3://{bucket}/models", s3_options(s3)
     want = resident(llama)
 
     async def main() -> None:
@@ -87,6 +92,39 @@ def test_from_a_web_server(llama: Path, tmp_path: Path) -> None:
         with pytest.raises(ChangedObjectError, match=rf"{SHARD} in {server}/llama was changed"):
             run(streaming)
     assert written(tmp_path / "home") < 100_000
+
+
+def test_an_adapter_from_s3_and_a_web_server_is_that_of_its_folder(s3: S3Service, tmp_path: Path) -> None:
+    base, adapter = save_llama(tmp_path / "base", layers=2), tmp_path / "lora"
+    save_adapter(base, adapter, r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    (adapter / "chat_template.jinja").write_text("{{ messages }}")
+    bucket = s3.bucket()
+    for file in adapter.iterdir():
+        s3.client.put_object(Bucket=bucket, Key=f"adapters/lora/{file.name}", Body=file.read_bytes())
+    ModelChunker(base, tmp_path / "store").chunk_model_sync()
+    with http_server(tmp_path, tmp_path / "http.log") as server:
+        found = set()
+        for place, options in {
+            str(adapter): {}, f"file://{adapter}": {}, f"{server}/lora/": {},
+            f"s3://{bucket}/adapters/lora": s3_options(s3),
+        }.items():  # fmt: skip
+            chunker = ModelChunker(place, tmp_path / "store", base="base", storage_options=options)
+            found.add(chunker.chunk_model_sync().digest)
+        assert len(found) == 1
+        for place, said in {
+            "base": f"{server}/base is no adapter: there is no adapter_config.json",
+            "store": f"{server}/store is a surfw store, not an adapter: it is chunked already; copy adapters from it",
+        }.items():
+            with pytest.raises(CheckpointError, match=f"^{said}"):
+                ModelChunker(f"{server}/{place}", tmp_path / "store", base="base").chunk_model_sync()
+        with pytest.raises(UnsupportedModelError, match=f"^{server}/lora is an adapter .* surfw chunk {server}/lora"):
+            prepare_model(f"{server}/lora")
+        (adapter / "model.safetensors").write_bytes((base / "model.safetensors").read_bytes())
+        (adapter / "config.json").write_bytes((base / "config.json").read_bytes())
+        with pytest.raises(UnsupportedModelError, match=r"has an adapter .* beside the weights in model.safetensors"):
+            prepare_model(f"{server}/lora")
+    (only,) = (tmp_path / "store" / "models").glob("lora.json")
+    assert "chat_template.jinja" in only.read_text()
 
 
 def test_a_url_with_secrets_comes_into_no_manifest(tmp_path: Path) -> None:

@@ -42,6 +42,7 @@ def example(name: str) -> Any:
 def save_models(folder: Path) -> Any:
     """What the snippets call my-model, my-adapter, my-bert and so on; the class of the mixer."""
     save_adapter(save_llama(folder / "my-model"), folder / "my-adapter", target_modules=["q_proj", "v_proj"])
+    save_llama(folder / "small-model", layers=1)
     save_bert(folder / "my-bert")
     torch.manual_seed(0)
     FAMILIES["gpt2"].build().save_pretrained(folder / "my-gpt")
@@ -74,7 +75,7 @@ def told(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReques
     folder = tmp_path_factory.mktemp("pages")
     mixer = save_models(folder)
     names: dict[str, Any] = {one.page: {"__name__": "page", "TinyMixer": mixer} for one in SNIPPETS}
-    for name in ("my-model", "my-bert", "my-gpt", "my-t5"):
+    for name in ("my-model", "small-model", "my-bert", "my-gpt", "my-t5"):
         ModelChunker(folder / name, folder / "served").chunk_model_sync()
     here = places(request)
     away = [place for place in ("redis://127.0.0.1:6379", "http://127.0.0.1:9000") if place not in here]

@@ -72,7 +72,7 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
     "a folder that is a URL": (lambda: FilesystemBackend("s3://bucket/x"), "s3://bucket/x is a URL, expected a folder"),
     "attempts in words": (lambda: RetryPolicy(attempts="a"), "attempts is 'a', expected a number"),
     "half an attempt": (lambda: RetryPolicy(attempts=1.5), "attempts is 1.5, expected a number"),
-    "no model to chunk": (lambda: ModelChunker(None), "model_name is None, expected a hub id or a local directory"),
+    "no model to chunk": (lambda: ModelChunker(None), "model_name is None, expected a hub id, a local directory"),
     "an empty name": (lambda: ModelChunker(""), "model_name is empty"),
     "a name that is a number": (lambda: ModelChunker("x", name=5), "name is 5, expected a text or None"),
     "a class that is no model": (

@@ -4,6 +4,7 @@ import asyncio
 import inspect
 import json
 import logging
+import re
 import subprocess
 import sys
 from contextlib import ExitStack
@@ -22,6 +23,7 @@ from surfw.models import StreamingModel, assembly
 from surfw.runtime.kv_cache import CACHE_NAMES, kv_cost, output_cache
 from surfw.runtime.memory import DefaultBudget
 from surfw.storage import open_backend
+from tests.checkpoints import resident
 
 SLACK = 48 * MIB
 """For activations, what kernels and allocators keep, and the interpreter's own objects."""
@@ -223,6 +225,39 @@ def test_a_budget_that_was_given_and_is_too_small_for_a_generation_is_refused(st
         assert model.generate(PROMPT, **GREEDY).shape == (8, 28)
 
 
+def test_a_prompt_in_pieces_is_transformers_own_and_reads_the_weights_once_for_each(
+    store: Path, checkpoints: Path
+) -> None:
+    asked: dict[str, Any] = {**GREEDY, "max_new_tokens": 1}
+    reference, read = resident(checkpoints, "llama"), []
+    with StreamingModel.open(str(store), "llama", cache_size=1) as model:
+        model.generate(PROMPT[:1], **asked)
+        for pieces in ({}, {"prefill_chunk_size": 5}):
+            before = model.metrics.count("fetched_bytes")
+            found = model.generate(PROMPT[:1], **asked, **pieces)
+            read.append(model.metrics.count("fetched_bytes") - before)
+            assert torch.equal(found, reference.generate(PROMPT[:1], **asked, **pieces))
+    assert read[1] > 3 * read[0] > 0
+
+
+def test_a_quantised_cache_has_room_where_another_has_none(store: Path, checkpoints: Path) -> None:
+    asked: dict[str, Any] = {**GREEDY, "max_new_tokens": 60}
+    small: dict[str, Any] = {"cache_implementation": "quantized", "cache_config": {"backend": "fp8"}}
+    with StreamingModel.open(str(store), "llama", memory_budget=10**9) as model:
+        whole = kv_cost(model.model.config, model.model.dtype).total_bytes(20, 60, sequences=8)
+        with pytest.raises(ConfigurationError) as refused:
+            model.memory_budget = 1000
+    budget = int(re.findall(r"\((\d+) bytes\) at least", str(refused.value))[0]) + whole * 3 // 5
+    with StreamingModel.open(str(store), "llama", memory_budget=budget) as model:
+        with pytest.raises(ConfigurationError, match=r"or have the KV cache quantised, .*cache_implementation='quanti"):
+            model.generate(PROMPT, **asked)
+        held = watch(model)
+        found = model.generate(PROMPT, **asked, **small)
+        assert max(held) <= budget
+        assert model.statistics()["cache"]["kv_cache_bytes"] <= model.plan.reserved_bytes <= whole * 3 // 5
+    assert torch.equal(found, resident(checkpoints, "llama").generate(PROMPT, **asked, **small))
+
+
 def test_a_budget_that_surfw_found_out_only_warns(
     store: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -254,3 +289,102 @@ def test_a_machine_that_is_too_full_is_told_of_and_no_budget_of_nothing(
         assert "--memory-budget" in text
         assert "tokens" not in text
         assert " 0 B" not in text
+
+
+def test_the_budget_may_change_while_the_model_runs(large: Path) -> None:
+    ids = torch.arange(3, 12)[None]
+    with StreamingModel.open(large, "large", memory_budget="1GB") as model:
+        expected = model(ids).logits
+        assert model.plan.everything_fits
+        small, held = model._engine.least_budget_bytes + 2 * max(model.plan.sizes.values()), []
+        changed = model.model.get_submodule("model.layers.9").register_forward_hook(
+            lambda *_: setattr(model, "memory_budget", small)
+        )
+        assert torch.equal(model(ids).logits, expected)
+        assert model.memory_budget == small
+        changed.remove()
+        for module in model.model.modules():
+            module.register_forward_hook(
+                lambda *_: held.append(model._engine.resident_bytes + model.plan.overhead_bytes)
+            )
+        assert torch.equal(model(ids).logits, expected)
+        assert max(held) + model.plan.overhead_bytes <= small
+        with pytest.raises(ConfigurationError, match="too small"):
+            model.memory_budget = "1MB"
+        assert model.memory_budget == small
+        model.memory_budget = "1GB"
+        assert model.plan.everything_fits
+        assert torch.equal(model(ids).logits, expected)
+    assert StreamingModel(large, "large", memory_budget="2MB").memory_budget == 2_000_000
+
+
+def test_a_model_gives_back_what_it_can(large: Path) -> None:
+    ids = torch.arange(3, 12)[None]
+    with StreamingModel.open(large, "large", memory_budget="100MB") as model:
+        expected, engine = model(ids).logits, model._engine
+        claimed = engine.claimed_bytes
+        assert claimed <= 100_000_000
+        assert engine.shrink(30_000_000) == (claimed, claimed - 30_000_000)
+        assert model.memory_budget == claimed - 30_000_000
+        assert torch.equal(model(ids).logits, expected)
+        assert engine.claimed_bytes <= claimed - 30_000_000
+        claimed = engine.claimed_bytes
+        assert engine.shrink(10**9) == (claimed, engine.least_budget_bytes)
+        assert engine.shrink(1) is None
+        assert torch.equal(model(ids).logits, expected)
+    with StreamingModel.open(large, "large", cache_size=5) as model:
+        claimed = model._engine.claimed_bytes
+        assert model._engine.shrink(1_000_000) == (claimed, claimed - 1_000_000)
+        assert torch.equal(model(ids).logits, expected)
+    with StreamingModel.open(large, "large", memory_budget="1GB") as model:
+        assert torch.equal(model(ids).logits, expected)
+        assert model._engine.shrink(1_000_000) is None, "mapped pages are not its own"
+
+
+SHORT = """
+import json, logging, sys, time
+from pathlib import Path
+import torch
+from surfw.models import StreamingModel
+from surfw.runtime import pressure
+from surfw.runtime.memory import read_smallest_limit
+
+logging.basicConfig(level=logging.WARNING)
+store, group = sys.argv[1], Path(sys.argv[2])
+pressure.watch._interval = 0.05
+ids = torch.arange(3, 12)[None]
+options = dict(max_new_tokens=2, do_sample=False, eos_token_id=None, pad_token_id=0)
+with StreamingModel.open(store, "large", memory_budget="150MB") as model:
+    expected = model.generate(ids, **options).tolist()
+    for name in ("memory.limit_in_bytes", "memory.max"):
+        if (group / name).exists():
+            (group / name).write_text(str(read_smallest_limit().in_use_bytes + 110 * 2**20))
+    taken = []
+    for _ in range(20):  # of 160 MB, which are not there
+        taken.append(bytearray(b"x" * (8 * 10**6)))
+        assert model.generate(ids, **options).tolist() == expected
+    print(json.dumps({"budget": model.memory_budget, "least": model._engine.least_budget_bytes}))
+"""
+
+
+def test_a_process_whose_memory_runs_short_is_not_killed(large: Path) -> None:
+    with ExitStack() as made:
+        try:
+            group = made.enter_context(memory_group(2048 * MIB))
+        except ConfigurationError as exc:
+            pytest.skip(str(exc))
+        command = group.command([sys.executable, "-c", SHORT, str(large), str(group.path)])
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert (done.returncode, group.kills) == (0, 0), done.stderr[-2000:]
+    told = json.loads(done.stdout)
+    assert told["least"] <= told["budget"] < 110_000_000
+    assert "WARNING:surfw.runtime:large: memory runs short" in done.stderr
+
+
+@pytest.mark.parametrize("wrong", ["much", 0, None, True])
+def test_a_budget_that_is_none_is_refused(large: Path, wrong: Any) -> None:
+    with (
+        StreamingModel.open(large, "small", memory_budget="1GB") as model,
+        pytest.raises(ConfigurationError, match="memory_budget is"),
+    ):
+        model.memory_budget = wrong

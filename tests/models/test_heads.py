@@ -228,11 +228,26 @@ def test_whether_a_sentence_follows(class_name: str, settings: dict[str, Any], m
 )
 def test_both_heads_of_a_pretrained_model(class_name: str, settings: dict[str, Any], field: str, made: Maker) -> None:
     model = made.model(class_name, settings)
-    word, follows = predictions(model, "the [MASK] arrive")
-    output = made.output("the [MASK] arrive")
-    assert word["position"] == 2
-    assert word["candidates"][0]["probability"] == output.prediction_logits[0, 2].softmax(-1).max().item()
-    assert follows["candidates"][0]["probability"] == getattr(output, field)[0].softmax(-1).max().item()
+    for texts in (("the [MASK] arrive",), ("the [MASK] arrive", OTHER)):
+        word, follows = predictions(model, *texts)
+        output = made.output(*texts)
+        assert word["position"] == 2
+        assert word["candidates"][0]["probability"] == output.prediction_logits[0, 2].softmax(-1).max().item()
+        assert follows["candidates"][0]["probability"] == getattr(output, field)[0].softmax(-1).max().item()
+    with pytest.raises(
+        ConfigurationError, match=r"reads one text and a second one; give no third one \(pairs, --pair\)"
+    ):
+        predictions(model, TEXT, OTHER, "berlin")
+
+
+def test_a_model_for_any_number_of_tokens_draws_no_warning(made: Maker, caplog: pytest.LogCaptureFixture) -> None:
+    """XLNet has -1 positions."""
+    model = made.model(
+        "XLNetForSequenceClassification",
+        {"d_model": 32, "n_layer": 1, "n_head": 2, "d_inner": 32, "vocab_size": len(WORDS)},
+    )
+    assert len(predictions(model)) == 1
+    assert caplog.messages == []
 
 
 def test_which_tokens_were_replaced(made: Maker) -> None:
@@ -325,6 +340,11 @@ def test_a_model_without_a_head_gives_the_mean_and_says_so(
             "LxmertModel",
             PLAIN | {"l_layers": 1, "x_layers": 1, "r_layers": 1},
             r"does not run on a text alone \(ValueError: `visual_feats` cannot be `None`\)",
+        ),
+        (
+            "TapasForSequenceClassification",
+            PLAIN,
+            r"does not run on a text alone \(IndexError: .*\); use it from Python",
         ),
     ],
 )

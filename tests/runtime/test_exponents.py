@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from surfw.runtime import exponents
 from surfw.runtime.coding_plan import USUAL_SHARE
-from surfw.runtime.exponents import BLOCK_WORDS, Decode, Piece, are_worth_it, cut, encode, room_bytes
+from surfw.runtime.exponents import BLOCK_WORDS, MOST_SHARE, Decode, Piece, cut, encode, room_bytes
 
 BLOCK = BLOCK_WORDS
 SPECIAL = [0x0000, 0x8000, 0x7F80, 0xFF80, 0x7FC0, 0xFFC1, 0x7F81, 0x0001, 0x807F, 0x7F7F, 0x0080]
@@ -97,12 +97,20 @@ def test_weights_take_seven_tenths_and_noise_no_less_than_itself() -> None:
     _, piece = code(words, room_bytes(len(words)))
     assert piece is not None
     assert 0.69 < piece.nbytes / (2 * len(words)) < USUAL_SHARE
-    assert are_worth_it([piece])
     noise = torch.randint(-(1 << 15), 1 << 15, (64 * BLOCK,), dtype=torch.int16)
     assert code(noise, room_bytes(len(noise)))[1] is None, "it finds no place"
-    of_noise = code(noise)[1]
-    assert of_noise is not None
-    assert not are_worth_it([of_noise])
+
+
+@pytest.mark.parametrize("noisy", [0.1, 0.3, 0.34, 0.5, 0.66, 0.7])
+def test_what_is_not_worth_it_finds_no_place(noisy: float) -> None:
+    words = weights(64 * BLOCK)
+    is_noise = torch.rand(len(words)) < noisy
+    words[is_noise] = torch.randint(-(1 << 15), 1 << 15, (int(is_noise.sum()),), dtype=torch.int16)
+    size = code(words)[1]
+    assert size is not None
+    is_worth_it = size.nbytes <= MOST_SHARE * 2 * len(words)
+    assert is_worth_it == (noisy < 0.32)
+    assert (code(words, room_bytes(len(words)))[1] == size) == is_worth_it
 
 
 def test_each_block_has_its_own_seven_exponents() -> None:

@@ -187,7 +187,7 @@ async def check_reports(server: WeightServer) -> None:
 def test_a_shortage_of_another_model_is_not_told() -> None:
     shortage = {"model": "other", "pass_bytes": 1, "cache_mb": 1}
     stats: Any = {"models": ["other"], "cache_shortage": shortage}
-    assert grants(CI)["ci"].limit(stats) == {"models": [], "connections": [], "events": []}
+    assert grants(CI)["ci"].limit(stats) == {"models": [], "connections": [], "events": [], "heat": []}
     assert grants(CI)["everything"].limit(stats)["cache_shortage"] == shortage
 
 
@@ -236,7 +236,7 @@ def test_a_file_that_changes_is_read_again(store: Path, tmp_path: Path, caplog: 
             with pytest.raises(RefusedError, match="token 'ci' may not read model 'org/a'"):
                 await source.fetch(manifest, [whole(manifest.chunks[0])[0]])
 
-            write(file, "[ci]\ntoken = s3cret-ci")
+            write(tmp_path / "new", "[ci]\ntoken = s3cret-ci").replace(file)
             await until(lambda: told("stays in force"))
             await asyncio.sleep(0.05)  # which is time for some more looks
             assert caplog.text.count("stays in force") == 1, "it is said once"

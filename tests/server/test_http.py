@@ -69,12 +69,10 @@ def test_metrics_can_be_scraped(tmp_path: Path) -> None:
 
 
 def test_other_requests_are_told_where_they_are(tmp_path: Path) -> None:
-    (root, nowhere) = ask(tmp_path, "/", "/models/../surfw.json")
-    assert root[0] == 426
+    (nowhere,) = ask(tmp_path, "/models/../surfw.json")
     assert nowhere[0] == 404
-    for _, _, body in (root, nowhere):
-        assert "surfw server" in body
-        assert "/metrics" in body
+    assert "surfw server" in nowhere[2]
+    assert "/metrics" in nowhere[2]
 
 
 def test_not_ready_while_the_storage_is_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,3 +189,20 @@ def test_requests_that_are_refused_write_a_line_now_and_then(tmp_path: Path, cap
     first, counted = [line for line in caplog.messages if "no token" in line]
     assert first.endswith(" is refused: no token")
     assert counted.endswith(" is refused: no token (and 18 times more before)"), "told at the end"
+
+
+def test_what_is_no_frame_behind_a_request_ends_the_connection(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_store(tmp_path, sizes=[100])
+
+    async def main() -> bytes:
+        async with serving(tmp_path) as server:
+            reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+            writer.write(b"GET /stats HTTP/1.1\r\n\r\nHost: [::1]\r\n")
+            answer = await reader.read()
+            writer.close()
+            return answer
+
+    assert asyncio.run(main()) == b""
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]

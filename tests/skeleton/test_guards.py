@@ -11,11 +11,18 @@ import transformers
 from torch import nn
 from torch.nn.modules import module as torch_module
 from torch.utils._device import _device_constructors
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, initialization
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+    ReformerConfig,
+    ReformerModelWithLMHead,
+    initialization,
+)
 
 from surfw.errors import SurfwError
 from surfw.skeleton import guards
-from surfw.skeleton.build import read_config
+from surfw.skeleton.build import build_skeleton, read_config
 from tests.skeleton.models import settings_of, skeleton_of
 from tests.toys import Pause
 
@@ -174,3 +181,14 @@ def test_an_import_amid_the_building_of_a_model_ends(monkeypatch: pytest.MonkeyP
     ):
         guards._tie_weights_elsewhere()
     assert sum(waited) == pytest.approx(60)
+
+
+def test_what_a_models_code_prints_goes_to_the_log(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", "surfw"):
+        config = ReformerConfig(is_decoder=True, attn_layers=["local"], axial_pos_embds=False, vocab_size=8)
+        made = build_skeleton(config, ReformerModelWithLMHead, torch.float32, tensor_count=99, where="m").model
+        made.prepare_inputs_for_generation(torch.ones(1, 1), invented=1)
+    assert capsys.readouterr().out == ""
+    assert caplog.messages == ["Warning: invented is not a recognized input."]

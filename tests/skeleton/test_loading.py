@@ -15,9 +15,10 @@ from transformers import LlamaConfig, PreTrainedModel
 
 from surfw.checkpoint import Checkpoint, open_directory
 from surfw.errors import CheckpointError
+from surfw.manifest import split_name
 from surfw.skeleton.build import Skeleton, build_skeleton
 from surfw.skeleton.loading import Loading, SourceFacts, convert_bytes, plan_loading
-from tests.exactness.families import FAMILIES
+from tests.exactness.families import FAMILIES, MIXTURES
 from tests.skeleton.models import skeleton_for
 
 State = dict[str, torch.Tensor]
@@ -65,8 +66,8 @@ def load(folder: Path, *, class_name: str | None = None, dtype: torch.dtype = to
     with checkpoint:
         loading = plan(skeleton, checkpoint)
 
-        def read(name: str, destination: memoryview) -> None:
-            checkpoint.read_into(name, destination, 0, len(destination))
+        def read(name: str, destination: memoryview, start: int) -> None:
+            checkpoint.read_into(name, destination, start, start + len(destination))
 
         state: State = {}
         for name, recipe in loading.recipes.items():
@@ -75,7 +76,19 @@ def load(folder: Path, *, class_name: str | None = None, dtype: torch.dtype = to
             target_dtype, shape = recipe.targets[name]
             flat = torch.frombuffer(bytearray(made[name]) or bytearray(1), dtype=torch.uint8)[: made[name].nbytes]
             state[name] = flat.view(target_dtype).view(shape)
-    return state | {name: state[stored] for name, stored in loading.ties.items()}, loading
+    return stacked(state | {name: state[stored] for name, stored in loading.ties.items()}), loading
+
+
+def stacked(state: State) -> State:
+    """Slices put together again to the stacks that they are of."""
+    stacks: dict[str, list[torch.Tensor]] = {}
+    for name, tensor in state.items():
+        if parts := split_name(name):
+            stack = stacks.setdefault(parts[0], [])
+            assert len(stack) == parts[1]
+            stack.append(tensor)
+    whole = {name: tensor for name, tensor in state.items() if not split_name(name)}
+    return whole | {name: torch.stack(slices) for name, slices in stacks.items()}
 
 
 def same_as_from_pretrained(
@@ -175,13 +188,37 @@ def test_a_model_with_a_tied_head_out_of_a_checkpoint_of_its_base(tmp_path: Path
     assert loading.ties == {"lm_head.weight": "model.embed_tokens.weight"}
 
 
-def test_experts_of_their_own_become_one_stack(tmp_path: Path) -> None:
+def test_experts_of_their_own_become_slices_of_one_stack(tmp_path: Path) -> None:
     save(tmp_path, "mixtral-experts")  # transformers saves them apart, as they were published
     assert sum(".w1.weight" in name for name in load_file(tmp_path / "model.safetensors")) == 16
     loading, _ = same_as_from_pretrained(tmp_path)
-    recipe = loading.recipes["model.layers.0.mlp.experts.gate_up_proj"]
-    assert len(recipe.sources) == 8
-    assert recipe.targets == {"model.layers.0.mlp.experts.gate_up_proj": (torch.float32, (4, 192, 64))}
+    name = "model.layers.0.mlp.experts.gate_up_proj[3]"
+    recipe = loading.recipes[name]
+    assert recipe.targets == {name: (torch.float32, (192, 64))}
+    assert [source.rpartition("experts.")[2] for source in recipe.joined] == ["3.w1.weight", "3.w3.weight"]
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mixtures_as_they_are_saved(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    MIXTURES[family].build().save_pretrained(tmp_path)
+    loading, _ = same_as_from_pretrained(tmp_path, dtype=dtype)
+    slices = {name: recipe for name, recipe in loading.recipes.items() if split_name(name)}
+    assert {name.rpartition("[")[2] for name in slices} == {f"{index}]" for index in range(8)}
+    assert all(bool(recipe.joined) is (dtype == torch.float32) for recipe in slices.values())
+
+
+def test_experts_of_several_dtypes_are_made_as_one_stack_and_cut(tmp_path: Path) -> None:
+    def lower(state: State) -> State:
+        (name, tensor) = next((name, tensor) for name, tensor in state.items() if ".w1.weight" in name)
+        return state | {name: tensor.bfloat16()}
+
+    rewrite(save(tmp_path, "mixtral-experts"), lower)
+    loading, _ = same_as_from_pretrained(tmp_path)
+    cut = loading.recipes["model.layers.0.mlp.experts.gate_up_proj[0]"]
+    assert (len(cut.sources), len(cut.targets)) == (8, 4)
+    assert len(loading.recipes["model.layers.1.mlp.experts.gate_up_proj[0]"].targets) == 1
 
 
 def with_head(state: State, head: torch.Tensor) -> State:

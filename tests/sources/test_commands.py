@@ -8,13 +8,21 @@ import pytest
 from surfw.checkpoint import demo_checkpoint
 from tests.cli.run import complaint, surfw
 from tests.servers import serve
+from tests.test_signing import OTHER, private_pem, public_pem
 
 
 def test_a_model_is_pulled_and_runs_when_its_server_is_gone(tmp_path: Path) -> None:
-    assert surfw(tmp_path, "chunk", str(demo_checkpoint()), "--name", "toy").returncode == 0
+    private, public = private_pem(tmp_path / "key.pem"), public_pem(tmp_path / "key.pub")
+    chunked = surfw(tmp_path, "chunk", str(demo_checkpoint()), "--name", "toy", "--sign", private, "--json")
+    assert chunked.returncode == 0
+    pin = f"toy@b3:{json.loads(surfw(tmp_path, 'show', 'toy', '--json').stdout)['identity']}"
     with serve(tmp_path / "store") as server:
-        pulled = json.loads(surfw(tmp_path, "pull", server.url, "--json").stdout)
-        again = json.loads(surfw(tmp_path, "pull", server.url, "--json").stdout)
+        other = complaint(surfw(tmp_path, "pull", server.url, "--verify-key", public_pem(tmp_path / "other", OTHER)))
+        assert f"toy in {server.url} is signed with key" in other
+        wrong = complaint(surfw(tmp_path, "pull", "--source", server.url, "--model", f"toy@b3:{'0' * 64}"))
+        assert f"expected b3:{'0' * 64}" in wrong
+        pulled = json.loads(surfw(tmp_path, "pull", server.url, "--json", "--verify-key", public).stdout)
+        again = json.loads(surfw(tmp_path, "pull", "--source", server.url, "--model", pin, "--json").stdout)
     assert pulled["model"] == "toy"
     assert pulled["fetched_bytes"] == pulled["stored_bytes"] == again["stored_bytes"] > 0
     assert again["fetched_bytes"] == 0
@@ -30,7 +38,7 @@ def test_a_model_is_pulled_and_runs_when_its_server_is_gone(tmp_path: Path) -> N
     near = surfw(tmp_path, "infer", "--source", str(tmp_path / "store"), *infer[3:])
     assert near.stdout.strip()
     for offline in ("--offline", "--disk-cache=1GB"):  # HF_HUB_OFFLINE is set here
-        done = surfw(tmp_path, *infer, offline)
+        done = surfw(tmp_path, *infer, offline, "--verify-key", public)
         assert (done.returncode, done.stderr, done.stdout) == (0, "", near.stdout)
     assert "no surfw server at" in complaint(surfw(tmp_path, *infer, "--retry-attempts", "1"))
 

@@ -22,9 +22,10 @@ QUICK = RetryPolicy(attempts=3, first_delay_seconds=0.01, backoff=2, jitter=0)
 SIZES = [3 * MIB + 7, 20 * MIB]
 
 
-def table(*, retry: RetryPolicy | None = None, sources: int = 2) -> SourceTable:
+def table(*, retry: RetryPolicy | None = None, sources: int = 2, by_speed: bool = False) -> SourceTable:
     """Sources of which nothing is known."""
-    return SourceTable([Standing(f"ws://{index}") for index in range(sources)], retry or QUICK, draw=lambda: 0)
+    standings = [Standing(f"ws://{index}") for index in range(sources)]
+    return SourceTable(standings, retry or QUICK, by_speed, draw=lambda: 0)
 
 
 def test_the_first_source_is_asked_until_it_fails_and_again_after_its_rest() -> None:
@@ -63,6 +64,33 @@ def test_what_is_late_depends_on_what_a_source_usually_takes() -> None:
     assert one.late_seconds(0, 2 * MIB) == pytest.approx(16.0)
     one.succeeded(1, MIB, 0.001)
     assert one.late_seconds(1, MIB) == 1.0 < unknown
+
+
+def test_by_speed_all_are_tried_then_the_fastest_is_asked_and_others_now_and_then() -> None:
+    one = table(sources=3, by_speed=True)
+    asked = []
+    for _ in range(10):
+        asked.append(one.usable(0)[0])
+        one.begin(asked[-1], 0)
+    assert asked == [0, 1, 2] * 3 + [0]
+    for index, seconds in ((0, 3.0), (1, 1.0), (2, 0.9)):
+        one.succeeded(index, MIB, seconds)
+        for _ in range(asked.count(index)):
+            one.end(index)
+    assert one.usable(1) == [1, 2, 0]  # a little faster is no reason to change
+    one.begin(1, 9)
+    assert one.usable(9.5) == [1, 2, 0]
+    assert one.usable(10) == [0, 2, 1]  # nobody has asked these for a while
+    one.begin(0, 10)
+    assert one.usable(10) == [2, 1, 0]
+    one.succeeded(0, MIB, 0.01)
+    one.end(0)
+    assert one.usable(11) == [2, 0, 1]
+    one.begin(2, 11)
+    one.end(2)
+    assert one.usable(11) == [0, 2, 1]
+    one.set_aside(0, "damage")
+    assert one.usable(11) == [1, 2]
 
 
 def run(
@@ -128,6 +156,29 @@ def test_a_source_that_is_late_is_overtaken(tmp_path: Path, monkeypatch: pytest.
     failover, one, other = run(tmp_path, lambda one, _: setattr(one, "before", lambda _: asyncio.Event()))
     assert failover.hedged_ranges > 0
     assert (one.delivered, other.delivered) == (0, 24)
+
+
+@pytest.mark.parametrize("by_speed", [False, True])
+def test_the_faster_source_delivers_most_if_speed_counts(tmp_path: Path, *, by_speed: bool) -> None:
+    made = make_store(tmp_path, sizes=[9 * MIB] * 12)
+
+    def slowly(_: object) -> asyncio.Event:
+        event = asyncio.Event()
+        asyncio.get_running_loop().call_later(0.02, event.set)
+        return event
+
+    async def main() -> tuple[int, int]:
+        one, other = FaultySource(tmp_path, "ws://one"), FaultySource(tmp_path, "ws://other")
+        one.before = slowly
+        places = [("ws://one", opener(one)), ("ws://other", opener(other))]
+        async with Failover(places, retry=QUICK, by_speed=by_speed) as failover:
+            await read_all(failover, await failover.manifest(made.name))
+            assert [standing.in_flight for standing in failover.standings] == [0, 0]
+        return one.delivered, other.delivered
+
+    slow, fast = asyncio.run(main())
+    assert slow + fast == 108
+    assert fast > 3 * slow if by_speed else fast == 0
 
 
 def test_the_first_is_back_once_it_is_up_again(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ WITH_MORE: ServerStats = STATS | {
     ],
     "events": [{"time": 1.5e9, "kind": "joined", "text": "surfw/1 at 127.0.0.1:50412 joined"}],
     "cache_shortage": {"model": "org/b", "pass_bytes": 15, "cache_mb": 30},
+    "heat": [{"model": "org/b", "chunks": 2, "resident": [1.0, 0.5], "hits": [3, 0]}],
     "sending": {"slow_clients": 16, "max_bytes_per_second": 17},
 }  # fmt: skip
 """With what older servers do not report."""
@@ -59,7 +60,7 @@ def test_a_part_of_another_shape_is_refused(key: str, value: object) -> None:
     changed = WITH_MORE | {key: value}
     fits = (
         (key == "models" and isinstance(value, list) and all(isinstance(one, str) for one in value))
-        or (key in {"connections", "events"} and value == [])
+        or (key in {"connections", "events", "heat"} and value == [])
         or (
             key in {"bytes_sent", "bytes_read", "clients"}
             and isinstance(value, int)

@@ -1,7 +1,8 @@
-"""A LLaMA checkpoint as a GGUF file for llama.cpp, a tensor at a time. Only token ids go in and come out of it."""
+"""A LLaMA or Qwen3-MoE checkpoint as a GGUF file for llama.cpp, a tensor at a time. Only token ids go in and out."""
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,10 +15,15 @@ if TYPE_CHECKING:
 KINDS = ("bf16", "q8_0", "q4_0")
 """How matrices are stored; everything else is float32."""
 
+_ARCHITECTURES = {"llama": "llama", "qwen3_moe": "qwen3moe"}
+"""What llama.cpp calls these types of models."""
+_EXPERT = re.compile(r"(model\.layers\.\d+\.mlp)\.experts\.(\d+)\.(gate|up|down)_proj\.weight")
 _LAYER = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+    "mlp.down_proj": "ffn_down", "mlp.gate": "ffn_gate_inp", "mlp.gate_exps": "ffn_gate_exps",
+    "mlp.up_exps": "ffn_up_exps", "mlp.down_exps": "ffn_down_exps", "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
 }  # fmt: skip
 _TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
@@ -29,17 +35,19 @@ def check_gguf(model_dir: str) -> str | None:
     config = _read_config(Path(model_dir))
     rope = config.get("rope_parameters") or {}
     heads = config.get("num_attention_heads", 1)
+    kind = config.get("model_type")
+    is_whole = kind == "llama" and config.get("head_dim") in {None, config.get("hidden_size", 0) // heads}
+    is_mixture = kind == "qwen3_moe" and not config.get("mlp_only_layers") and config.get("decoder_sparse_step", 1) == 1
     is_plain = (
-        config.get("model_type") == "llama"
+        (is_whole or is_mixture)
         and rope.get("rope_type", "default") == "default"
         and not config.get("rope_scaling")
         and not config.get("attention_bias")
         and not config.get("mlp_bias")
-        and config.get("head_dim") in {None, config.get("hidden_size", 0) // heads}
     )
     if is_plain:
         return None
-    return f"surfw converts plain LLaMA checkpoints for it, and this one is not: a {config.get('model_type')!a:.40}"
+    return f"surfw converts plain LLaMA and Qwen3-MoE checkpoints for it, and this is none: {kind!a:.40}"
 
 
 def write_gguf(model_dir: Path, path: Path, kind: str = "bf16", *, head: str | None = None) -> Path:
@@ -57,19 +65,18 @@ def write_gguf(model_dir: Path, path: Path, kind: str = "bf16", *, head: str | N
     if reason := check_gguf(str(model_dir)):
         raise UnsupportedModelError(f"{model_dir}: {reason}")
     import gguf
-    from safetensors import safe_open
 
     config = _read_config(model_dir)
-    writer = gguf.GGUFWriter(path, "llama", use_temp_file=True)  # or else it would hold all tensors in memory
+    architecture = _ARCHITECTURES[config["model_type"]]
+    writer = gguf.GGUFWriter(path, architecture, use_temp_file=True)  # or else it would hold all tensors in memory
     _add_config(writer, config, getattr(gguf.LlamaFileType, f"MOSTLY_{kind.upper()}"))
     _add_vocabulary(writer, config["vocab_size"])
     tensors = dict(_read_shapes(model_dir))
     last = "lm_head.weight" if "lm_head.weight" in tensors else "model.embed_tokens.weight"
-    for name, shard in tensors.items():
-        with safe_open(shard, "pt") as opened:
-            weight = opened.get_tensor(name)
+    for name, parts in _stacked(tensors).items():
+        weight = _read(tensors, parts)
         module = name.removesuffix(".weight")
-        if module.endswith(("q_proj", "k_proj")):
+        if architecture == "llama" and module.endswith(("q_proj", "k_proj")):
             heads = config["num_attention_heads"]
             pairs = config.get("num_key_value_heads") or heads
             weight = _pair_neighbours(weight, heads if module.endswith("q_proj") else pairs)
@@ -96,6 +103,27 @@ def _read_shapes(model_dir: Path) -> Iterator[tuple[str, Path]]:
             yield from ((name, shard) for name in opened.keys() if name.endswith(".weight"))  # noqa: SIM118 - no dict
 
 
+def _stacked(tensors: Iterable[str]) -> dict[str, list[str]]:
+    """Which tensors each tensor of the file is made of: itself, or of experts all that stand in one stack, in order."""
+    stacks: dict[str, list[str]] = {}
+    for name in sorted(tensors, key=lambda one: int(found[2]) if (found := _EXPERT.fullmatch(one)) else -1):
+        found = _EXPERT.fullmatch(name)
+        stacks.setdefault(f"{found[1]}.{found[3]}_exps.weight" if found else name, []).append(name)
+    return stacks
+
+
+def _read(tensors: Mapping[str, Path], names: Sequence[str]) -> "torch.Tensor":
+    """A tensor of a checkpoint, or several in a stack."""
+    import torch
+    from safetensors import safe_open
+
+    found = []
+    for name in names:
+        with safe_open(tensors[name], "pt") as opened:
+            found.append(opened.get_tensor(name))
+    return torch.stack(found) if _EXPERT.fullmatch(names[0]) else found[0]
+
+
 def _add_config(writer: Any, config: dict[str, Any], file_type: int) -> None:
     heads = config["num_attention_heads"]
     writer.add_file_type(file_type)
@@ -106,7 +134,14 @@ def _add_config(writer: Any, config: dict[str, Any], file_type: int) -> None:
     writer.add_head_count(heads)
     writer.add_head_count_kv(config.get("num_key_value_heads") or heads)
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_dimension_count(config["hidden_size"] // heads)
+    head_size = config.get("head_dim") or config["hidden_size"] // heads
+    writer.add_rope_dimension_count(head_size)
+    if config["model_type"] == "qwen3_moe":
+        writer.add_key_length(head_size)
+        writer.add_value_length(head_size)
+        writer.add_expert_count(config.get("num_experts") or config["num_local_experts"])
+        writer.add_expert_used_count(config["num_experts_per_tok"])
+        writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
     rope = config.get("rope_parameters") or config
     writer.add_rope_freq_base(float(rope.get("rope_theta") or 10000.0))
     writer.add_vocab_size(config["vocab_size"])

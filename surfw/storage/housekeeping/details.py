@@ -1,5 +1,6 @@
 """All that a store knows of one of its models, without reading a weight."""
 
+import asyncio
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -7,6 +8,7 @@ from typing import Any
 
 from surfw.codec import form_bytes
 from surfw.storage.backends import open_backend
+from surfw.storage.expert_usage import read_usage
 from surfw.storage.housekeeping import StoredModel, summarise
 from surfw.storage.housekeeping.prune import survey
 from surfw.storage.origins import PlacedOptions
@@ -32,6 +34,19 @@ class StoredFile:
 
 
 @dataclass(frozen=True, kw_only=True)
+class UsedExperts:
+    """How the experts of a mixture were used.
+
+    Attributes:
+        tokens: that were computed, about.
+        quarter_share: the part of all choices that fell on the quarter of the experts that is chosen most.
+    """
+
+    tokens: int
+    quarter_share: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelDetails(StoredModel):
     """A model in a store, with its parts.
 
@@ -42,8 +57,10 @@ class ModelDetails(StoredModel):
             weights are not known.
         form_bytes: what is stored in forms of each codec.
         key_id: which key they are encrypted with; None where they are not.
+        signed_by: which key says that it signed it, unchecked; None where none does.
         files: of its tokenizer.
         parts: its chunks, in the order of its modules.
+        experts: how its experts were used so far, on this machine; None if it has none, or they were not.
     """
 
     store: str
@@ -51,8 +68,10 @@ class ModelDetails(StoredModel):
     identity: str | None
     form_bytes: Mapping[str, int]
     key_id: str | None
+    signed_by: str | None
     files: tuple[StoredFile, ...]
     parts: tuple[StoredChunk, ...]
+    experts: UsedExperts | None = None
 
 
 async def describe_model(url: str, model: str, *, storage_options: Mapping[str, Any] | None = None) -> ModelDetails:
@@ -77,6 +96,7 @@ async def describe_model(url: str, model: str, *, storage_options: Mapping[str, 
         others = [one for one in (await survey(store)).manifests if one.name != name]
     finally:
         await store.close(owned=True)
+    usage = await asyncio.to_thread(read_usage, manifest) if manifest.experts else None
     uses = Counter(key for one in (manifest, *others) for key in objects_of(one))
     return ModelDetails(
         **asdict(summarise(manifest, objects_of(manifest), uses)),
@@ -85,9 +105,11 @@ async def describe_model(url: str, model: str, *, storage_options: Mapping[str, 
         identity=manifest.identity if manifest.is_known else None,
         form_bytes=form_bytes(manifest),
         key_id=manifest.key_id or None,
+        signed_by=manifest.signature.key_id if manifest.signature else None,
         files=tuple(StoredFile(name=file.path, bytes=file.size) for file in manifest.files),
         parts=tuple(
             StoredChunk(name=chunk.name, kind=chunk.kind, tensors=len(chunk.tensors), payload_bytes=chunk.payload_bytes)
             for chunk in manifest.chunks
         ),
+        experts=UsedExperts(tokens=usage.tokens, quarter_share=usage.concentration()) if usage else None,
     )

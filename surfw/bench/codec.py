@@ -1,0 +1,99 @@
+"""Encoding and decoding the form `lossless`, against Blosc's own functions on the same frames.
+
+The payload is as weights are: normal numbers in bfloat16. Each round does everything once, so that whatever else the
+machine does falls on all of it. What limits decoding in threads is what one thread does alone.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from numcodecs import blosc
+
+from surfw.bench.result import Result, Row, Spread, describe_machine, rate_row, summarise_rates
+from surfw.codec.lossless import DECODERS, FRAME_BYTES, FrameDecoder, decode_frame, encode_frame
+from surfw.config import MB, MIB
+
+SIZE = 64 * MIB
+_ITEM_BYTES, _LEVEL = 2, 1
+
+
+def bench_codec(*, rounds: int = 7, size: int = SIZE) -> Result:
+    """Measure.
+
+    Args:
+        rounds: how often everything is done, in turn; medians are reported.
+        size: bytes of the payload; some three times as much memory is used.
+    """
+    payload = memoryview(_weights(size))
+    frames = [payload[start : start + FRAME_BYTES] for start in range(0, size, FRAME_BYTES)]
+    coded = [bytes(encode_frame(frame, _ITEM_BYTES)) for frame in frames]
+    into = memoryview(bytearray(size))
+    places = [into[start : start + FRAME_BYTES] for start in range(0, size, FRAME_BYTES)]
+    joined = memoryview(b"".join(coded))
+    sizes = [len(one) for one in coded]
+    with ThreadPoolExecutor(DECODERS) as threads:
+        list(threads.map(int, range(DECODERS)))
+        ways: dict[str, Callable[[], object]] = {
+            "copy": lambda: into.__setitem__(slice(None), payload),
+            "blosc encode": lambda: [_blosc_encode(frame) for frame in frames],
+            "encode": lambda: [encode_frame(frame, _ITEM_BYTES) for frame in frames],
+            "blosc decode": lambda: [blosc.decompress(one, place) for one, place in zip(coded, places, strict=True)],
+            "decode": lambda: _decode(coded, places),
+            "threads": lambda: _decode_in_threads(threads, FrameDecoder(joined, into, sizes), len(joined)),
+        }
+        rates = {name: summarise_rates(size, taken) for name, taken in _measure(ways, rounds).items()}
+    if into != payload:
+        raise RuntimeError("what was decoded is not what was encoded; nothing was measured")
+    return Result(benchmark="codec", machine=describe_machine("numcodecs"), rows=_rows(rates, len(joined) / size, size))
+
+
+def _weights(size: int) -> bytes:
+    """Normal numbers in bfloat16: the upper halves of float32."""
+    numbers = np.random.default_rng(0).normal(0, 0.02, size // _ITEM_BYTES).astype(np.float32)
+    return (numbers.view(np.uint32) >> 16).astype(np.uint16).tobytes()
+
+
+def _blosc_encode(frame: memoryview) -> bytes:
+    coded: bytes = blosc.compress(frame, b"zstd", _LEVEL, blosc.SHUFFLE, len(frame), typesize=_ITEM_BYTES)
+    return coded
+
+
+def _decode(coded: Sequence[bytes], places: Sequence[memoryview]) -> None:
+    for one, place in zip(coded, places, strict=True):
+        decode_frame(one, place)
+
+
+def _decode_in_threads(threads: ThreadPoolExecutor, decoder: FrameDecoder, arrived: int) -> None:
+    for work in [threads.submit(decoder.decode, arrived) for _ in range(DECODERS)]:
+        work.result()
+
+
+def _measure(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """The seconds of each way in each round; before the first, each runs once untimed."""
+    for work in ways.values():
+        work()
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, work in ways.items():
+            start = time.perf_counter()
+            work()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def _rows(rates: dict[str, Spread], share: float, size: int) -> tuple[Row, ...]:
+    alone = rates["blosc decode"].value
+    return (
+        rate_row("copying the payload", rates["copy"]),
+        rate_row("Blosc alone, encoding", rates["blosc encode"]),
+        rate_row("encode", rates["encode"], rates["blosc encode"]),
+        rate_row("Blosc alone, decoding", rates["blosc decode"]),
+        rate_row("decode", rates["decode"], rates["blosc decode"], ceiling=alone, verified=True),
+        rate_row(
+            f"decode in {DECODERS} threads", rates["threads"], rates["blosc decode"], ceiling=alone * DECODERS,
+            verified=True,
+        ),
+        Row(name="coded bytes", value=share * size / MB, unit="MB", baseline=size / MB, ratio=share),
+    )  # fmt: skip

@@ -1,0 +1,89 @@
+"""What `--prompt-lookup` and `--draft` ask for: tokens that are guessed ahead; and what it came to."""
+
+from __future__ import annotations  # what comes from torch's rooms is named in types only
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from surfw.cli.addresses import Mistake, is_here, is_path, read_address, read_source
+from surfw.cli.status import percent, rate
+from surfw.config import count
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from surfw.models.client import WeightClient
+    from surfw.models.speculation import SpeculationFacts
+    from surfw.models.streaming import StreamingModel
+    from surfw.settings import Settings
+
+_OWN_FORM = "self:"
+
+
+@dataclass(frozen=True)
+class Guessing:
+    """The two options.
+
+    Raises:
+        Mistake: both are given.
+    """
+
+    prompt_lookup: int | None
+    draft: str | None
+
+    def __post_init__(self) -> None:
+        """See that one of them is given at most."""
+        if self.prompt_lookup is not None and self.draft is not None:
+            raise Mistake("--draft does not go with --prompt-lookup; give one of them")
+
+    def refuse(self, what: str) -> None:
+        """Refuse either option where it has no meaning.
+
+        Raises:
+            Mistake: one is given.
+        """
+        for name, value in (("--prompt-lookup", self.prompt_lookup), ("--draft", self.draft)):
+            if value is not None:
+                raise Mistake(f"{name} does not go with {what}")
+
+    def begin(
+        self, streaming: StreamingModel, client: WeightClient, settings: Settings, on_phase: Callable[[str], None]
+    ) -> None:
+        """Have a model guess, if that is asked for; `on_phase` hears what takes a while.
+
+        Raises:
+            SurfwError: the draft cannot be opened, or there is no memory for it.
+        """
+        if self.prompt_lookup is not None:
+            streaming.speculate(prompt_lookup=self.prompt_lookup)
+        if self.draft is None:
+            return
+        on_phase("opening the draft")
+        if self.draft.startswith(_OWN_FORM) or _is_name(self.draft, client):
+            streaming.speculate(draft=self.draft)
+        else:
+            source = read_source(self.draft, seconds=settings.connect_timeout, tls=settings.tls)
+            streaming.speculate(draft_source=source)
+
+
+def _is_name(word: str, client: WeightClient) -> bool:
+    """Whether a word is a model's name in the source, and no source of its own."""
+    if is_path(word) or read_address(word).kind in {"server", "web", "storage"}:
+        return False
+    named = any(word in {one, one.rpartition("/")[2]} for one in client.models())
+    return named or not (is_here(word) or read_address(word).kind == "hub")
+
+
+def guessed(facts: SpeculationFacts | None) -> list[str]:
+    """Say what guessing came to."""
+    if facts is None:
+        return []
+    what = "prompt lookup" if facts["kind"] == "prompt_lookup" else f"the draft {facts['draft']}"
+    if not facts["guessed_tokens"]:
+        return [f"{what} guessed nothing"]
+    share = percent(facts["acceptance"] or 0.0)
+    said = f"{share} of {count(facts['guessed_tokens'], 'guess', 'guesses')} of {what} were right"
+    with_seconds, without = facts["seconds_per_token_with"], facts["seconds_per_token_without"]
+    if with_seconds and without:
+        said += f" ({rate(1 / with_seconds)} tok/s with them, {rate(1 / without)} without)"
+    return [said, "guessing was switched off, as it did not pay"] if facts["switched_off"] else [said]

@@ -1,0 +1,123 @@
+"""`surfw infer --model A --model B`: the same prompt through several models of a source, each answer under its name.
+
+They run one after another, each in the place of the one before (`StreamingModel.switch`), so that layers that two of
+them have are read once.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from surfw.cli import options
+from surfw.cli.addresses import Mistake
+from surfw.config import display_url
+
+if TYPE_CHECKING:
+    from surfw.cli.guessing import Guessing
+    from surfw.cli.infer_view import View
+    from surfw.manifest import Manifest
+    from surfw.models.client import WeightClient
+    from surfw.models.inference import InferenceRequest
+    from surfw.models.streaming import StreamingModel
+    from surfw.settings import Settings
+
+
+def check_together(models: Sequence[str], others: Mapping[str, object]) -> None:
+    """Refuse options that are for one model, where several are given.
+
+    Raises:
+        Mistake: one of them is given.
+    """
+    for name in models[1:]:
+        options.check_option("model", name)
+    if len(models) < 2:
+        return
+    for name, value in others.items():
+        if value:
+            raise Mistake(f"{name} is for one model, and {len(models)} are given (--model); give one of them")
+
+
+def answer_each(
+    models: Sequence[str],
+    make_request: "Callable[[], InferenceRequest]",
+    configuration: options.Configuration,
+    make_view: "Callable[[], View]",
+    guessing: "Guessing",
+    *,
+    json: bool,
+    check: "Callable[[Manifest], None]",
+) -> None:
+    """Run a request with each model, and show the answers; `check` sees each manifest before anything is read.
+
+    Raises:
+        SurfwError: one of the models does not answer; those after it do not, either.
+    """
+    from surfw.cli import render
+    from surfw.cli.infer_run import Opened, answer_request, ask_server
+    from surfw.cli.infer_summary import queued_seconds
+    from surfw.cli.sources import choose_source, connect
+
+    settings = configuration.settings
+    found: list[dict[str, Any]] = []
+    with ExitStack() as opened:
+        streaming: StreamingModel | None = None
+        view = opened.enter_context(make_view())
+        view.phase("looking for the weights")
+        chosen = opened.enter_context(choose_source(configuration, on_phase=view.phase))
+        source = display_url(chosen.url)
+        view.note(f"source: {chosen.described}")
+        chosen.check_folder()
+        view.phase("connecting" if chosen.is_server else "reading the manifest")
+        client = opened.enter_context(connect(chosen, settings, explain=False, check=check))
+        for name in models[1:]:
+            check(_find_manifest(client, name))
+        for name in models:
+            with make_view() if streaming else view as view:
+                start, queued = time.perf_counter(), queued_seconds()
+                streaming = _go_on(streaming, client, replace(settings, model=name), view, opened)
+                guessing.begin(streaming, client, settings, view.phase)
+                took = time.perf_counter() - start
+                view.heading(streaming.manifest.name)
+                one = Opened(streaming, source, took, queued, lambda: ask_server(chosen, settings))
+                report, _ = answer_request(one, make_request(), configuration, view, explain=False, json=json)
+                if json:
+                    found.append(report.facts())
+                else:
+                    view.done(report)
+    if json:
+        render.print_json({"answers": found})
+
+
+def _find_manifest(client: "WeightClient", name: str) -> "Manifest":
+    """The manifest of a model, which says before anything is computed that there is one of this name."""
+    from surfw.source import ChunkSource, split_pin
+
+    wanted, _ = split_pin(name)
+
+    async def find(source: ChunkSource) -> "Manifest":
+        manifest = await source.manifest(await source.resolve(wanted))
+        source.expect_readable(manifest)
+        return manifest
+
+    return client.run(find)
+
+
+def _go_on(
+    streaming: "StreamingModel | None", client: "WeightClient", settings: "Settings", view: "View", opened: ExitStack
+) -> "StreamingModel":
+    """Open a model: in the place of the one before, where there is one."""
+    from surfw.cli.sources import open_model
+
+    if streaming is None or streaming.device.type != "cpu":  # on a device, models share no memory
+        if streaming is not None:
+            streaming.close()
+        return opened.enter_context(open_model(client, settings, view.phase))
+    from surfw.metrics import Metrics
+
+    assert settings.model is not None, "several models are named"
+    view.phase(f"switching to {settings.model}")
+    streaming.metrics = Metrics()  # what is told of a model's run is of that alone
+    streaming.switch(settings.model)
+    return streaming

@@ -1,0 +1,128 @@
+"""A draft that a model opened itself, and the memory budget that both share.
+
+The draft is all in memory, as it runs several times for each pass of the model: what it takes, its KV cache included,
+is taken out of the model's budget for as long as the draft is open. So there is never more in memory than the budget
+says, and `memory_budget` stays what the user gave.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from surfw.config import format_size
+from surfw.errors import ConfigurationError
+from surfw.models.assembly import ModelParts
+from surfw.runtime.plan import BudgetTooSmallError
+
+if TYPE_CHECKING:
+    from surfw.models.base import StreamingBaseModel
+
+OWN_FORM = "self:"
+"""What the name of a draft begins with that is another form of the model itself."""
+
+
+class OwnDraft:
+    """A draft that was opened for one model, out of whose budget it has what it needs.
+
+    Attributes:
+        model: the draft.
+        total_bytes: the budget of both; None where the model counts layers, and the draft has a budget of its own.
+    """
+
+    def __init__(self, parts: ModelParts, open_draft: "Callable[[int | None], StreamingBaseModel]") -> None:
+        """Have a model make room, and open its draft with the budget that it may have at most.
+
+        Raises:
+            ConfigurationError: the budget is too small for both.
+            SurfwError: the draft cannot be opened.
+        """
+        self._name, self._engine = parts.manifest.name, parts.engine
+        self._given_bytes: int | None = None
+        self.total_bytes = self._engine.limit.budget_bytes
+        opened = None
+        try:
+            if self.total_bytes is not None:
+                self._engine.reserve(0)
+                self._relimit(self._engine.least_budget_bytes)
+            opened = self.model = self._open(open_draft)
+            self.share(0, 0)
+        except BaseException:
+            if opened is not None:
+                opened.close()
+            self._give_back()
+            raise
+
+    def _open(self, open_draft: "Callable[[int | None], StreamingBaseModel]") -> "StreamingBaseModel":
+        free_bytes = self._free_bytes()
+        try:
+            return open_draft(free_bytes)
+        except BudgetTooSmallError as exc:
+            if free_bytes is None:
+                raise
+            left = f"{format_size(free_bytes)} that {self._name} leaves of the memory budget"
+            raise ConfigurationError(f"the draft cannot be opened with the {left}: {exc}") from exc
+
+    def share(self, prompt_tokens: int, new_tokens: int) -> None:
+        """Give the draft what it needs for a generation, and the model all the rest.
+
+        Raises:
+            ConfigurationError: the budget is too small for both.
+        """
+        if self.total_bytes is None:
+            return
+        try:
+            self.model.leave_room(prompt_tokens, new_tokens)
+        except ConfigurationError as exc:
+            raise self._too_small() from exc
+        if not self.model.plan.everything_fits:
+            raise self._too_small()
+        self._note_what_was_given_back()
+        self._engine.reserve(0)
+        self._relimit(self.total_bytes - self._taken_bytes)
+
+    def _note_what_was_given_back(self) -> None:
+        """The model may have had to give memory back, see `pressure`: it is not taken again."""
+        now = self._engine.limit.budget_bytes
+        if self._given_bytes is not None and now is not None and self.total_bytes is not None:
+            self.total_bytes -= max(0, self._given_bytes - now)
+        self._given_bytes = now
+
+    def change_budget(self, total_bytes: int) -> None:
+        """Keep to another budget from now on.
+
+        Raises:
+            ConfigurationError: it is too small for both; all stays as it was.
+        """
+        self._relimit(total_bytes - self._taken_bytes)
+        self.total_bytes = total_bytes
+        self.model.memory_budget = max(self._taken_bytes, self._free_bytes() or 0)
+
+    def close(self) -> None:
+        """Close the draft, and leave the model all of the budget."""
+        self.model.close()
+        self._give_back()
+
+    @property
+    def _taken_bytes(self) -> int:
+        return self.model.plan.peak_bytes + self.model.plan.reserved_bytes
+
+    def _free_bytes(self) -> int | None:
+        return None if self.total_bytes is None else max(1, self.total_bytes - self._engine.least_budget_bytes)
+
+    def _give_back(self) -> None:
+        if self.total_bytes is not None:
+            self._relimit(self.total_bytes)
+
+    def _relimit(self, budget_bytes: int) -> None:
+        if budget_bytes != self._engine.limit.budget_bytes:
+            self._engine.relimit(replace(self._engine.limit, budget_bytes=max(1, budget_bytes)))
+        self._given_bytes = budget_bytes
+
+    def _too_small(self) -> ConfigurationError:
+        least, draft = self._engine.least_budget_bytes, self.model.manifest.name
+        needed = least + sum(self.model.plan.sizes.values())
+        return ConfigurationError(
+            f"the draft {draft} does not fit beside {self._name} into a memory budget of "
+            f"{format_size(self.total_bytes or 0)}: as a draft has to be in memory as a whole, both need over "
+            f"{format_size(needed)}; give more memory, or a smaller draft"
+        )

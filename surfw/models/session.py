@@ -1,0 +1,230 @@
+"""Sessions: several users of one open model, who share its resident layers, its stream of the others, and each pass.
+
+What sessions ask for goes into one line. What samples in the same way runs together, by `generate_many`: one request
+joins while others run, and one pass over the layers computes a token of each. So a token is what the resident model
+gives under transformers' continuous batching of the requests that ran together; alone, it may round otherwise.
+
+All of this belongs to one event loop; only the model's own thread is another.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from typing import TYPE_CHECKING, Any, Unpack, overload
+
+from surfw.errors import ConfigurationError
+from surfw.models.inference import GenerationOptions, InferenceRequest, InferenceResult
+from surfw.models.many import SHARED, ManyResult
+from surfw.models.text_stream import TextStream
+
+if TYPE_CHECKING:
+    from surfw.models.streaming import StreamingModel
+
+TURN_SECONDS = 10.0
+"""After so long, those who sample in another way get their turn."""
+
+
+class Asked:
+    """A request, and what has come of it: new tokens, until there is a result or an error."""
+
+    def __init__(self, request: InferenceRequest) -> None:
+        """Nothing has come yet."""
+        self.request = request
+        self.result: InferenceResult | None = None
+        self.error: BaseException | None = None
+        self.is_wanted = True
+        self._tokens: asyncio.Queue[list[int] | None] = asyncio.Queue()  # as long as the answer at most
+
+    @property
+    def sampling(self) -> tuple[Any, ...]:
+        """What has to be the same for requests that run together."""
+        return tuple(getattr(self.request, name) for name in SHARED)
+
+    def tell(self, tokens: list[int]) -> None:
+        """New tokens have come."""
+        self._tokens.put_nowait(tokens)
+
+    def end(self, result: InferenceResult | None, error: BaseException | None = None) -> None:
+        """The answer is complete, or there is none."""
+        self.result, self.error = result, error
+        self._tokens.put_nowait(None)
+
+    async def tokens(self) -> AsyncIterator[list[int]]:
+        """The tokens of each pass, as they come.
+
+        Raises:
+            SurfwError: what the request failed with.
+        """
+        while (found := await self._tokens.get()) is not None:
+            yield found
+        if self.error is not None:
+            raise self.error
+
+
+class Line:
+    """What sessions wait for, and what runs it while there is anything."""
+
+    def __init__(self, model: "StreamingModel") -> None:
+        """Run requests on this model, in the event loop of the caller."""
+        self._model = model
+        self._waiting: list[Asked] = []
+        self._running: dict[int, Asked] = {}
+        self._changed = asyncio.Event()
+        self._work: asyncio.Task[None] | None = None
+
+    def add(self, asked: Asked) -> None:
+        """Put a request into the line."""
+        self._waiting.append(asked)
+        self._changed.set()
+        if self._work is None:
+            self._work = asyncio.create_task(self._run())
+
+    async def _run(self) -> None:
+        try:
+            while self._waiting:
+                await self._turn(self._waiting[0].sampling)
+        finally:
+            self._work = None
+
+    async def _turn(self, sampling: tuple[Any, ...]) -> None:
+        """Answer all that sample in one way, until there are none, or others have waited for long."""
+        loop, until = asyncio.get_running_loop(), time.monotonic() + TURN_SECONDS
+        self._running = {}
+        shared: Any = dict(zip(SHARED, sampling, strict=True))
+
+        def on_tokens(index: int, tokens: list[int]) -> bool:
+            asked = self._running[index]
+            loop.call_soon_threadsafe(asked.tell, tokens)
+            return asked.is_wanted
+
+        try:
+            async for found in self._model.generate_many(
+                self._requests(sampling, until), on_tokens=on_tokens, **shared
+            ):
+                self._end(found)
+        except BaseException as exc:
+            left, self._running = self._running, {}
+            others = [one for one in self._waiting if one.sampling == sampling]
+            for asked in [*left.values(), *others]:
+                asked.end(None, exc if isinstance(exc, Exception) else asyncio.CancelledError())
+            self._waiting = [one for one in self._waiting if one not in others]
+            if not isinstance(exc, Exception):
+                raise
+
+    async def _requests(self, sampling: tuple[Any, ...], until: float) -> AsyncIterator[InferenceRequest]:
+        """What waits and may run together, as long as there is any, or some of it runs."""
+        index = 0
+        while time.monotonic() < until or all(one.sampling == sampling for one in self._waiting):
+            mine = [one for one in self._waiting if one.sampling == sampling]
+            for asked in mine:
+                self._waiting.remove(asked)
+                if asked.is_wanted:
+                    self._running[index] = asked
+                    index += 1
+                    yield asked.request
+            if not mine:
+                if not self._running:
+                    return
+                self._changed.clear()
+                await self._changed.wait()
+
+    def _end(self, found: ManyResult) -> None:
+        asked = self._running.pop(found.index)
+        asked.end(found.result, None if found.error is None else ConfigurationError(found.error))
+        self._changed.set()
+
+
+class _Text:
+    """Tokens into text, of which the last is held back where it may be the beginning of a stop text.
+
+    Attributes:
+        shown: how much of the text was given.
+    """
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str]) -> None:
+        """Begin with no token."""
+        self.shown = 0
+        self._text = ""
+        self._stream = TextStream(tokenizer, self._take)
+        self._stop = stop
+        self._held = max((len(one) for one in stop), default=1) - 1
+
+    def _take(self, piece: str) -> None:
+        self._text += piece
+
+    def add(self, tokens: Sequence[int]) -> str:
+        """The text that is certain with these tokens, as far as it was not given."""
+        for token in tokens:
+            self._stream.put(token)
+        ends = [place for one in self._stop if (place := self._text.find(one)) >= 0]
+        piece = self._text[self.shown : max(self.shown, min([*ends, len(self._text) - self._held]))]
+        self.shown += len(piece)
+        return piece
+
+
+class Session:
+    """A user of a model, beside others: made by `StreamingModel.session`."""
+
+    def __init__(self, find_tokenizer: Callable[[], Any], add: Callable[[Any], None], options: Any) -> None:
+        """See `StreamingModel.session`, which makes it."""
+        self._find_tokenizer, self._add = find_tokenizer, add
+        self._options: GenerationOptions = options
+
+    async def answer(self, prompt: str | list[int], **options: Unpack[GenerationOptions]) -> InferenceResult:
+        """The whole answer to a text, or to token ids.
+
+        Args:
+            prompt: what is asked.
+            **options: as of `StreamingModel.stream`, instead of the session's own.
+
+        Raises:
+            ConfigurationError: the request does not fit the model, or an option cannot be used.
+            SurfwError: weights could not be read.
+        """
+        asked = self._ask(prompt, options)
+        try:
+            async for _ in asked.tokens():
+                pass
+        finally:
+            asked.is_wanted = False
+        assert asked.result is not None, "an answer without an error has a result"
+        return asked.result
+
+    @overload
+    def stream(self, prompt: str, **options: Unpack[GenerationOptions]) -> AsyncGenerator[str, None]: ...
+    @overload
+    def stream(self, prompt: list[int], **options: Unpack[GenerationOptions]) -> AsyncGenerator[int, None]: ...
+
+    async def stream(self, prompt: str | list[int], **options: Unpack[GenerationOptions]) -> AsyncGenerator[Any, None]:
+        """The answer as it comes: text for a text, token ids for token ids.
+
+        A reader that is slow, or stops, keeps nobody else.
+
+        Args:
+            prompt: what is asked.
+            **options: as of `StreamingModel.stream`, instead of the session's own.
+
+        Raises:
+            ConfigurationError: the request does not fit the model, or an option cannot be used.
+            SurfwError: weights could not be read.
+        """
+        asked = self._ask(prompt, options)
+        text = _Text(self._find_tokenizer(), asked.request.stop) if isinstance(prompt, str) else None
+        try:
+            async for tokens in asked.tokens():
+                for piece in tokens if text is None else [text.add(tokens)]:
+                    if piece != "":
+                        yield piece
+            if text is not None and asked.result is not None and (rest := asked.result.text[text.shown :]):
+                yield rest
+        finally:
+            asked.is_wanted = False
+
+    def _ask(self, prompt: str | list[int], options: GenerationOptions) -> Asked:
+        settings: GenerationOptions = {**self._options, **options}
+        if isinstance(prompt, str):
+            asked = Asked(InferenceRequest(prompt=prompt, **settings))
+        else:
+            asked = Asked(InferenceRequest(prompt_ids=prompt, **settings))
+        self._add(asked)
+        return asked

@@ -1,0 +1,234 @@
+"""Speculation: guesses at the next tokens, which one pass over the layers checks together.
+
+While weights stream, a pass costs nearly the same for eight tokens as for one. The guesses, and how they are checked,
+are transformers' own assisted generation: what came before in the text (prompt lookup), or a smaller model, the draft.
+A guess that is not what the model would have said is dropped, so a greedy answer is the plain one wherever
+transformers' assisted generation gives that.
+
+Here, it is measured, and guessing rests where it does not pay (`pace`); and a draft's memory is part of the model's
+budget.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
+
+import torch
+from transformers.generation.candidate_generator import CandidateGenerator
+
+from surfw.errors import ConfigurationError
+from surfw.models.pace import Pace
+
+if TYPE_CHECKING:
+    from surfw.models.base import StreamingBaseModel
+
+T = TypeVar("T")
+
+DRAFT_TOKENS = 5
+"""How many tokens a draft guesses at first; transformers' own schedule makes it more while all of them are right."""
+
+_OTHER_WAYS = frozenset(
+    {
+        "assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "custom_generate", "constraints",
+        "force_words_ids", "penalty_alpha", "stop_strings", "stopping_criteria", "past_key_values", "cache",
+    }
+)  # fmt: skip
+"""Arguments of `generate()` that guesses do not go with."""
+
+_MAKER = "_get_candidate_generator"
+
+
+class SpeculationFacts(TypedDict):
+    """What guessing came to, over all generations of a model, the first pass and the last of each left out.
+
+    `acceptance` is the part of the guesses that were right; None without guesses. The seconds per token are of passes
+    with guesses and of plain ones; None where there were none.
+    `switched_off` says whether the last generation ended without guessing because that did not pay.
+    """
+
+    kind: Literal["prompt_lookup", "draft"]
+    draft: str | None
+    guessed_tokens: int
+    accepted_tokens: int
+    acceptance: float | None
+    passes: int
+    guessed_passes: int
+    seconds_per_token_with: float | None
+    seconds_per_token_without: float | None
+    switched_off: bool
+
+
+@dataclass
+class _Counts:
+    """What passes of one kind came to."""
+
+    passes: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+    def add(self, seconds: float, tokens: int) -> None:
+        self.passes += 1
+        self.tokens += tokens
+        self.seconds += seconds
+
+    @property
+    def seconds_per_token(self) -> float | None:
+        return self.seconds / self.tokens if self.tokens else None
+
+
+class Speculation:
+    """How the generations of a model guess.
+
+    Attributes:
+        draft: the model that guesses; None for prompt lookup.
+    """
+
+    def __init__(self, *, prompt_lookup: int | None, draft: "StreamingBaseModel | None") -> None:
+        """Guess so many tokens from the text so far, or with a draft."""
+        self.draft = draft
+        self._prompt_lookup = prompt_lookup
+        self._plain, self._guessed = _Counts(), _Counts()
+        self._guesses = self._accepted = 0
+        self._pace = Pace()
+
+    def run(self, model: Any, work: "Callable[[Mapping[str, Any]], T]") -> T:
+        """Generate: `work` gets what `generate()` is given besides, and calls it once."""
+        self._pace = Pace()
+        with self._watching(model):
+            if self.draft is None:
+                return work({"prompt_lookup_num_tokens": self._prompt_lookup})
+            with _short_drafts(self.draft.model):
+                return self.draft.run(lambda assistant: work({"assistant_model": assistant}))
+
+    def facts(self) -> SpeculationFacts:
+        """What it came to so far."""
+        return {
+            "kind": "draft" if self.draft is not None else "prompt_lookup",
+            "draft": self.draft.manifest.name if self.draft is not None else None,
+            "guessed_tokens": self._guesses,
+            "accepted_tokens": self._accepted,
+            "acceptance": self._accepted / self._guesses if self._guesses else None,
+            "passes": self._plain.passes + self._guessed.passes,
+            "guessed_passes": self._guessed.passes,
+            "seconds_per_token_with": self._guessed.seconds_per_token,
+            "seconds_per_token_without": self._plain.seconds_per_token,
+            "switched_off": self._pace.has_switched_off,
+        }
+
+    def wants_guesses(self) -> bool:
+        """Whether the next pass is to check guesses."""
+        return self._pace.wants_guesses
+
+    def note(self, seconds: float, *, tokens: int, guesses: int) -> None:
+        """Note a pass that gave so many tokens, all but one of them guessed."""
+        self._pace.note(seconds, tokens=tokens, guesses=guesses)
+        (self._guessed if guesses else self._plain).add(seconds, tokens)
+        self._guesses += guesses
+        self._accepted += tokens - 1
+
+    @contextmanager
+    def _watching(self, model: Any) -> Iterator[None]:
+        """Stand between transformers' loop and what makes its guesses."""
+        make = getattr(model, _MAKER)
+
+        def watched(*args: Any, **kwargs: Any) -> _Watched:
+            return _Watched(make(*args, **kwargs), self)
+
+        setattr(model, _MAKER, watched)  # of this object alone
+        try:
+            yield
+        finally:
+            delattr(model, _MAKER)
+
+
+class _Watched(CandidateGenerator):
+    """Asks another generator of guesses where that pays, and measures the passes.
+
+    A pass lasts from one question for guesses to the next, so that the last one of a generation is not counted. Nor is
+    the first, which reads the prompt; it is always asked for guesses, as a draft reads the prompt then, too.
+    """
+
+    def __init__(self, inner: Any, speculation: Speculation) -> None:
+        """Stand before `inner`."""
+        self._inner, self._speculation = inner, speculation
+        self._begun: float | None = None
+        self._guesses = self._matched = self._asked = 0
+
+    def get_candidates(self, input_ids: torch.LongTensor, **kwargs: Any) -> Any:
+        """The text so far with guesses after it, or as it is; of shape (1, tokens)."""
+        now = time.perf_counter()
+        if self._begun is not None and self._asked > 1:
+            self._speculation.note(now - self._begun, tokens=self._matched + 1, guesses=self._guesses)
+        self._asked += 1
+        self._begun, self._guesses, self._matched = now, 0, 0
+        if self._asked > 1 and not self._speculation.wants_guesses():
+            return input_ids, None
+        ids, logits = self._inner.get_candidates(input_ids, **kwargs)
+        self._guesses = ids.shape[1] - input_ids.shape[1]
+        return ids, logits
+
+    def update_candidate_strategy(self, input_ids: torch.LongTensor, scores: torch.Tensor, num_matches: int) -> None:
+        """Hear how many guesses were right."""
+        self._matched = int(num_matches)
+        if self._guesses:
+            self._inner.update_candidate_strategy(input_ids, scores, num_matches)
+
+
+def may_guess(named: Mapping[str, Any], own: Any) -> bool:
+    """Whether a call of `generate()` may be given guesses: one that asks for no other way to generate.
+
+    Nor where something else than the model's end token may end it: that is only looked for after all tokens of a pass.
+
+    Args:
+        named: its arguments.
+        own: the model's own generation settings.
+    """
+    given = {name for name, value in named.items() if value is not None and value is not False}
+    config = named.get("generation_config") or own
+    return (
+        given.isdisjoint(_OTHER_WAYS)
+        and named.get("use_cache") is not False
+        and not any(getattr(config, name, None) for name in _OTHER_WAYS)
+    )
+
+
+def expect_draft(model: "StreamingBaseModel", draft: "StreamingBaseModel") -> None:
+    """See that a draft can guess what a model says.
+
+    Raises:
+        ConfigurationError: it cannot.
+    """
+    name, other = model.manifest.name, draft.manifest.name
+    if draft is model:
+        raise ConfigurationError(f"{name} cannot be its own draft; open it a second time, in another form or smaller")
+    made, guesser = model.model, draft.model
+    if not guesser.can_generate() or guesser.config.is_encoder_decoder is not made.config.is_encoder_decoder:
+        raise ConfigurationError(
+            f"the draft {other} ({draft.manifest.class_name}) does not generate as {name} does "
+            f"({model.manifest.class_name}); give another draft"
+        )
+    sizes = [one.config.get_text_config(decoder=True).vocab_size for one in (made, guesser)]
+    if sizes[0] != sizes[1]:
+        raise ConfigurationError(
+            f"the draft {other} has a vocabulary of {sizes[1]} tokens, and {name} one of {sizes[0]}; give a draft with "
+            "the same tokenizer"
+        )
+    if made.device != guesser.device:
+        raise ConfigurationError(
+            f"the draft {other} computes on {guesser.device}, and {name} on {made.device}; open both on one device"
+        )
+
+
+@contextmanager
+def _short_drafts(draft: Any) -> Iterator[None]:
+    """Let a draft guess few tokens at first, unless its own settings say how many."""
+    config = draft.generation_config
+    before = config.num_assistant_tokens, config.num_assistant_tokens_schedule
+    if before == (None, None):
+        config.num_assistant_tokens, config.num_assistant_tokens_schedule = DRAFT_TOKENS, "heuristic_transient"
+    try:
+        yield
+    finally:
+        config.num_assistant_tokens, config.num_assistant_tokens_schedule = before

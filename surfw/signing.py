@@ -1,0 +1,230 @@
+"""Who made a model: signed when it is chunked, checked by whoever runs it before anything of it is used.
+
+A signature (Ed25519) is part of the manifest, so that it comes along wherever that goes: stores, servers, copies, disk
+caches. It says what the model is (`Manifest.identity`, as pins do) and how its bytes are proven, not where it lies or
+what it is called. `cryptography` (the extra `surfw[encryption]`) is imported once a key is used.
+"""
+
+import os
+import re
+import shlex
+import stat
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from surfw.config import printable
+from surfw.errors import ConfigurationError, IntegrityError
+from surfw.files import open_regular
+from surfw.manifest import Manifest, Signature, payload_digest, state
+from surfw.source import ChunkSource, SourceInFront
+from surfw.threads import in_thread
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+MAKE_PRIVATE = "(umask 077; openssl genpkey -algorithm ed25519 -out {})"
+MAKE_PUBLIC = "openssl pkey -in {} -pubout -out PUBLIC.pem"
+_MOST_FILE_BYTES = 64 * 1024
+_PUBLIC = re.compile(rb"-----BEGIN PUBLIC KEY-----.*?-----END PUBLIC KEY-----", re.DOTALL)
+_PRIVATE = re.compile(rb"-----BEGIN [A-Z ]*PRIVATE KEY-----")
+
+
+class SigningKey:
+    """The secret half of a pair of keys.
+
+    Attributes:
+        id: names the pair: 32 hex digits.
+    """
+
+    def __init__(self, private: "Ed25519PrivateKey") -> None:
+        """Take the key."""
+        self._private = private
+        self.id = _key_id(private.public_key())
+
+    def __repr__(self) -> str:
+        """The key's id; never the key."""
+        return f"<SigningKey {self.id}>"
+
+    def sign(self, manifest: Manifest) -> Manifest:
+        """The manifest with a signature of this key, instead of another it may have.
+
+        Raises:
+            ConfigurationError: digests of its weights are not known, so that a signature would say nothing of them.
+        """
+        if not manifest.is_known:
+            raise ConfigurationError(
+                f"{manifest.name} is served in place, without digests of its weights, so that it cannot be signed; "
+                "chunk it without --in-place"
+            )
+        forms = manifest.form_digests
+        value = self._private.sign(state(manifest.identity, forms))
+        return replace(manifest, signature=Signature(self.id, forms, value))
+
+
+class VerifyKeys:
+    """The public halves of one or more pairs of keys: a model signed with any of them is accepted.
+
+    Attributes:
+        where: names the file that they come from, for errors.
+    """
+
+    def __init__(self, public: "list[Ed25519PublicKey]", *, where: str) -> None:
+        """Take the keys."""
+        self.where = where
+        self._public = {_key_id(one): one for one in public}
+
+    def check(self, manifest: Manifest, *, where: str) -> None:
+        """Check that a model was signed with one of the keys, and is what was signed.
+
+        Args:
+            manifest: the model.
+            where: names its source in errors.
+
+        Raises:
+            IntegrityError: it was not, or is not; or nobody can tell, because digests of its weights are not known.
+        """
+        from cryptography.exceptions import InvalidSignature
+
+        name, expected = f"{manifest.name} in {where}", f"key {' or '.join(self._public)} of the {self.where}"
+        if not manifest.is_known:
+            raise IntegrityError(
+                f"{name} is served in place, without digests of its weights, so that it cannot be signed; chunk it "
+                "with --sign, or leave out the key (verify_key, --verify-key)"
+            )
+        signature = manifest.signature
+        if signature is None:
+            raise IntegrityError(
+                f"{name} is not signed, expected a signature of {expected}; take another source, or have it signed "
+                "where it is chunked (surfw chunk --sign)"
+            )
+        public = self._public.get(signature.key_id)
+        if public is None:
+            raise IntegrityError(
+                f"{name} is signed with key {signature.key_id}, expected {expected}; take another source, or the key "
+                "of who made it (verify_key, --verify-key)"
+            )
+        try:
+            public.verify(signature.value, state(manifest.identity, signature.forms))
+        except InvalidSignature as exc:
+            raise IntegrityError(
+                f"{name} is not what was signed with key {signature.key_id}: its identity is b3:{manifest.identity}, "
+                "and its signature is of something else; take another source"
+            ) from exc
+        if not manifest.is_covered:
+            others = [codec for codec, one in manifest.form_digests.items() if signature.forms.get(codec) != one]
+            raise IntegrityError(
+                f"{name} has {' and '.join(others)} of its weights as they were not signed with key "
+                f"{signature.key_id}; take another source, or have it signed as it is now (surfw chunk --sign)"
+            )
+
+
+class VerifyingSource(SourceInFront):
+    """A source whose models have to be signed: nobody gets a manifest that is not, and nothing without a manifest."""
+
+    def __init__(self, source: ChunkSource, keys: VerifyKeys) -> None:
+        """Read from a source, which is closed with this."""
+        super().__init__(source)
+        self._keys = keys
+
+    @property
+    def url(self) -> str:  # type: ignore[override]
+        """The place that the bytes come from."""
+        return self._source.url
+
+    async def manifest(self, model: str) -> Manifest:
+        """The manifest of a model that is signed.
+
+        Raises:
+            IntegrityError: it is not, or with another key.
+        """
+        manifest = await self._source.manifest(model)
+        await in_thread(lambda: self._keys.check(manifest, where=self.url))
+        return manifest
+
+
+def read_signing_key(file: str | os.PathLike[str]) -> SigningKey:
+    """The private key in a PEM file, which only its owner may have rights to.
+
+    Raises:
+        ConfigurationError: there is no such file, others can read it, or it holds none of Ed25519; or `cryptography`
+            is not installed. Nothing of what the file holds is shown.
+    """
+    serialization, ed25519 = _import_keys()
+    where, data, mode = _read(file, "signing key", MAKE_PRIVATE)
+    if mode & 0o077:
+        raise ConfigurationError(
+            f"{where} has mode {mode:03o}, so that others may read it; expected 600 or 400: chmod 600 it"
+        )
+    try:
+        key = serialization.load_pem_private_key(data, password=None)
+    except TypeError:
+        raise ConfigurationError(
+            f"{where} is protected by a passphrase, expected one that is not; write one with "
+            f"(umask 077; openssl pkey -in {_quoted(file)} -out OTHER.pem)"
+        ) from None
+    except Exception:  # noqa: BLE001 - of ValueError and those that cryptography has beside it
+        key = None
+    if not isinstance(key, ed25519.Ed25519PrivateKey):
+        seen = "a public key" if _PUBLIC.search(data) else "another kind of key" if key else "no private key in PEM"
+        raise ConfigurationError(
+            f"{where} holds {seen}, expected a private one of Ed25519, as made by {MAKE_PRIVATE.format('KEY.pem')}"
+        )
+    return SigningKey(key)
+
+
+def read_verify_keys(file: str | os.PathLike[str]) -> VerifyKeys:
+    """The public keys in a PEM file: one, or several of which any may have signed.
+
+    Raises:
+        ConfigurationError: there is no such file, or it holds something else than public keys of Ed25519; or
+            `cryptography` is not installed. Nothing of what the file holds is shown.
+    """
+    serialization, ed25519 = _import_keys()
+    where, data, _ = _read(file, "verify key", MAKE_PUBLIC.replace("{}", "KEY.pem").replace("PUBLIC.pem", "{}"))
+    found = []
+    for block in _PUBLIC.findall(data):
+        try:
+            found.append(serialization.load_pem_public_key(block))
+        except Exception:  # noqa: BLE001 - of ValueError and those that cryptography has beside it
+            found.append(None)
+    if not found or _PRIVATE.search(data) or not all(isinstance(one, ed25519.Ed25519PublicKey) for one in found):
+        seen = "a private key" if _PRIVATE.search(data) else "another kind of key" if found else "no public key in PEM"
+        private = _quoted(file) if _PRIVATE.search(data) else "KEY.pem"
+        raise ConfigurationError(
+            f"{where} holds {seen}, expected public ones of Ed25519, as made by {MAKE_PUBLIC.format(private)}"
+        )
+    return VerifyKeys(found, where=where)
+
+
+def _read(file: str | os.PathLike[str], kind: str, make: str) -> tuple[str, bytes, int]:
+    """Name a file of a key for errors; its contents, and its mode."""
+    path = Path(file).expanduser()
+    where = f"{kind} {printable(str(path))}"
+    try:
+        with os.fdopen(open_regular(path), "rb") as opened:
+            return where, opened.read(_MOST_FILE_BYTES), stat.S_IMODE(os.fstat(opened.fileno()).st_mode)
+    except FileNotFoundError:
+        raise ConfigurationError(f"{where} does not exist; make one with {make.format(_quoted(file))}") from None
+    except (OSError, ValueError) as exc:
+        reason = getattr(exc, "strerror", None) or type(exc).__name__
+        raise ConfigurationError(f"{where} cannot be read: {reason}; name a file that holds the key") from exc
+
+
+def _quoted(file: str | os.PathLike[str]) -> str:
+    return shlex.quote(printable(os.fspath(file)))
+
+
+def _key_id(public: "Ed25519PublicKey") -> str:
+    return payload_digest(public.public_bytes_raw())[:32]
+
+
+def _import_keys() -> tuple[Any, Any]:
+    try:
+        from cryptography.hazmat.primitives import serialization
+        from cryptography.hazmat.primitives.asymmetric import ed25519
+    except ImportError as exc:
+        raise ConfigurationError(
+            "signatures need the package cryptography; install it: pip install 'surfw[encryption]'"
+        ) from exc
+    return serialization, ed25519

@@ -1,0 +1,71 @@
+"""Does `--compare` see a slowdown of 20 %, and nothing where there is none? Run it on a machine that does nothing else:
+
+    python -m tests.bench.plant wire codec
+
+Each benchmark is measured once, then five times as it is, and five times with work that takes 20 % longer.
+"""
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+from unittest.mock import patch
+
+from surfw.bench import codec, wire
+from surfw.bench.compare import Comparison, compare
+from surfw.bench.result import Result
+
+_SLOWER = 0.2
+_RUNS = 5
+
+
+def _slow(work: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*given: Any) -> Any:
+        start = time.perf_counter()
+        done = work(*given)
+        until = time.perf_counter() + _SLOWER * (time.perf_counter() - start)
+        while time.perf_counter() < until:
+            pass
+        return done
+
+    return run
+
+
+def _slow_async(work: Callable[..., Any]) -> Callable[..., Any]:
+    async def run(*given: Any) -> Any:
+        start = time.perf_counter()
+        done = await work(*given)
+        time.sleep(_SLOWER * (time.perf_counter() - start))  # noqa: ASYNC251 - nothing else goes on
+        return done
+
+    return run
+
+
+_PLANTED: dict[str, tuple[Callable[[], Result], Any, str, Callable[..., Any], str]] = {
+    "wire": (wire.bench_wire, wire, "fetch_chunk", _slow_async, "verified"),
+    "codec": (codec.bench_codec, codec, "decode_frame", _slow, "decode"),
+}
+
+
+def _tell(what: str, found: Comparison, row: str) -> bool:
+    change = next(one for one in found.changes if one.name == row)
+    worse = [one.name for one in found.worse]
+    shown = f"{change.change or 0:+.1%} ({change.low or 0:+.1%} … {change.high or 0:+.1%})"
+    sys.stdout.write(f"  {what}: {row} {shown}; worse: {', '.join(worse) or 'none'}\n")
+    sys.stdout.flush()
+    return bool(worse)
+
+
+def main(names: list[str]) -> None:
+    """Measure, and say how often a slowdown was seen."""
+    for name in names or list(_PLANTED):
+        measure, module, function, slow, row = _PLANTED[name]
+        before = measure()
+        silent = sum(not _tell("the same", compare(before, measure()), row) for _ in range(_RUNS))
+        with patch.object(module, function, slow(getattr(module, function))):
+            seen = sum(_tell("20 % longer", compare(before, measure()), row) for _ in range(_RUNS))
+        sys.stdout.write(f"bench {name}: seen in {seen} of {_RUNS}, silent in {silent} of {_RUNS}\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,306 @@
+"""What more tokens per sweep bring, as ratios in one run; for an idle machine, and no test.
+
+    python -m tests.bench.together make FOLDER        # checkpoints of 1.1B and their store: 10 GB, some minutes
+    python -m tests.bench.together many FOLDER        # 16 prompts together, one after another, and accelerate
+    python -m tests.bench.together guess FOLDER       # prompt lookup and a draft, on a cycle and on random weights
+    python -m tests.bench.together switch FOLDER      # between two fine-tunes that share 20 of 22 layers
+    python -m tests.bench.together sessions FOLDER    # four sessions beside one
+    python -m tests.bench.together openai FOLDER      # 16 clients of the OpenAI example beside one
+
+Each measures in a process of its own, which may have 1.2 GB (`--cap 1.2GB`), and prints one JSON object.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from surfw.bench.cap import drop_page_cache, memory_group
+from surfw.config import parse_size
+from tests.checkpoints import save_llama
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
+    "num_key_value_heads": 4, "vocab_size": 32000, "eos_token_id": None, "dtype": "bfloat16",
+}  # fmt: skip
+CYCLE = range(100, 116)
+BUDGET, DRAFT_BUDGET = "700MB", "1GB"
+NEW = 32
+
+
+def make(folder: Path) -> None:
+    """A model of random weights; a fine-tune of it; one whose greedy decoding walks a cycle; and their store."""
+    import torch
+    from safetensors.torch import load_file, save_file
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from surfw import ModelChunker
+
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**SIZES)).to(torch.bfloat16)
+    model = model.to_empty(device="cpu")
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.ones_(parameter)
+        else:
+            torch.nn.init.normal_(parameter, std=0.02)
+    model.model.rotary_emb.__init__(model.config)  # its buffers are not of the checkpoint
+    model.save_pretrained(folder / "random")
+    for file in save_llama(folder / "words").glob("tokenizer*"):  # of few words: what it decodes is mostly nothing
+        shutil.copy(file, folder / "random")
+    weights = load_file(folder / "random/model.safetensors")
+    tuned = {
+        name: one * 1.25 if ".layers.7." in name or ".layers.14." in name else one for name, one in weights.items()
+    }
+    walk_a_cycle(weights)
+    for name, made in (("tuned", tuned), ("cycle", weights)):
+        shutil.copytree(folder / "random", folder / name)
+        save_file(made, folder / name / "model.safetensors", metadata={"format": "pt"})
+    for name in ("random", "tuned", "cycle"):
+        codecs = ("none", "int4") if name != "tuned" else ("none",)
+        ModelChunker(folder / name, folder / "store", codecs=codecs).chunk_model_sync()
+
+
+def walk_a_cycle(weights: dict[str, Any]) -> None:
+    """Let a token of the cycle be followed by its next one: layers add next to nothing to what the head looks for."""
+    small = [name for name in weights if name.endswith(("o_proj.weight", "down_proj.weight"))]
+    weights |= {name: weights[name] * 0.01 for name in small}
+    embeddings, head = weights["model.embed_tokens.weight"], weights["lm_head.weight"]
+    for token in CYCLE:
+        following = CYCLE[(token - CYCLE[0] + 1) % len(CYCLE)]
+        head[following] = embeddings[token]
+
+
+def prompts(count: int, length: int = 24) -> list[list[int]]:
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(200, 30000, (count, length), generator=generator).tolist()
+
+
+def timed(work: Callable[[], int]) -> float:
+    """Tokens a second."""
+    start = time.perf_counter()
+    tokens = work()
+    return tokens / (time.perf_counter() - start)
+
+
+def many(folder: Path) -> dict[str, Any]:
+    """16 prompts: together, one after another, and by accelerate's disk offload with the same batch."""
+    import torch
+    from transformers import AutoConfig, LlamaForCausalLM
+
+    from surfw import StreamingModel
+    from surfw.bench.peers.accelerate import place_modules
+
+    asked = prompts(16)
+    with StreamingModel.open(folder / "store", "random", memory_budget=BUDGET) as model:
+        found: dict[int, list[int]] = {}
+
+        def keep(one: Any) -> None:
+            found[one.index] = one.result.token_ids
+
+        def together() -> int:
+            model.answer_many(asked, on_result=keep, max_new_tokens=NEW, ignore_eos=True, sequences=16)
+            return sum(map(len, found.values()))
+
+        def one_after_another() -> int:
+            ids = torch.tensor(asked[:1])
+            return model.generate(ids, max_new_tokens=NEW, do_sample=False, pad_token_id=0).shape[1] - ids.shape[1]
+
+        model.generate(torch.tensor(asked[:1]), max_new_tokens=2, pad_token_id=0)
+        ours, alone = timed(together), timed(one_after_another)
+    config = AutoConfig.from_pretrained(folder / "random")
+    with torch.device("meta"):
+        places = place_modules(LlamaForCausalLM(config))
+    peer = LlamaForCausalLM.from_pretrained(
+        folder / "random", dtype="auto", device_map=places, offload_folder=folder / "offload"
+    )
+    batch = torch.tensor(asked)
+    options = {"attention_mask": torch.ones_like(batch), "do_sample": False, "pad_token_id": 0}
+    peer.generate(batch, max_new_tokens=2, **options)
+
+    def by_peer() -> int:
+        found: torch.Tensor = peer.generate(batch, max_new_tokens=8, **options)
+        return found[:, batch.shape[1] :].numel()
+
+    accelerate = timed(by_peer)
+    return {
+        "tokens_per_second": ours, "one_after_another": alone, "times": ours / alone, "accelerate": accelerate,
+        "times_accelerate": ours / accelerate,
+    }  # fmt: skip
+
+
+def guess(folder: Path) -> dict[str, Any]:
+    """Prompt lookup and a draft against plain decoding, each in turn."""
+    import torch
+
+    from surfw import StreamingModel
+
+    told: dict[str, Any] = {}
+    cases = [
+        ("cycle", [CYCLE[0], CYCLE[1], *CYCLE], {"prompt_lookup": 8}, BUDGET),
+        ("random", prompts(1)[0], {"prompt_lookup": 8}, BUDGET),
+        ("cycle", [CYCLE[0], CYCLE[1], *CYCLE], {"draft": "self:int4"}, DRAFT_BUDGET),
+        ("random", prompts(1)[0], {"draft": "self:int4"}, DRAFT_BUDGET),
+    ]
+    for name, ids, options, budget in cases:
+        with StreamingModel.open(folder / "store", name, memory_budget=budget, codec="none") as model:
+            tokens: list[list[int]] = []
+
+            def generate(model: Any = model, ids: Any = ids, tokens: Any = tokens) -> int:
+                found = model.generate(torch.tensor([ids]), max_new_tokens=2 * NEW, do_sample=False, pad_token_id=0)
+                tokens.append(found[0, len(ids) :].tolist())
+                return len(tokens[-1])
+
+            model.generate(torch.tensor([ids]), max_new_tokens=2, pad_token_id=0)
+            plain = timed(generate)
+            model.speculate(**options)
+            ours = timed(generate)
+            told[f"{name}, {next(iter(options))}"] = {
+                "plain": plain, "guessing": ours, "times": ours / plain, "equal": tokens[0] == tokens[1],
+                **(model.statistics()["speculation"] or {}),
+            }  # fmt: skip
+    return told
+
+
+def switch(folder: Path) -> dict[str, Any]:
+    """A switch to a fine-tune, up to the first token, against opening it cold."""
+    import torch
+
+    from surfw import StreamingModel
+
+    ids = torch.tensor(prompts(1))
+    start = time.perf_counter()
+    with StreamingModel.open(folder / "store", "tuned", memory_budget=BUDGET) as model:
+        model.generate(ids, max_new_tokens=1, pad_token_id=0)
+        cold, read = time.perf_counter() - start, model.metrics.count("fetched_bytes")
+    drop_page_cache()
+    told: dict[str, Any] = {"cold_seconds": cold, "cold_bytes": read}
+    for budget in (BUDGET, "3GB"):
+        with StreamingModel.open(folder / "store", "random", memory_budget=budget) as model:
+            model.generate(ids, max_new_tokens=2, pad_token_id=0)
+            start, before = time.perf_counter(), model.metrics.count("fetched_bytes")
+            model.switch("tuned")
+            switched, between = time.perf_counter() - start, model.metrics.count("fetched_bytes") - before
+            model.generate(ids, max_new_tokens=1, pad_token_id=0)
+            took = time.perf_counter() - start
+            told[budget] = {
+                "switch_seconds": switched, "switch_bytes": between, "first_token_seconds": took,
+                "of_cold": took / cold,
+                "bytes": model.metrics.count("fetched_bytes") - before, "streamed_bytes": model.plan.bytes_per_pass,
+            }  # fmt: skip
+    return told
+
+
+def sessions(folder: Path) -> dict[str, Any]:
+    """Four sessions at once against one: bytes, tokens and seconds."""
+    from surfw import StreamingModel
+
+    async def measure(count: int) -> dict[str, Any]:
+        async with StreamingModel(folder / "store", "random", memory_budget=BUDGET) as model:
+            await model.session(max_new_tokens=2, ignore_eos=True).answer(prompts(1)[0])
+            before, start = model.metrics.count("fetched_bytes"), time.perf_counter()
+            made = [model.session(max_new_tokens=NEW, ignore_eos=True) for _ in range(count)]
+            found = await asyncio.gather(*(one.answer(ids) for one, ids in zip(made, prompts(4), strict=False)))
+            return {
+                "tokens": sum(len(one.token_ids) for one in found), "seconds": time.perf_counter() - start,
+                "bytes": model.metrics.count("fetched_bytes") - before, "first": found[0].token_ids,
+            }  # fmt: skip
+
+    one, four = asyncio.run(measure(1)), asyncio.run(measure(4))
+    same = one.pop("first") == four.pop("first")
+    return {"one": one, "four": four, "times_bytes": four["bytes"] / one["bytes"], "first_equals_alone": same}
+
+
+@contextlib.contextmanager
+def served(folder: Path, group: Any) -> Iterator[str]:
+    """The example as a service, capped."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    settings = {"SURFW_SOURCE": str(folder / "store"), "SURFW_MODEL": "random", "SURFW_MEMORY_BUDGET": BUDGET}
+    command = [sys.executable, "-m", "uvicorn", "openai_server:app", "--app-dir", "examples", "--port", str(port)]
+    with subprocess.Popen(group.command(command), env=os.environ | settings) as service:
+        try:
+            for _ in range(600):
+                with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+                    break
+                time.sleep(0.2)
+            yield f"http://127.0.0.1:{port}/v1"
+        finally:
+            service.terminate()
+
+
+def serve_openai(folder: Path, cap: int) -> dict[str, Any]:
+    """16 streaming clients at once against one."""
+    import openai
+
+    async def ask(client: Any, index: int) -> int:
+        answer = await client.completions.create(model="random", prompt=f"token {index}", max_tokens=NEW, stream=True)
+        return sum([1 async for _ in answer])
+
+    async def measure(url: str, count: int) -> float:
+        async with openai.AsyncOpenAI(base_url=url, api_key="none", timeout=3600) as client:
+            start = time.perf_counter()
+            found = await asyncio.gather(*(ask(client, index) for index in range(count)))
+            assert all(found)
+            return count * NEW / (time.perf_counter() - start)
+
+    with memory_group(cap) as group, served(folder, group) as url:
+        asyncio.run(measure(url, 1))
+        one, sixteen = asyncio.run(measure(url, 1)), asyncio.run(measure(url, 16))
+        return {
+            "one": one,
+            "sixteen": sixteen,
+            "times": sixteen / one,
+            "peak_bytes": group.peak_bytes,
+            "kills": group.kills,
+        }
+
+
+MEASURED: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "many": many, "guess": guess, "switch": switch, "sessions": sessions,
+}  # fmt: skip
+
+
+def tell(found: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(found, indent=2) + "\n")
+    sys.stdout.flush()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["make", "openai", *MEASURED])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--cap", default="1.2GB")
+    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.what == "make":
+        make(given.folder)
+        return
+    if given.what == "openai":
+        tell(serve_openai(given.folder, parse_size(given.cap)))
+        return
+    if given.inside:
+        tell(MEASURED[given.what](given.folder))
+        return
+    drop_page_cache()
+    with memory_group(parse_size(given.cap)) as group:
+        command = [sys.executable, "-m", "tests.bench.together", given.what, str(given.folder), "--inside"]
+        done = subprocess.run(group.command(command), check=False)
+        tell({"peak_bytes": group.peak_bytes, "kills": group.kills})
+    sys.exit(done.returncode)
+
+
+if __name__ == "__main__":
+    main()
