@@ -42,6 +42,7 @@ class Inside:
         return f"{self.module}.{self.name}"
 
 
+RECOMPUTED = "running a unit again in the backward pass; the public checkpoint() does not say when it has done so"
 LOADER = "the loader's own renaming and conversion of weights; there is no public way to ask what it would load"
 GGUF = "what transformers makes of a GGUF file, one weight at a time; from_pretrained makes all of them at once"
 DEQUANTISED = "what the loader makes of quantised weights, one at a time; from_pretrained makes all of them at once"
@@ -58,6 +59,10 @@ PACKED = (
 )
 
 INSIDES = [
+    Inside("torch.utils._pytree", "tree_flatten", "runtime/recompute.py", RECOMPUTED),
+    Inside("torch.utils._pytree", "tree_unflatten", "runtime/recompute.py", RECOMPUTED),
+    Inside("torch.utils.checkpoint", "get_device_states", "runtime/recompute.py", RECOMPUTED),
+    Inside("torch.utils.checkpoint", "set_device_states", "runtime/recompute.py", RECOMPUTED),
     Inside(
         "transformers.pytorch_utils",
         "Conv1D",

@@ -239,7 +239,7 @@ def assemble(
         yielder=Yielder(manifest.name, lambda: engine.anonymous_bytes, engine.shrink),
         base_bytes=rss_bytes(),
     )
-    adapters.on_apply = parts.hooks.freeze
+    adapters.on_apply = parts.hooks.adapt
     if adapter is not None:
         try:
             adapters.apply(adapters.load(adapter))

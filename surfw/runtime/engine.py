@@ -205,6 +205,18 @@ class Engine:
             self._learn(module)
             self._prefetch(())
 
+    def foresee(self, modules: Sequence[str]) -> None:
+        """Plan for these modules running again and again in this order, as in training; what runs corrects that.
+
+        Raises:
+            ConfigurationError: the limit is too small for it.
+        """
+        with self._lock:
+            for module in [*modules, *modules]:
+                self._schedule.observe(module)
+            self._schedule.begin()
+            self._replan(self._needs, self.limit)
+
     def by_rows(self, module: str) -> bool:
         """Whether a module is to look single rows up: its table is not in memory."""
         unit = self._units.get(module)
