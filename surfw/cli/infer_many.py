@@ -321,8 +321,9 @@ def _read_line(line: bytes) -> dict[str, Any]:
     """The object that a line has."""
     try:
         found = json.loads(line)
-    except (ValueError, RecursionError) as exc:
-        raise _LineError(f"no JSON: {exc}") from None
+    except (ValueError, RecursionError):
+        seen = line[:40].decode(errors="replace").strip()
+        raise _LineError(f'a line is JSON, an object such as {{"prompt": "…"}}, not {seen!r}') from None
     if not isinstance(found, dict):
         raise _LineError(f'a line is an object such as {{"prompt": "…"}}, not {json.dumps(found)[:40]}')
     return found

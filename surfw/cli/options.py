@@ -94,30 +94,38 @@ def _in_kind_words(args: Sequence[str]) -> Iterator[None]:
     try:
         yield
     except typer.BadParameter as exc:
-        expected = _expected_number(exc.param)
+        expected = _expect(exc.param)
         if exc.param and expected and (seen := _find_value(exc.param.opts[0], typed)) is not None:
             exc.message = f"{seen!r} is not {expected}"
         exc.message = exc.message.removeprefix("Value error, ")
         raise
     except Exception as exc:  # a usage error, whose class typer keeps to itself
         if near := getattr(exc, "possibilities", None):
-            exc.message = f"{exc.message}; did you mean {' or '.join(near[:2])}?"  # type: ignore[attr-defined]
+            meant = [one for one in near if one != "--help"][:2] or near
+            exc.message = f"{exc.message}; did you mean {' or '.join(meant)}?"  # type: ignore[attr-defined]
             exc.possibilities = None  # type: ignore[attr-defined]
         elif str(getattr(exc, "message", "")).startswith("Got unexpected extra argument"):
-            exc.message += "; a text with spaces goes between quotes"  # type: ignore[attr-defined]
+            ctx = exc.ctx  # type: ignore[attr-defined]
+            names = {one.name for one in ctx.command.params} if ctx else set()
+            if "prompt" in names:
+                exc.message += "; a text with spaces goes between quotes"  # type: ignore[attr-defined]
+            elif ctx.info_name == "list":
+                exc.message += "; --store names a store, and 'surfw show NAME' shows one model"  # type: ignore[attr-defined]
         raise
 
 
-def _expected_number(parameter: Any) -> str | None:
-    """What an option takes that takes a number; None for any other."""
-    if setting := SETTINGS.get(getattr(parameter, "name", None) or ""):
-        return setting.expected if setting.kind in {int, float} else None
-    if getattr(getattr(parameter, "type_descriptor", None), "annotation", None) is not int:
+def _expect(param: Any) -> str | None:
+    """What an option of a number has to be, in words; None for any other."""
+    if param is None:
         return None
-    least, most = parameter.min, parameter.max
-    if least is not None and most is not None:
-        return f"a whole number from {least} to {most}"
-    return "a whole number" + (f" >= {least}" if least is not None else "")
+    if setting := SETTINGS.get(param.name or ""):
+        return setting.expected if setting.kind in {int, float} else None
+    kind = getattr(getattr(param, "type_descriptor", None), "annotation", None)
+    if kind not in {int, float}:
+        return None
+    return Setting(
+        name=param.name, kind=kind, optional=True, default_text="", help="", least=param.min, most=param.max
+    ).expected
 
 
 def _find_value(option: str, args: Sequence[str]) -> str | None:

@@ -4,7 +4,8 @@
   process at once, with a line on stderr.
 - While it runs, a signal does what SIGINT does at that moment: it raises `KeyboardInterrupt`, or calls the handler that
   an event loop has installed. During an import it waits for the import's end, and says so: an interrupted import of
-  numpy cannot be repeated, and fails later with unrelated errors.
+  numpy cannot be repeated, and fails later with unrelated errors. In a `__del__` it waits too: what is raised there,
+  Python prints as a traceback and forgets.
 - A second signal ends the process at once.
 
 The exit code is 128 plus the signal's number, as in a shell: 130, 143 or 129.
@@ -29,7 +30,7 @@ _LOOK_SECONDS = 0.01
 _received: list[int] = []
 _modes: list[Any] | None = None
 _is_quiet = _has_said = False
-_waits_for_import = False
+_waits = False
 
 is_full_screen = False
 """Whether a view has turned the terminal to its other screen."""
@@ -40,9 +41,9 @@ is_line_open = False
 
 def set_up() -> None:
     """Make these signals end the process at once, with a line, unless it was started to ignore them."""
-    global _modes, _has_said, _waits_for_import  # noqa: PLW0603 - the terminal is the process's
+    global _modes, _has_said, _waits  # noqa: PLW0603 - the terminal is the process's
     _received.clear()
-    _has_said = _waits_for_import = False
+    _has_said = _waits = False
     with suppress(OSError, termios.error):
         _modes = termios.tcgetattr(0)
     _handle_all(_end_with_line)
@@ -86,11 +87,11 @@ def is_interrupted() -> bool:
 
 
 def check() -> None:
-    """Raise the `KeyboardInterrupt` that has waited for an import's end, before another import begins."""
-    if _waits_for_import and threading.current_thread() is threading.main_thread():
+    """Raise the `KeyboardInterrupt` that has waited, before another import begins."""
+    if _waits and threading.current_thread() is threading.main_thread():
         import inspect  # slow to import, and rarely needed
 
-        _raise_after_import(inspect.currentframe())
+        _raise_when_possible(inspect.currentframe())
 
 
 def exit_code() -> int:
@@ -137,19 +138,19 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     if callable(of_loop) and of_loop is not _interrupt:
         of_loop(number, frame)
     else:  # no loop runs, or a shell's background job ignores SIGINT, and no other signal
-        _raise_after_import(frame)
+        _raise_when_possible(frame)
 
 
-def _raise_after_import(frame: FrameType | None) -> None:
-    """Raise `KeyboardInterrupt` here, or a moment after the import that this is in."""
-    global _waits_for_import  # noqa: PLW0603 - of this process
-    while frame is not None and frame.f_code.co_filename != _IMPORT:
+def _raise_when_possible(frame: FrameType | None) -> None:
+    """Raise `KeyboardInterrupt` here, or a moment after the import, or the `__del__`, that this is in."""
+    global _waits  # noqa: PLW0603 - of this process
+    while frame is not None and frame.f_code.co_filename != _IMPORT and frame.f_code.co_name != "__del__":
         frame = frame.f_back
-    _waits_for_import = frame is not None
-    if not _waits_for_import:
+    _waits = frame is not None
+    if frame is None:
         signal.setitimer(signal.ITIMER_REAL, 0)
         raise KeyboardInterrupt
-    if not (_is_quiet or _has_said):
+    if not (_is_quiet or _has_said or frame.f_code.co_name == "__del__"):
         with suppress(RuntimeError):  # what was interrupted may be writing there just now
             say("ends after this import")
     signal.signal(signal.SIGALRM, _look_again)
@@ -157,8 +158,8 @@ def _raise_after_import(frame: FrameType | None) -> None:
 
 
 def _look_again(_: int, frame: FrameType | None) -> None:
-    if _waits_for_import:
-        _raise_after_import(frame)
+    if _waits:
+        _raise_when_possible(frame)
 
 
 def _end_with_line(number: int, _: FrameType | None) -> NoReturn:

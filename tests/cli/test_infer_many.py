@@ -58,7 +58,9 @@ def test_answers_are_json_lines_and_a_bad_line_stops_nobody(home: Path, tmp_path
     assert len(found[2]["token_ids"]) <= 2
     assert len(found[6]["token_ids"]) == 5
     assert found[6]["prompt_tokens"] == 3
-    assert "surfw: line 2 of the prompts: no JSON" in done.stderr
+    expected = """a line is JSON, an object such as {"prompt": "…"}, not '{no json'"""
+    assert found[1]["error"] == expected
+    assert f"surfw: line 2 of the prompts: {expected}" in done.stderr.splitlines()
     assert "3 prompts answered, 6 failed" in done.stderr
     assert "6 prompts of 9 could not be answered" in done.stderr.splitlines()[-1]
     alone = surfw(

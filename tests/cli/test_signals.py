@@ -204,6 +204,31 @@ def test_no_other_import_begins_after_the_one_that_a_signal_waits_for(tell: str,
     assert (done.stdout, done.stderr) == ("ends\n", "surfw: interrupted; ends after this import\n")
 
 
+WHILE_FREEING = """
+import os, signal
+from surfw.cli import signals
+class Freed:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        print("freed")
+signals.set_up()
+signals.begin()
+try:
+    Freed()
+    signal.pause()
+except KeyboardInterrupt:
+    print("ends")
+"""
+
+
+def test_a_signal_is_not_lost_where_python_forgets_what_is_raised(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WHILE_FREEING], capture_output=True, text=True, check=False, timeout=60,
+        env=environment(tmp_path, PYTHONPATH=str(Path(__file__).parents[2])),
+    )  # fmt: skip
+    assert (done.stdout, done.stderr) == ("freed\nends\n", "")
+
+
 SLOW_TO_END = """
 import time
 from surfw.cli.app import app
