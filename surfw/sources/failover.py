@@ -98,7 +98,6 @@ class Failover(ChunkSource):
         self._open = [open_source for _, open_source in places]
         self._sources: dict[int, ChunkSource] = {}
         self._opening = [asyncio.Lock() for _ in places]
-        self._models: dict[str, Manifest] = {}  # as the runtime knows them, by name
         self._theirs: dict[tuple[int, str], Manifest] = {}  # as each source has them
         self._announced: dict[str, tuple[Manifest, Sequence[Chunk], Sequence[Chunk]]] = {}
         self._deadline_seconds = deadline_seconds
@@ -146,9 +145,7 @@ class Failover(ChunkSource):
                     f"{urls[0]} and {urls[1]} have different models {model!r}: they differ in {difference}; "
                     "name sources of one model only"
                 )
-        shared = share_forms(first, list(theirs.values()))
-        self._models[model] = shared
-        return shared
+        return share_forms(first, list(theirs.values()))
 
     async def _ask(self, index: int, model: str) -> None:
         """Have a source say what it has; if it fails, it is asked again when it is needed."""
@@ -174,7 +171,7 @@ class Failover(ChunkSource):
     async def announce(self, manifest: Manifest, cycle: Sequence[Chunk], kept: Sequence[Chunk]) -> None:
         """Tell all sources, also those that are opened later."""
         self._announced[manifest.name] = manifest, cycle, kept
-        for source in self._sources.values():
+        for source in list(self._sources.values()):  # others may be opened meanwhile: those are told then
             await source.announce(manifest, cycle, kept)
 
     async def fetch(self, manifest: Manifest, reads: Sequence[Read], *, priority: int = 0) -> None:
@@ -198,8 +195,8 @@ class Failover(ChunkSource):
             nonlocal missing
             try:
                 await self._fetch_from(index, manifest, missing, priority)
-            except _LateError as exc:
-                self._note(index, exc)  # another one has filled them
+            except _LateError as exc:  # another one has filled them
+                self._note(index, exc.__cause__ or exc)
             except _FAULTS as exc:
                 left = [part for one in missing for part in await in_thread(_find_missing, one)]
                 if _size(left) < _size(missing):
@@ -241,7 +238,7 @@ class Failover(ChunkSource):
         """Have another source fill ranges too that one is late with. It ends when `first` has ended.
 
         Raises:
-            _LateError: the other one has filled them.
+            _LateError: the other one has filled them; its cause is how `first` failed meanwhile, if it did.
         """
         self.hedged_ranges += 1
         began = self._clock()
@@ -265,7 +262,7 @@ class Failover(ChunkSource):
             read.destination[:] = copy.destination
         self._table.succeeded(other, _size(reads), self._clock() - began)
         failure = None if first.cancelled() else first.exception()
-        raise _LateError(str(failure or f"{self._url(index)} is late"))
+        raise _LateError(f"{self._url(index)} is late") from failure
 
     async def _deliver(self, index: int, reads: Sequence[Read], *, manifest: Manifest, priority: int) -> None:
         """Have a source fill ranges, named as it names them."""
@@ -293,7 +290,7 @@ class Failover(ChunkSource):
                 raise ConnectionFailedError(f"{self._url(index)} is closed")
             if index not in self._sources:
                 source = self._sources[index] = await self._open[index]()
-                for announced in self._announced.values():
+                for announced in list(self._announced.values()):
                     await source.announce(*announced)
             return self._sources[index]
 

@@ -6,7 +6,7 @@ from surfw.manifest import Chunk, Manifest
 
 
 def find_difference(one: Manifest, other: Manifest) -> str | None:
-    """Say in what two manifests are of different models; None if they are of the same."""
+    """Say in what two manifests are of different models; None if they are of the same: their identities are equal."""
     for what, mine, theirs in (
         ("the class", one.class_name, other.class_name),
         ("the dtype", one.dtype, other.dtype),
@@ -14,6 +14,8 @@ def find_difference(one: Manifest, other: Manifest) -> str | None:
         ("the generation settings", one.generation_config, other.generation_config),
         ("the ties", one.ties, other.ties),
         ("the execution order", one.order, other.order),
+        ("the base", one.base, other.base),
+        ("the encryption key", one.key_id, other.key_id),
     ):
         if mine != theirs:
             return what
@@ -29,11 +31,11 @@ def find_difference(one: Manifest, other: Manifest) -> str | None:
             return f"chunk {name}, of which one of them knows no digests yet"
         if _facts(first) != _facts(second):
             return f"chunk {name}"
-    return None
+    return None if list(one.by_name) == list(other.by_name) else "the order of its chunks"
 
 
 def _facts(chunk: Chunk) -> tuple[object, ...]:
-    return chunk.id, chunk.payload_bytes, chunk.tensors
+    return chunk.id, chunk.kind, chunk.payload_bytes, chunk.tensors
 
 
 def share_forms(manifest: Manifest, others: list[Manifest]) -> Manifest:

@@ -2,18 +2,21 @@
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from surfw.config import MIB
 from surfw.errors import ConnectionFailedError, IntegrityError, ManifestError, UnknownModelError
-from surfw.manifest import Manifest
+from surfw.manifest import Base, Chunk, Manifest
 from surfw.retry import RetryPolicy
+from surfw.source import Read
 from surfw.sources.choice import SourceTable, Standing
 from surfw.sources.failover import Failover
+from surfw.sources.identity import find_difference
 from tests.sources.counted import read_all
 from tests.sources.faulty import FaultySource, damaged, lost, opener
 from tests.stores import TOKENIZER, make_store, payload
@@ -158,6 +161,51 @@ def test_a_source_that_is_late_is_overtaken(tmp_path: Path, monkeypatch: pytest.
     assert (one.delivered, other.delivered) == (0, 24)
 
 
+def test_damage_of_a_source_that_is_overtaken_meanwhile_is_not_forgotten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SourceTable, "late_seconds", lambda *_: 0.0)
+    is_hedged = asyncio.Event()
+
+    def prepare(one: FaultySource, other: FaultySource) -> None:
+        one.before = lambda _: damaged() if is_hedged.is_set() else is_hedged
+        other.before = lambda _: is_hedged.set()
+        fetch = one.fetch
+
+        async def then_damaged(manifest: Manifest, reads: Sequence[Read], *, priority: int = 0) -> None:
+            await fetch(manifest, reads, priority=priority)
+            damaged()
+
+        monkeypatch.setattr(one, "fetch", then_damaged)
+
+    failover, _, _ = run(tmp_path, prepare, sizes=[MIB])
+    assert failover.hedged_ranges == 1
+    assert failover.standings[0].aside
+
+
+def test_sources_that_are_opened_while_others_are_told_are_told_too(tmp_path: Path) -> None:
+    made = make_store(tmp_path, sizes=[MIB])
+    told: list[str] = []
+
+    class Told(FaultySource):
+        async def announce(self, manifest: Manifest, cycle: Sequence[Chunk], kept: Sequence[Chunk]) -> None:
+            told.append(self.url)
+            if self is other:
+                is_open.set()
+            await is_open.wait()
+
+    one, other, is_open = Told(tmp_path, "ws://one"), Told(tmp_path, "ws://other"), asyncio.Event()
+
+    async def main() -> None:
+        async with Failover([("ws://one", opener(one)), ("ws://other", opener(other))], retry=QUICK) as failover:
+            await failover.resolve(None)  # which opens the first one only
+            manifest = await one.manifest(made.name)
+            await asyncio.gather(failover.announce(manifest, manifest.chunks, ()), failover.manifest(made.name))
+        assert told == ["ws://one", "ws://other"]
+
+    asyncio.run(asyncio.wait_for(main(), 30))
+
+
 @pytest.mark.parametrize("by_speed", [False, True])
 def test_the_faster_source_delivers_most_if_speed_counts(tmp_path: Path, *, by_speed: bool) -> None:
     made = make_store(tmp_path, sizes=[9 * MIB] * 12)
@@ -264,6 +312,35 @@ def test_sources_of_different_models_are_refused(tmp_path: Path) -> None:
         asyncio.run(main("a", "b", "c"))
     with pytest.raises(ManifestError, match=r"they differ in the file vocab\.txt"):
         asyncio.run(main("a", "d"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"class_name": "Other"}, {"dtype": "float16"}, {"config": {}}, {"generation_config": {"top_k": 1}},
+        {"files": ()}, {"ties": {"a": "b"}}, {"order": ()}, {"key_id": "00" * 16},
+        {"base": Base("toy/base", "11" * 32)},
+    ],
+    ids=lambda change: next(iter(change)),
+)  # fmt: skip
+def test_models_of_different_identities_differ_in_something_that_is_named(
+    tmp_path: Path, change: dict[str, Any]
+) -> None:
+    made = make_store(tmp_path, sizes=[1, 2])
+    changed = replace(made, **change)
+    assert changed.identity != made.identity
+    assert find_difference(made, changed)
+
+
+def test_models_differ_if_their_chunks_are_of_other_kinds_or_in_another_order(tmp_path: Path) -> None:
+    made = make_store(tmp_path, sizes=[1, 2])
+    first, *others = made.chunks
+    turned, named = replace(made, chunks=made.chunks[::-1]), replace(made, chunks=(replace(first, kind="x"), *others))
+    assert find_difference(made, replace(made, name="toy/other")) is None
+    assert (find_difference(made, turned), find_difference(made, named)) == (
+        "the order of its chunks", f"chunk {first.name}"
+    )  # fmt: skip
+    assert len({made.identity, turned.identity, named.identity}) == 3
 
 
 def test_one_that_turns_out_to_be_another_model_later_is_set_aside(tmp_path: Path) -> None:
