@@ -188,7 +188,9 @@ class CacheFolder:
         """
         marker = self.path / _MARKER
         if not marker.exists():
-            if self.path.is_dir() and any(self.path.iterdir()):
+            begun = f".{_MARKER}."  # a marker that another process is writing, or was killed over
+            others = self.path.is_dir() and any(not one.name.startswith(begun) for one in self.path.iterdir())
+            if others and not marker.exists():  # which comes before all else that another process makes
                 raise ConfigurationError(
                     f"{self.path} is no disk cache, and not empty; name another folder (cache_dir, --cache-dir)"
                 )
@@ -226,8 +228,9 @@ class CacheFolder:
                 if found is None and self._make_room(size):
                     self._note_change(size)
                     path.parent.mkdir(exist_ok=True)
-                    found = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
-                    os.ftruncate(found, size)
+                    path.touch(0o644)
+                    os.truncate(path, size)
+                    found = _open(path, size)
         return None if found is None else Blob(path, form, found)
 
     def _make_room(self, size: int) -> bool:
@@ -335,7 +338,7 @@ class CacheFolder:
         with contextlib.suppress(OSError):
             if key not in self._uses:
                 self._uses[key] = os.open(self._model(key, "use"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-                fcntl.flock(self._uses[key], fcntl.LOCK_SH | fcntl.LOCK_NB)
+                fcntl.flock(self._uses[key], fcntl.LOCK_SH)  # whoever looks whether it is used has it for a moment
             os.utime(self._uses[key])
 
     def in_use(self, key: str) -> bool:

@@ -3,13 +3,15 @@
 import asyncio
 import contextlib
 import errno
+import fcntl
 import logging
 import os
 import random
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -342,6 +344,38 @@ def test_another_folder_is_left_alone(tmp_path: Path) -> None:
         asyncio.run(cache.open())
     asyncio.run(cache.close())
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["letters.txt"]
+
+
+def test_a_folder_that_another_process_is_making_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "cache"
+    path.mkdir()
+    (path / ".surfw-cache.1.2").touch()  # its marker is being written, or it was killed then
+    CacheFolder(path, None).create()
+    (path / "surfw-cache").unlink()
+    iterate = Path.iterdir
+
+    def make_meanwhile(folder: Path) -> Iterator[Path]:
+        (path / "surfw-cache").write_bytes(b"")
+        return iterate(folder)
+
+    monkeypatch.setattr(Path, "iterdir", make_meanwhile)
+    CacheFolder(path, None).create()
+
+
+def test_who_looks_whether_a_model_is_used_does_not_hide_that_it_is(tmp_path: Path) -> None:
+    manifest = make_store(tmp_path / "store", sizes=[1])
+    one, other = CacheFolder(tmp_path / "cache", None), CacheFolder(tmp_path / "cache", None)
+    one.create()
+    looks = os.open(tmp_path / "cache" / "models" / f"{manifest.digest}.use", os.O_RDWR | os.O_CREAT)
+    fcntl.flock(looks, fcntl.LOCK_EX)
+    using = threading.Thread(target=one.use, args=(manifest,))
+    using.start()
+    using.join(0.05)
+    os.close(looks)
+    using.join()
+    assert other.in_use(manifest.digest)
+    one.close()
+    assert not other.in_use(manifest.digest)
 
 
 READER = """
