@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 from surfw.distributed.plan import Need, Run, Slice, make_slice, runs_of
-from surfw.errors import ManifestError
+from surfw.errors import ManifestError, UnsupportedModelError
 from surfw.manifest import Manifest, TensorInfo
 from surfw.skeleton.dtypes import safetensors_dtype, torch_dtype
 from surfw.skeleton.units import Slot
@@ -120,6 +120,7 @@ def find_targets(model: nn.Module, manifest: Manifest) -> list[Target]:
 
     Raises:
         ManifestError: it has weights that the manifest does not have, or of other shapes.
+        UnsupportedModelError: some are placed so that what ranks hold is summed.
     """
     found: dict[tuple[str, Slice], Target] = {}
     held = _Held()
@@ -152,6 +153,11 @@ def state_slots(model: nn.Module) -> Iterator[Slot]:
 
 def _check_fit(slot: Slot, stored: TensorInfo, manifest: Manifest) -> None:
     place = slot.tensor
+    if isinstance(place, DTensor) and any(placement.is_partial() for placement in place.placements):
+        raise UnsupportedModelError(
+            f"{slot.name} is placed as {', '.join(map(str, place.placements))}, so that what the ranks hold is summed; "
+            "each would be given the stored values; place it as Shard or Replicate"
+        )
     if tuple(place.shape) != stored.shape:
         raise ManifestError(
             f"{manifest.name}: {slot.name} has shape {stored.shape} in the manifest, {tuple(place.shape)} in the model"
