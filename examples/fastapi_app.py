@@ -36,6 +36,10 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
             retry=settings.retry,
             token=settings.token if source.startswith(("ws://", "wss://")) else None,
             ssl=settings.tls_for(source),
+            disk_cache=settings.disk_cache,
+            cache_dir=settings.cache_dir,
+            offline=settings.offline or None,
+            verify_key=settings.verify_key,
         ) as model:
             app.state.model = model
             yield

@@ -49,6 +49,9 @@ FILE_BYTES = 256 * MIB
 MAX_JSON_DEPTH = 64
 """How deep objects and lists may be nested in a JSON document that somebody else wrote."""
 
+MAX_JSON_PARTS, MAX_JSON_VALUES = 1_000_000, 4_000_000
+"""The most objects and lists, and values, of such a document: each takes up to a hundred times its bytes in memory."""
+
 _STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
 DEFAULT_HOST = "127.0.0.1"
@@ -296,6 +299,12 @@ def printable(text: str, *, lines: bool = False) -> str:
 
 DEQUANTISED = ("compressed-tensors", "fp8", "mxfp4", "mxfp8")
 """Methods of quantised checkpoints that transformers makes dense weights of on a CPU, as configurations name them."""
+
+
+def is_crowded(document: bytes) -> bool:
+    """Whether JSON has more objects, lists or values than may be parsed; no document that is meant well has."""
+    parts = document.count(b"{") + document.count(b"[")
+    return parts > MAX_JSON_PARTS or document.count(b",") > MAX_JSON_VALUES
 
 
 def quote(name: object) -> str:

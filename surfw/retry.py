@@ -68,7 +68,7 @@ def parse_redirect(url: str, location: str) -> Redirect:
 
 def _origin(url: str) -> tuple[bool, str, int]:
     parts = urlsplit(url)
-    if parts.scheme not in HAS_TLS or not parts.hostname:
+    if parts.scheme not in HAS_TLS or not parts.hostname or not url.isprintable():
         raise ValueError(f"{url!a} is not the address of an HTTP or WebSocket server")
     has_tls = HAS_TLS[parts.scheme]
     return has_tls, parts.hostname, parts.port or (443 if has_tls else 80)

@@ -53,6 +53,7 @@ _PREFIX, _NEAR = "SURFW_", 0.7
 """How variables begin; and how alike, at least, the rest of an unknown one and of a known one have to be."""
 
 _MOST_TOKEN_BYTES = 64 * 1024
+_MOST_FILE_BYTES = 1 << 20
 
 TABLE = "tool.surfw"
 """The table of a TOML file that holds settings."""
@@ -464,7 +465,14 @@ def read_settings_file(path: Path) -> dict[str, Any]:
     import tomllib
 
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            data = file.read(_MOST_FILE_BYTES + 1)
+        if len(data) > _MOST_FILE_BYTES:
+            raise ConfigurationError(
+                f"settings file {path} has more than {_MOST_FILE_BYTES} bytes, which no settings need; name another "
+                f"with --config or {CONFIG_VARIABLE}"
+            )
+        document = tomllib.loads(data.decode())
     except OSError as exc:
         raise ConfigurationError(
             f"settings file {path} cannot be read: {exc.strerror or type(exc).__name__}; name another with --config or "

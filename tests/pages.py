@@ -34,6 +34,7 @@ PAGES = (
     "surfw/README.md",
     "tests/README.md",
     "examples/demo_model/README.md",
+    "examples/serverless/README.md",
     "CHANGELOG.md",
 )
 """Every page, by its path; snippets run in this order."""

@@ -24,6 +24,7 @@ from tests.pages import ROOT
 from tests.sandbox import Sandbox
 
 COMMANDS = "surfw/cli/COMMANDS.md"
+CHECKPOINTS = "surfw/models/CHECKPOINTS.md"
 
 
 def commands() -> list[str]:
@@ -108,6 +109,13 @@ def pages_now() -> dict[str, str]:
     return found
 
 
+def with_formats(text: str) -> str:
+    """The page about checkpoints with what becomes of each format now."""
+    from tests import formats  # which needs torch
+
+    return _fill(text, "formats", formats.table())
+
+
 def with_outputs(page: str, text: str, folder: Path) -> str:
     """A page with what its commands print now; `folder` is an empty one to run them in.
 
@@ -188,6 +196,7 @@ def main() -> None:
         (test_screens.FOLDER / f"{name}.txt").write_text(test_screens.draw(name))
     for page, text in pages_now().items():
         (ROOT / page).write_text(text)
+    (ROOT / CHECKPOINTS).write_text(with_formats(pages.read(CHECKPOINTS)))
     for page in sorted({one.page for one in pages.blocks("console") if not one.is_generated}):
         with tempfile.TemporaryDirectory() as folder:
             (ROOT / page).write_text(with_outputs(page, pages.read(page), Path(folder)))

@@ -422,6 +422,12 @@ def test_a_number_that_json_has_not_is_refused() -> None:
         parse_manifest(data, where="there")
 
 
+@pytest.mark.parametrize("crowd", [b"[]," * 1_000_001, b"0," * 4_000_001])
+def test_a_manifest_of_more_values_than_memory_has_room_for_is_not_parsed(crowd: bytes) -> None:
+    with pytest.raises(ManifestError, match="not more than 1000000 objects and lists with 4000000 values"):
+        parse_manifest(b'{"config":[' + crowd + b"0]}", where="here")
+
+
 def experts_manifest() -> Manifest:
     """One layer, and two experts of it, each with two slices."""
     path, chunks = "layers.0.experts", []

@@ -24,6 +24,8 @@ from surfw.server.futures import Future, Futures, Part
 from surfw.server.policies import make_cache
 
 _PAGES = 8
+_MOST_BYTES = 1 << 36
+"""More than any chunk has."""
 """Of one layer."""
 
 
@@ -129,6 +131,8 @@ def _events(line: dict[str, Any], known: dict[int, set[str]]) -> Iterator[Announ
         yield Announcement((client, line["model"]), line["cycle"], line["kept"])
     else:
         size = line["size"]
+        if not 0 <= line["start"] <= line["stop"] <= size <= _MOST_BYTES:
+            raise ValueError("no chunk has so many bytes, or none there")
         for first in range(line["start"] // PAGE_BYTES * PAGE_BYTES, line["stop"], PAGE_BYTES):
             part = Part(line["chunk"], first / size, min(first + PAGE_BYTES, size) / size)
             yield Use((client, line["model"]), line["form"], part)

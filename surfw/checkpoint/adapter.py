@@ -7,6 +7,7 @@ by `surfw.skeleton.lora`; whatever else asks for something is refused by name.
 
 import math
 import re
+import sys
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from surfw.checkpoint.layout import (
 )
 from surfw.checkpoint.reader import Checkpoint, folder_name, local_directory, open_shard, refuse_revision
 from surfw.checkpoint.shard import Shard, translate_errors
-from surfw.config import quote
+from surfw.config import printable, quote
 from surfw.errors import UnsupportedModelError
 
 PREFIX = "base_model.model."
@@ -138,13 +139,13 @@ def _asks(value: Any) -> bool:
 
 def _refuse(key: str, value: Any, why: str, *, where: str) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"{where} has {key} = {quote(value)}: {why}; merge the adapter into its base with peft (merge_and_unload), and "
-        "chunk the result"
+        f"{where} has {printable(key)[:120]} = {quote(value)}: {why}; merge the adapter into its base with peft "
+        "(merge_and_unload), and chunk the result"
     )
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _is_rank(value: Any) -> bool:
@@ -201,7 +202,7 @@ def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
     for pattern, value in patterns.items():
         try:
             found = re.match(rf"(.*\.)?({pattern})$", module)
-        except (re.error, RecursionError) as exc:
+        except (re.error, RecursionError, OverflowError) as exc:
             raise UnsupportedModelError(
                 f"an adapter has the pattern {quote(pattern)}, which is no regular expression ({exc}); correct its "
                 f"{ADAPTER_CONFIG_FILE}"

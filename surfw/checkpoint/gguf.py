@@ -81,8 +81,17 @@ def _read_header(path: Path, size_bytes: int) -> tuple[str, Mapping[str, GgufTen
         raise UnsupportedModelError(f"{path} is a GGUF file, which needs a package: pip install 'surfw[gguf]'")
     from gguf import GGUFReader
 
+    class Reader(GGUFReader):  # type: ignore[misc]
+        """The package's, which would read what is behind the end of the file as nothing, as often as the file says."""
+
+        def _get(self, offset: int, dtype: Any, count: int = 1, *order: Any, **options: Any) -> Any:
+            found = super()._get(offset, dtype, count, *order, **options)
+            if len(found) < int(count):
+                raise ValueError(f"{count} values are expected at byte {offset}, where {len(found)} are left")
+            return found
+
     try:
-        reader = GGUFReader(path)
+        reader = Reader(path)
         fields = reader.fields
         architecture = str(fields["general.architecture"].contents())
         parts = int(fields["split.count"].contents()) if "split.count" in fields else 1

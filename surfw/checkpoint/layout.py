@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from surfw.checkpoint.shard import refuse_pointer, translate_errors
-from surfw.config import DEQUANTISED, MAX_JSON_DEPTH, MIB, quote
+from surfw.config import DEQUANTISED, MAX_JSON_DEPTH, MAX_JSON_PARTS, MAX_JSON_VALUES, MIB, is_crowded, quote
 from surfw.errors import CheckpointError, ConfigurationError, UnsupportedModelError
 from surfw.files import read_regular
 
@@ -247,6 +247,11 @@ def read_json(path: Path, limit_bytes: int, where: str | None = None) -> dict[st
     where = where or str(path)
     text = read_small(path, limit_bytes, where)
     refuse_pointer(text, where)
+    if is_crowded(text):
+        raise CheckpointError(
+            f"{where} has more than {MAX_JSON_PARTS} objects and lists, or {MAX_JSON_VALUES} values, which no file of "
+            "this kind needs; download it again"
+        )
     try:
         document = json.loads(text.decode())
     except RecursionError as exc:

@@ -248,10 +248,10 @@ def _check_promises(checkpoint: Checkpoint, weights: Weights, where: str, index:
     if astray:
         tensor, file = astray[0]
         found = "another has it" if tensor in checkpoint.tensors else "and no other does"
+        more = f", and {len(astray) - 1} more like it" * (len(astray) > 1)
         logger.warning(
-            "%s/%s places tensor %s in %s, which does not hold it (%s), and %d more like it: the files may be of "
-            "different downloads",
-            where, index, quote(tensor), file, found, len(astray) - 1,
+            "%s/%s places tensor %s in %s, which does not hold it (%s)%s: the files may be of different downloads",
+            where, index, quote(tensor), file, found, more,
         )  # fmt: skip
     if not checkpoint.tensors:
         raise UnsupportedModelError(f"{where} has no tensors in {index}; expected the weights of a model")

@@ -6,7 +6,15 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
-from surfw.config import BLOCK_BYTES, MANIFEST_BYTES, MAX_JSON_DEPTH
+from surfw.config import (
+    BLOCK_BYTES,
+    MANIFEST_BYTES,
+    MAX_JSON_DEPTH,
+    MAX_JSON_PARTS,
+    MAX_JSON_VALUES,
+    is_crowded,
+    printable,
+)
 from surfw.errors import ManifestError
 from surfw.manifest.digests import count_blocks, is_digest, payload_digest
 from surfw.manifest.facts import (
@@ -45,7 +53,6 @@ _VERSIONS = frozenset(
 )
 _KINDS = frozenset({"layer", "part", "own"})
 _MAX_BYTES = 1 << 46
-_MAX_PIECES = 1_000_000
 _MAX_FILES_BYTES = 1 << 29
 _MAX_DIMENSIONS = 16
 _MAX_SIGNED_FORMS = 16
@@ -78,11 +85,10 @@ def parse_manifest(data: bytes, *, where: str) -> Manifest:
     Raises:
         ManifestError: the bytes are not a manifest, or of a version that this surfw does not know, or break a rule.
     """
-    pieces = data.count(b"{") + data.count(b"[")
-    if len(data) > MANIFEST_BYTES or pieces > _MAX_PIECES:
+    if len(data) > MANIFEST_BYTES or is_crowded(data):
         raise ManifestError(
-            f"the manifest from {where} has {len(data)} bytes and {pieces} objects and lists; "
-            f"expected at most {MANIFEST_BYTES} and {_MAX_PIECES}"
+            f"the manifest from {where} has {len(data)} bytes; expected at most {MANIFEST_BYTES}, and not more than "
+            f"{MAX_JSON_PARTS} objects and lists with {MAX_JSON_VALUES} values"
         )
     try:
         document = json.loads(data)
@@ -146,7 +152,7 @@ class _Parser:
 
     def size(self, value: Any, what: str) -> int:
         valid = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MAX_BYTES
-        self.require(valid, f"{what} is {str(value)[:40]}, expected an integer from 0 to 2^46")
+        self.require(valid, f"{what} is {printable(str(value)[:40])}, expected an integer from 0 to 2^46")
         return int(value)
 
     def text(self, value: Any, what: str) -> str:

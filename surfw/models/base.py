@@ -20,7 +20,7 @@ from surfw.models.adapted import AdaptedModel
 from surfw.models.client import Source
 from surfw.models.draft import OWN_FORM, OwnDraft
 from surfw.models.explain import Advice, Explanation, advise, explain
-from surfw.models.kv_reserve import generation_size
+from surfw.models.kv_reserve import find_quantised, generation_size
 from surfw.models.options import ConnectionOptions, OpenOptions, OpenSettings, budget_bytes, expect_number
 from surfw.models.progress import Progress
 from surfw.models.speculation import Speculation, expect_draft, may_guess
@@ -35,6 +35,7 @@ from surfw.models.statistics import (
 )
 from surfw.models.traced import traced
 from surfw.runtime.engine import Engine
+from surfw.runtime.kv_cache import Quantised
 from surfw.runtime.plan import Limit, ResidencyPlan
 from surfw.runtime.run import Run, current_run, wait_until_done
 from surfw.threads import refuse_event_loop
@@ -302,7 +303,12 @@ class StreamingBaseModel(AdaptedModel):
         def generate(model: Any) -> Any:
             size = generation_size(model, args, kwargs)
             guesses = may_guess(named, model.generation_config)
-            return self.generate_with(size, lambda more: model.generate(*moved, **named, **more), guesses=guesses)
+            return self.generate_with(
+                size,
+                lambda more: model.generate(*moved, **named, **more),
+                guesses=guesses,
+                quantised=find_quantised(model, args, kwargs),
+            )
 
         return self.run(generate)
 
@@ -391,7 +397,12 @@ class StreamingBaseModel(AdaptedModel):
         super()._take_apart()
 
     def generate_with(
-        self, size: tuple[int, int, int], generate: Callable[[Mapping[str, Any]], T], *, guesses: bool = True
+        self,
+        size: tuple[int, int, int],
+        generate: Callable[[Mapping[str, Any]], T],
+        *,
+        guesses: bool = True,
+        quantised: Quantised | None = None,
     ) -> T:
         """Leave room for a generation, as `leave_room` does, and have it done within a run; what `speculate` says.
 
@@ -399,7 +410,11 @@ class StreamingBaseModel(AdaptedModel):
             size: tokens of the prompt, new ones at most, and sequences.
             generate: calls `generate()` of transformers' model once, with these arguments besides its own.
             guesses: whether it may guess; only a single sequence does.
+            quantised: how its KV cache is, which cannot take a guess back.
         """
+        if quantised is not None:
+            self._open_here().kv.reserve_for(*size, quantised)
+            return generate({})
         speculation = self._speculation if guesses and size[2] == 1 else None
         if speculation is None:
             self.leave_room(*size)

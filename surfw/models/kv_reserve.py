@@ -6,6 +6,8 @@ the cache really takes is measured after every forward; if that is more, as much
 
 import logging
 import weakref
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from transformers import PreTrainedModel
 from surfw.config import MIB
 from surfw.errors import ConfigurationError
 from surfw.runtime.engine import Engine
-from surfw.runtime.kv_cache import KvCost, cache_bytes, kv_cost, output_cache
+from surfw.runtime.kv_cache import KvCost, Quantised, cache_bytes, kv_cost, output_cache
 
 logger = logging.getLogger("surfw.models")
 
@@ -46,7 +48,9 @@ class KvReserve:
         self._cost = kv_cost(model.config, model.dtype) if model.can_generate() else KvCost(0, 0)
         self._hook = model.register_forward_hook(self._measure)
 
-    def reserve_for(self, prompt_tokens: int, new_tokens: int, sequences: int = 1) -> None:
+    def reserve_for(
+        self, prompt_tokens: int, new_tokens: int, sequences: int = 1, quantised: Quantised | None = None
+    ) -> None:
         """Reserve what the cache of a generation takes, instead of what was reserved before.
 
         A default budget that is too small for it only costs a warning: most generations end sooner than they might.
@@ -56,6 +60,8 @@ class KvReserve:
         """
         self._left = 0  # what comes may be larger than what came
         size_bytes = self._cost.total_bytes(prompt_tokens, new_tokens, sequences=sequences)
+        if quantised is not None:
+            size_bytes = self._cost.quantised_bytes(prompt_tokens, new_tokens, quantised, sequences=sequences)
         self._reserve(size_bytes, size_bytes, or_fail=not self._engine.limit.reason)
 
     def reserve_bytes(self, size_bytes: int) -> None:
@@ -120,12 +126,7 @@ def generation_size(model: Any, args: Any, kwargs: Any) -> tuple[int, int, int]:
     named = dict(zip(("inputs", "generation_config"), args, strict=False)) | kwargs
     given = next((named[name] for name in ("input_ids", "inputs") if named.get(name) is not None), None)
     inputs = given if given is not None else named.get("inputs_embeds")
-    configs = [one for one in (named.get("generation_config"), model.generation_config) if one is not None]
-
-    def wanted(name: str) -> Any:
-        values = [named.get(name), *(getattr(config, name, None) for config in configs)]
-        return next((value for value in values if value is not None), None)
-
+    wanted = partial(_wanted, model, named)
     has_rows = isinstance(inputs, torch.Tensor) and inputs.dim() > 1
     rows, length = (inputs.shape[0], inputs.shape[1 if given is None else -1]) if has_rows else (1, 1)
     new, whole = wanted("max_new_tokens"), wanted("max_length")
@@ -134,3 +135,22 @@ def generation_size(model: Any, args: Any, kwargs: Any) -> tuple[int, int, int]:
         new = _DEFAULT_NEW_TOKENS if whole is None else max(0, whole - before)
     beams = max(wanted("num_beams") or 1, wanted("num_return_sequences") or 1)
     return int(length), int(new), int(rows * beams)
+
+
+def find_quantised(model: Any, args: Any, kwargs: Any) -> Quantised | None:
+    """How a call of `generate()` has its cache quantised; None if it does not."""
+    named = dict(zip(("inputs", "generation_config"), args, strict=False)) | kwargs
+    if _wanted(model, named, "cache_implementation") != "quantized":
+        return None
+    given = _wanted(model, named, "cache_config") or {}
+    if given.get("backend") == "fp8":
+        return Quantised(bits=8, residual_tokens=0)
+    names = {"nbits": "bits", "q_group_size": "group_size", "residual_length": "residual_tokens"}
+    return Quantised(**{own: given[name] for name, own in names.items() if isinstance(given.get(name), int)})
+
+
+def _wanted(model: Any, named: Mapping[str, Any], name: str) -> Any:
+    """What a call of `generate()` asks for: itself, in the settings given with it, or in the model's."""
+    configs = [one for one in (named.get("generation_config"), model.generation_config) if one is not None]
+    values = [named.get(name), *(getattr(config, name, None) for config in configs)]
+    return next((value for value in values if value is not None), None)

@@ -20,6 +20,21 @@ _NO_KEYS = frozenset({"linear_attention", "conv", "moe", "mlp"})
 """Types of layers that keep no key and value per token, but a state of a fixed size or nothing."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quantised:
+    """How transformers' quantised cache keeps keys and values, which is not exact; the defaults are its own.
+
+    Attributes:
+        bits: of a number.
+        group_size: numbers that share a scale and a zero point.
+        residual_tokens: the last generated ones, which are kept as they are until there are more.
+    """
+
+    bits: int = 4
+    group_size: int = 64
+    residual_tokens: int = 128
+
+
 @dataclass(frozen=True, slots=True)
 class KvCost:
     """What one sequence adds to the KV cache, a beam counting as a sequence.
@@ -29,14 +44,25 @@ class KvCost:
             which the layers of the decoder look at.
         new_token_bytes: for each generated token that is put into the model again, which the last one is not. With an
             encoder: for each token that is put into the decoder, its start token included.
+        layers: that keep keys and values.
+        itemsize: bytes of a number.
     """
 
     prompt_token_bytes: int
     new_token_bytes: int
+    layers: int = 1
+    itemsize: int = 4
 
     def total_bytes(self, prompt_tokens: int, new_tokens: int, *, sequences: int = 1) -> int:
         """All of a generation's cache, with so many tokens in each of its sequences."""
         return sequences * (prompt_tokens * self.prompt_token_bytes + new_tokens * self.new_token_bytes)
+
+    def quantised_bytes(self, prompt_tokens: int, new_tokens: int, how: Quantised, *, sequences: int = 1) -> int:
+        """The same of a cache that is quantised; attention has one layer at a time of it as it was."""
+        whole = self.total_bytes(prompt_tokens, new_tokens, sequences=sequences)
+        residual = self.total_bytes(0, min(new_tokens, how.residual_tokens), sequences=sequences)
+        share = how.bits / 8 / self.itemsize + 2 / how.group_size
+        return min(whole, int(whole * share) + residual + whole // max(1, self.layers))
 
 
 def kv_cost(config: PreTrainedConfig, dtype: torch.dtype) -> KvCost:
@@ -54,9 +80,8 @@ def kv_cost(config: PreTrainedConfig, dtype: torch.dtype) -> KvCost:
     text = config.get_text_config(decoder=True)
     layers = list(_attention_layers(config, text))
     own = sum(_numbers_per_token(layer) for layer in layers) * dtype.itemsize
-    if not config.is_encoder_decoder:
-        return KvCost(own, own)
-    return KvCost(sum(_plain_numbers(layer, "cross_") for layer in layers) * dtype.itemsize, own)
+    prompt = sum(_plain_numbers(layer, "cross_") for layer in layers) * dtype.itemsize
+    return KvCost(prompt if config.is_encoder_decoder else own, own, len(layers), dtype.itemsize)
 
 
 def output_cache(output: object) -> object | None:
@@ -138,11 +163,14 @@ def _tensors(place: object, seen: set[int]) -> Iterator[torch.Tensor]:
     if id(place) in seen:
         return
     seen.add(id(place))
-    if isinstance(place, torch.Tensor):
+    flatten = getattr(place, "__tensor_flatten__", None)
+    if isinstance(place, torch.Tensor) and flatten is None:
         yield place
         return
     inner: Iterable[object] = ()
-    if isinstance(place, Mapping):
+    if flatten is not None:  # a tensor that is made of others, as quantised ones are
+        inner = [getattr(place, name) for name in flatten()[0]]
+    elif isinstance(place, Mapping):
         inner = place.values()
     elif isinstance(place, list | tuple):
         inner = place

@@ -403,11 +403,15 @@ def _plan_ring(needs: Needs, limit: Limit, budget_bytes: int, ring_bytes: int) -
     return replace(made, bytes_per_pass=bytes_per_pass(made, needs.cycle))
 
 
+SMALLER_CACHE = ", or have the KV cache quantised, which is not exact (generate(cache_implementation='quantized'))"
+"""What an error about a KV cache that has no room advises besides."""
+
+
 def _too_small(needs: Needs, limit: Limit, budget_bytes: int) -> BudgetTooSmallError:
     """The error about a budget that the model does not run with: one that the user gave, or the default."""
     reserve = f", {format_size(limit.reserved_bytes)} of it for the KV cache" if limit.reserved_bytes else ""
     here = least_bytes(needs.in_pieces())
-    tokens = ", or ask for fewer tokens" if limit.reserved_bytes and here <= budget_bytes else ""
+    tokens = f", or ask for fewer tokens{SMALLER_CACHE}" if limit.reserved_bytes and here <= budget_bytes else ""
     least, anywhere = (one + limit.reserved_bytes for one in (here, least_bytes(needs.from_anywhere())))
     needed = f"{format_size(least)} ({least} bytes) at least{reserve}"
     if anywhere > least:

@@ -71,7 +71,18 @@ class HttpEndpoints:
         self._full = Sparse(journal, "refused", logging.WARNING)
 
     async def process_request(self, connection: FairConnection, request: Request) -> Response | None:
-        """Return the answer to a request; None lets the WebSocket handshake go on."""
+        """Return the answer to a request; None lets the WebSocket handshake go on.
+
+        A client that has sent something behind its request that is no WebSocket frame gets none: the library has
+        already taken that for the end, and would fail to answer.
+        """
+        answer = await self._choose(connection, request)
+        if connection.protocol.eof_sent:
+            connection.abort()
+            await connection.wait_closed()
+        return answer
+
+    async def _choose(self, connection: FairConnection, request: Request) -> Response | None:
         await connection.turn()
         path = request.path.partition("?")[0]
         if (refusal := self._refuse(connection, request, path)) is not None:

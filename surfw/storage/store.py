@@ -19,7 +19,7 @@ from contextlib import suppress
 from functools import partial
 from typing import TypeVar
 
-from surfw.config import DAMAGE_RETRIES, KIB, MANIFEST_BYTES, default_store, display_url
+from surfw.config import DAMAGE_RETRIES, KIB, MANIFEST_BYTES, default_store, display_url, printable
 from surfw.errors import (
     IntegrityError,
     ManifestError,
@@ -114,7 +114,7 @@ class Store:
             )
         if version != STORE_VERSION:
             raise NotAStoreError(
-                f"{self.url} is a store of version {str(version)[:40]}; this surfw reads {STORE_VERSION}"
+                f"{self.url} is a store of version {printable(str(version)[:40])}; this surfw reads {STORE_VERSION}"
             )
 
     async def _explain_lack(self) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import ClassVar, Self
 
-from surfw.config import MAX_FRAME_BYTES, MIN_FRAME_BYTES, WireLimits
+from surfw.config import MAX_FRAME_BYTES, MIN_FRAME_BYTES, WireLimits, printable
 from surfw.errors import LocalProtocolError, RemoteProtocolError
 from surfw.wire.messages import (
     PROTOCOL,
@@ -222,7 +222,7 @@ class ClientSession(_Session):
     def _greet(self, message: ServerHello) -> None:
         self.offered = message.protocol
         if self.offered != PROTOCOL:
-            raise RemoteProtocolError(f"hello for {self.offered[:_SHOWN]}, expected {PROTOCOL}")
+            raise RemoteProtocolError(f"hello for {printable(self.offered[:_SHOWN])}, expected {PROTOCOL}")
         if not MIN_FRAME_BYTES <= message.frame_bytes <= MAX_FRAME_BYTES:
             raise RemoteProtocolError(f"hello: frames of {message.frame_bytes} bytes; they have from 128 to 512 KiB")
         window = min(message.window_bytes, self.limits.window_bytes)

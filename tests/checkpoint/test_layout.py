@@ -133,6 +133,12 @@ def test_json_that_cannot_be_used(tmp_path, text, complaint):
     assert complaint in str(refused.value)
 
 
+def test_json_of_more_values_than_memory_has_room_for_is_not_parsed(tmp_path):
+    (tmp_path / "index.json").write_bytes(b"[" + b"0," * 4_000_001 + b"0]")
+    with pytest.raises(CheckpointError, match="more than 1000000 objects and lists, or 4000000 values, which no file"):
+        read_json(tmp_path / "index.json", 10_000_000)
+
+
 def test_one_file_is_its_own_shard(tmp_path):
     assert read_weights(tmp_path, "model.safetensors") == Weights(("model.safetensors",), {})
 

@@ -147,7 +147,7 @@ def test_show_says_what_a_model_is_made_of(home: Path) -> None:
     assert {name: facts.pop(name) for name in listed} == listed
     assert facts == {
         "store": f"{home}/store", "digest": facts["digest"], "model": "org/first", "class": "ToyModel",
-        "key_id": None, "identity": facts["identity"],
+        "key_id": None, "signed_by": None, "identity": facts["identity"],
         "form_bytes": {"none": 11000},
         "files": [{"name": "tokenizer.json", "bytes": 21}, {"name": "vocab.txt", "bytes": 8}],
         "parts": [

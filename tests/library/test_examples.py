@@ -3,6 +3,7 @@
 import asyncio
 import os
 import re
+import runpy
 import signal
 import socket
 import subprocess
@@ -11,6 +12,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import openai
@@ -18,6 +20,9 @@ import pytest
 import torch
 
 from surfw import StreamingModel
+from surfw.checkpoint import demo_checkpoint
+from tests.cli.run import surfw
+from tests.servers import serve
 from tests.services import warm
 from tests.services.s3 import S3Service
 
@@ -39,7 +44,8 @@ SENTENCE = "Weight streaming is a way to run a model whose weights do not fit in
 @pytest.fixture(scope="module", autouse=True)
 def _started() -> None:
     """What starts them is there before the first one, and is nothing that it leaves behind."""
-    warm.run([sys.executable, "-c", ""])
+    for modules in (warm.MODELS, warm.COMMANDS):
+        warm.run([sys.executable, "-c", ""], modules=modules)
 
 
 def run(tmp_path: Path, name: str, *arguments: str, **environment: str) -> str:
@@ -149,6 +155,62 @@ def test_a_web_service(tmp_path: Path) -> None:
             caller.recv(1)
         with urllib.request.urlopen(f"{url}/stats", timeout=60) as answer:
             assert answer.status == 200
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_container_starts_from_weights_that_it_only_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What times cold starts runs, once; with processes that have their imports done."""
+    here = EXAMPLES / "serverless"
+    cold_start = runpy.run_path(str(here / "cold_start.py"))["main"].__globals__
+    checkpoint, caches = str(demo_checkpoint()), list[tuple[dict[str, bytes], dict[str, bytes]]]()
+    time_service = cold_start["time_service"]
+
+    def timed(source: str, cache: Path) -> float:
+        before = _contents(cache)
+        seconds = time_service(source, cache)
+        caches.append((before, _contents(cache)))
+        return float(seconds)
+
+    def start(command: list[str], *, env: dict[str, str]) -> warm.Process:
+        started.append((command, env))
+        return warm.start(command, env=env)
+
+    def run(command: list[str], **_: object) -> None:
+        done = warm.run(command)
+        assert done.returncode == 0, done.stderr
+
+    started: list[tuple[list[str], dict[str, str]]] = []
+    assert surfw(tmp_path, "chunk", checkpoint, "--name", "toy", "-q").returncode == 0
+    monkeypatch.setitem(cold_start, "subprocess", SimpleNamespace(Popen=start, run=run, PIPE=subprocess.PIPE))
+    monkeypatch.setitem(cold_start, "time_service", timed)
+    with serve(tmp_path / "store") as server:
+        command = ["cold_start.py", server.url, Path(checkpoint).as_uri(), "--rounds", "1"]
+        monkeypatch.setattr(sys, "argv", command)
+        cold_start["main"]()
+    shown = capsys.readouterr().out
+    for way in ("warm disk cache, read-only home", "download, then transformers"):
+        assert re.search(rf"^{way}: first token after [\d.]+ s", shown, re.MULTILINE)
+    ((before, after),) = caches
+    assert before == after
+    ((command, variables),) = started
+    assert not Path(variables["HOME"]).parent.is_dir()
+
+    dockerfile = (here / "Dockerfile").read_text()
+    (lines,) = re.findall(r"^ENV ((?:.*\\\n)*.*)", dockerfile, re.MULTILINE)
+    given = dict(one.split("=", 1) for one in lines.replace("\\\n", " ").split())
+    assert {name for name in given if name.startswith("SURFW_")} == {
+        "SURFW_SOURCE", "SURFW_MODEL", "SURFW_CACHE_DIR", "SURFW_OFFLINE"
+    }  # fmt: skip
+    assert {"SURFW_CACHE_DIR", "SURFW_OFFLINE", "SURFW_SOURCE"} <= set(variables)
+    for name in re.findall(r"^COPY (?!--from)(.*) \S+$", dockerfile, re.MULTILINE):
+        assert all((EXAMPLES.parent / one).exists() for one in name.split())
+    (torch,) = re.findall(r"torch==\S+", dockerfile)
+    assert f"\n{torch}\n" in (EXAMPLES.parent / ".ci" / "tried.txt").read_text()
 
 
 def test_clients_of_openai(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import inspect
 import json
 import logging
+import re
 import subprocess
 import sys
 from contextlib import ExitStack
@@ -22,6 +23,7 @@ from surfw.models import StreamingModel, assembly
 from surfw.runtime.kv_cache import CACHE_NAMES, kv_cost, output_cache
 from surfw.runtime.memory import DefaultBudget
 from surfw.storage import open_backend
+from tests.checkpoints import resident
 
 SLACK = 48 * MIB
 """For activations, what kernels and allocators keep, and the interpreter's own objects."""
@@ -221,6 +223,39 @@ def test_a_budget_that_was_given_and_is_too_small_for_a_generation_is_refused(st
             model.generate(PROMPT, **GREEDY | {"max_new_tokens": 1000})
         assert model.plan == before
         assert model.generate(PROMPT, **GREEDY).shape == (8, 28)
+
+
+def test_a_prompt_in_pieces_is_transformers_own_and_reads_the_weights_once_for_each(
+    store: Path, checkpoints: Path
+) -> None:
+    asked: dict[str, Any] = {**GREEDY, "max_new_tokens": 1}
+    reference, read = resident(checkpoints, "llama"), []
+    with StreamingModel.open(str(store), "llama", cache_size=1) as model:
+        model.generate(PROMPT[:1], **asked)
+        for pieces in ({}, {"prefill_chunk_size": 5}):
+            before = model.metrics.count("fetched_bytes")
+            found = model.generate(PROMPT[:1], **asked, **pieces)
+            read.append(model.metrics.count("fetched_bytes") - before)
+            assert torch.equal(found, reference.generate(PROMPT[:1], **asked, **pieces))
+    assert read[1] > 3 * read[0] > 0
+
+
+def test_a_quantised_cache_has_room_where_another_has_none(store: Path, checkpoints: Path) -> None:
+    asked: dict[str, Any] = {**GREEDY, "max_new_tokens": 60}
+    small: dict[str, Any] = {"cache_implementation": "quantized", "cache_config": {"backend": "fp8"}}
+    with StreamingModel.open(str(store), "llama", memory_budget=10**9) as model:
+        whole = kv_cost(model.model.config, model.model.dtype).total_bytes(20, 60, sequences=8)
+        with pytest.raises(ConfigurationError) as refused:
+            model.memory_budget = 1000
+    budget = int(re.findall(r"\((\d+) bytes\) at least", str(refused.value))[0]) + whole * 3 // 5
+    with StreamingModel.open(str(store), "llama", memory_budget=budget) as model:
+        with pytest.raises(ConfigurationError, match=r"or have the KV cache quantised, .*cache_implementation='quanti"):
+            model.generate(PROMPT, **asked)
+        held = watch(model)
+        found = model.generate(PROMPT, **asked, **small)
+        assert max(held) <= budget
+        assert model.statistics()["cache"]["kv_cache_bytes"] <= model.plan.reserved_bytes <= whole * 3 // 5
+    assert torch.equal(found, resident(checkpoints, "llama").generate(PROMPT, **asked, **small))
 
 
 def test_a_budget_that_surfw_found_out_only_warns(

@@ -111,6 +111,20 @@ def test_a_pass_over_the_layers_is_shared(store: Path) -> None:
     assert eight <= one * 1.2
 
 
+def test_no_pass_computes_padding(store: Path) -> None:
+    """What passes compute, all together, is each prompt once, and each new token but the last."""
+    asked, computed = prompts(40), 0
+    with StreamingModel(store, "llama") as model:
+
+        def count(_: object, args: tuple[torch.Tensor, ...], _output: object) -> None:
+            nonlocal computed
+            computed += args[0].numel()
+
+        model.model.get_input_embeddings().register_forward_hook(count)
+        found = tokens_of(answers(model, asked, sequences=6, max_new_tokens=NEW))
+    assert computed == sum(map(len, asked)) + sum(len(tokens) - 1 for tokens in found)
+
+
 def test_a_place_is_filled_again_at_once(store: Path) -> None:
     """Three short answers beside a long one need no pass more than the long one, and the one that starts them."""
     asked = [InferenceRequest(prompt_ids=[7, 8, 9], max_new_tokens=most, ignore_eos=True) for most in (30, 10, 10, 10)]

@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch.testing._internal.two_tensor import TwoTensor
 from transformers import DynamicCache, EncoderDecoderConfig, GPT2Config, LlamaConfig, PreTrainedConfig, StaticCache
 
-from surfw.runtime.kv_cache import CACHE_NAMES, KvCost, cache_bytes, kv_cost, output_cache
+from surfw.runtime.kv_cache import CACHE_NAMES, KvCost, Quantised, cache_bytes, kv_cost, output_cache
 from tests.exactness.families import FAMILIES, VOCABULARY, Family
 
 PROMPT, NEW, SEQUENCES = 9, 6, 2
@@ -148,3 +149,16 @@ def test_the_cache_of_an_output_by_each_of_its_names(name: str) -> None:
     assert output_cache({"logits": torch.zeros(1), name: cache}) is cache
     assert output_cache({name: None}) is None
     assert output_cache((torch.zeros(1), cache)) is None
+
+
+def test_a_tensor_that_is_made_of_others_counts_as_they_do() -> None:
+    """As those of optimum-quanto are, which have no memory of their own to ask for."""
+    made = TwoTensor(torch.zeros(10), torch.zeros(10))
+    assert cache_bytes([made]) == 80
+
+
+def test_a_quantised_cache_takes_its_bits_its_scales_the_newest_tokens_and_a_layer_as_it_was() -> None:
+    cost = KvCost(1000, 1000, layers=10, itemsize=2)
+    assert cost.quantised_bytes(100, 0, Quantised(bits=4, group_size=64)) == 100_000 // 4 + 3125 + 10_000
+    assert cost.quantised_bytes(100, 50, Quantised(bits=8, residual_tokens=20)) == 75_000 + 4687 + 20_000 + 15_000
+    assert cost.quantised_bytes(0, 7, Quantised(), sequences=3) == cost.total_bytes(0, 7, sequences=3)

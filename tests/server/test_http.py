@@ -189,3 +189,20 @@ def test_requests_that_are_refused_write_a_line_now_and_then(tmp_path: Path, cap
     first, counted = [line for line in caplog.messages if "no token" in line]
     assert first.endswith(" is refused: no token")
     assert counted.endswith(" is refused: no token (and 18 times more before)"), "told at the end"
+
+
+def test_what_is_no_frame_behind_a_request_ends_the_connection(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_store(tmp_path, sizes=[100])
+
+    async def main() -> bytes:
+        async with serving(tmp_path) as server:
+            reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+            writer.write(b"GET /stats HTTP/1.1\r\n\r\nHost: [::1]\r\n")
+            answer = await reader.read()
+            writer.close()
+            return answer
+
+    assert asyncio.run(main()) == b""
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]

@@ -64,6 +64,7 @@ _FORMAT, _VERSION = "surfw.notice", 1
 _MAX_BYTES = 64 << 20
 _LOOK_SECONDS = 1.0
 _NAME_BYTES = 4096
+_MOST_NUMBER = 1 << 53
 _ID = re.compile(r"[0-9a-f]{32}")
 
 
@@ -303,9 +304,9 @@ def _parse(key: str, data: bytes) -> LeaseRecord:
     return LeaseRecord(
         key=key,
         host=_text(document["host"]),
-        pid=int(document["pid"]),
+        pid=int(_number(document["pid"])),
         kernel=_text(document["kernel"]),
-        renewed=float(document["renewed"]),
+        renewed=_number(document["renewed"]),
         model=model if key.startswith(PRUNES) else check_model_name(model),
         objects=frozenset(map(_text, objects)),
         over=document["over"] is True,
@@ -315,6 +316,12 @@ def _parse(key: str, data: bytes) -> LeaseRecord:
 def _text(value: object) -> str:
     if not isinstance(value, str) or len(value) > 4096 or not value.isprintable():
         raise ValueError(f"{str(value)[:40]!a} is not a printable text")
+    return value
+
+
+def _number(value: object) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= _MOST_NUMBER:
+        raise ValueError(f"{str(value)[:40]!a} is no number from 0 to 2^53")  # NaN would be neither old nor new
     return value
 
 

@@ -1,0 +1,16 @@
+"""All parsers of bytes from outside, by name; each is made when it is used, with what it imports."""
+
+from collections.abc import Callable, Mapping
+
+from tests.fuzz import connections, documents, files
+from tests.fuzz.parser import Parser
+
+PARSERS: Mapping[str, Callable[[], Parser]] = {
+    make.__name__.replace("_", "-"): make
+    for make in (
+        connections.client_messages, connections.server_messages, connections.client_frames, connections.server_frames,
+        connections.redis, documents.manifest, documents.digests, documents.safetensors, documents.statistics,
+        documents.tokens, documents.settings, documents.adapter, documents.lossless, documents.seals, documents.ranges,
+        files.config, files.gguf, files.key_file, files.disk_cache, files.store, files.prompts, files.recording,
+    )
+}  # fmt: skip
