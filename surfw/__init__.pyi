@@ -15,6 +15,7 @@ from .errors import ModelClosedError as ModelClosedError
 from .errors import ModelError as ModelError
 from .errors import NotAStoreError as NotAStoreError
 from .errors import NotFoundError as NotFoundError
+from .errors import RankError as RankError
 from .errors import RefusedError as RefusedError
 from .errors import RemoteProtocolError as RemoteProtocolError
 from .errors import StorageError as StorageError

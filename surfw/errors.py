@@ -12,6 +12,7 @@
     │   ├── RemoteProtocolError     the peer broke the protocol
     │   └── RefusedError            the peer understood and refused; `code` says why
     ├── IntegrityError              bytes are not the bytes that their digest promises
+    ├── RankError                   another process of a job that several run together failed, or is gone
     └── ModelError                  something about a model
         ├── ModelClosedError        the model, or the client it reads from, has been closed
         ├── CheckpointError         the source checkpoint is damaged or incomplete
@@ -37,6 +38,7 @@ __all__ = [
     "ModelError",
     "NotAStoreError",
     "NotFoundError",
+    "RankError",
     "RefusedError",
     "RemoteProtocolError",
     "StorageError",
@@ -126,6 +128,10 @@ class RefusedError(WireError):
 
 class IntegrityError(SurfwError):
     """Bytes are not the bytes that their digest promises."""
+
+
+class RankError(SurfwError):
+    """Another process of a job that several run together failed, is gone, or has something else than this one."""
 
 
 class ModelError(SurfwError):

@@ -15,7 +15,7 @@ from blake3 import blake3
 from surfw import tracing
 from surfw.config import BLOCK_BYTES, DAMAGE_RETRIES
 from surfw.errors import ConfigurationError, IntegrityError, ManifestError, UnknownModelError
-from surfw.manifest import Chunk, Digests, Form, Manifest, is_digest, payload_digest
+from surfw.manifest import Chunk, Digests, Form, Manifest, is_digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -361,10 +361,10 @@ class ChunkSource(ABC):
                 "holds it (encryption_key_file, --encryption-key-file)"
             )
 
-    def identify(self, manifest: Manifest, payload: memoryview) -> str:
-        """The id that a chunk with this payload has in a model: the BLAKE3, unless the model is encrypted."""
+    def identify(self, manifest: Manifest, digest: str) -> str:
+        """The id that a chunk whose payload has this BLAKE3 has in a model: just that, unless it is encrypted."""
         del manifest
-        return payload_digest(payload)
+        return digest
 
     @property
     def buffered_bytes(self) -> int:
@@ -460,9 +460,9 @@ class SourceInFront(ChunkSource):
         """Check that the source has the key of an encrypted model."""
         self._source.expect_readable(manifest)
 
-    def identify(self, manifest: Manifest, payload: memoryview) -> str:
-        """The id of a chunk with this payload."""
-        return self._source.identify(manifest, payload)
+    def identify(self, manifest: Manifest, digest: str) -> str:
+        """The id of a chunk whose payload has this BLAKE3."""
+        return self._source.identify(manifest, digest)
 
     @property
     def buffered_bytes(self) -> int:

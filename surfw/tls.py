@@ -26,7 +26,7 @@ def client_context(files: TlsFiles) -> ssl.SSLContext:
     try:
         context = ssl.create_default_context(cadata=trusted)
     except ssl.SSLError as exc:
-        raise _not_trustworthy(files, exc) from exc
+        raise _not_trustworthy(files, _reason(exc)) from exc
     _show_certificate(files, context)
     return context
 
@@ -44,7 +44,7 @@ def fill_context(files: TlsFiles, context: ssl.SSLContext) -> None:
         try:
             context.load_verify_locations(cadata=trusted)
         except ssl.SSLError as exc:
-            raise _not_trustworthy(files, exc) from exc
+            raise _not_trustworthy(files, _reason(exc)) from exc
         context.verify_mode = ssl.CERT_REQUIRED
 
 
@@ -91,14 +91,18 @@ def _show_certificate(files: TlsFiles, context: ssl.SSLContext) -> None:
 
 
 def _read_trusted(files: TlsFiles) -> str | None:
+    """The file's text, which is never empty: with an empty one, `ssl` would trust the system's authorities instead."""
     if files.ca_certs is None:
         return None
-    return _read(_TRUSTED, files.ca_certs).decode("ascii", errors="ignore")  # only comments have other characters
+    trusted = _read(_TRUSTED, files.ca_certs).decode("ascii", errors="ignore")  # only comments have other characters
+    if not trusted:
+        raise _not_trustworthy(files, "it is empty")
+    return trusted
 
 
-def _not_trustworthy(files: TlsFiles, exc: ssl.SSLError) -> ConfigurationError:
+def _not_trustworthy(files: TlsFiles, why: str) -> ConfigurationError:
     return ConfigurationError(
-        f"{files.ca_certs} holds no certificates to trust in PEM ({_reason(exc)}); "
+        f"{files.ca_certs} holds no certificates to trust in PEM ({why}); "
         "name a file that does with --ssl-ca-certs (ca_certs=)"
     )
 

@@ -14,17 +14,17 @@ import transformers
 def save_adapter(base: Path, folder: Path, *, seed: int = 0, **settings: Any) -> Path:
     """An adapter over a checkpoint, with random weights, as peft saves it."""
     torch.manual_seed(seed)
-    adapted = _quietly(peft.get_peft_model, _load(base), peft.LoraConfig(**settings))
+    adapted = quietly(peft.get_peft_model, _load(base), peft.LoraConfig(**settings))
     for name, parameter in adapted.named_parameters():
         if "lora_" in name or "modules_to_save" in name:
             torch.nn.init.normal_(parameter, std=0.2)
-    _quietly(adapted.save_pretrained, folder)
+    quietly(adapted.save_pretrained, folder)
     return folder
 
 
 def with_peft(base: Path, adapter: Path) -> Any:
     """peft over the resident model of a checkpoint, in evaluation mode."""
-    return _quietly(peft.PeftModel.from_pretrained, _load(base), adapter).eval()
+    return quietly(peft.PeftModel.from_pretrained, _load(base), adapter).eval()
 
 
 def change_settings(adapter: Path, **settings: Any) -> None:
@@ -38,7 +38,8 @@ def _load(base: Path) -> Any:
     return copy.deepcopy(getattr(transformers, cls).from_pretrained(base, dtype="auto"))
 
 
-def _quietly(work: Any, *args: Any) -> Any:
+def quietly(work: Any, *args: Any, **kwargs: Any) -> Any:
+    """What a call returns, without the warnings of libraries about each other."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return work(*args)
+        return work(*args, **kwargs)

@@ -27,7 +27,7 @@ def test_the_classes_are_the_tree_that_is_drawn() -> None:
         for name, cls in inspect.getmembers(errors, inspect.isclass)
         if issubclass(cls, SurfwError) and cls is not SurfwError
     }
-    assert len(drawn) == 17
+    assert len(drawn) == 18
     assert defined == drawn
     assert sorted(errors.__all__) == sorted(["SurfwError", "UninitializedWeightsWarning", *drawn])
 

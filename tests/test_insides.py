@@ -42,6 +42,7 @@ class Inside:
         return f"{self.module}.{self.name}"
 
 
+RECOMPUTED = "running a unit again in the backward pass; the public checkpoint() does not say when it has done so"
 LOADER = "the loader's own renaming and conversion of weights; there is no public way to ask what it would load"
 GGUF = "what transformers makes of a GGUF file, one weight at a time; from_pretrained makes all of them at once"
 DEQUANTISED = "what the loader makes of quantised weights, one at a time; from_pretrained makes all of them at once"
@@ -58,6 +59,10 @@ PACKED = (
 )
 
 INSIDES = [
+    Inside("torch.utils._pytree", "tree_flatten", "runtime/recompute.py", RECOMPUTED),
+    Inside("torch.utils._pytree", "tree_unflatten", "runtime/recompute.py", RECOMPUTED),
+    Inside("torch.utils.checkpoint", "get_device_states", "runtime/recompute.py", RECOMPUTED),
+    Inside("torch.utils.checkpoint", "set_device_states", "runtime/recompute.py", RECOMPUTED),
     Inside(
         "transformers.pytorch_utils",
         "Conv1D",
@@ -216,6 +221,18 @@ INSIDES = [
         "torch", "Tensor._make_subclass", "runtime/absent.py", "a parameter without values, made as torch makes its own"
     ),
     Inside("torch", "_C.DisableTorchFunctionSubclass", "runtime/absent.py", "as torch.overrides documents"),
+    Inside(
+        "transformers.distributed.tensor_parallel",
+        "apply_tensor_parallelism",
+        "distributed/place.py",
+        "placing a model before its weights are there; from_pretrained does it while it loads them itself",
+    ),
+    Inside(
+        "transformers.distributed.parallel_utils",
+        "ALL_PARALLEL_STYLES",
+        "distributed/place.py",
+        "which styles there are",
+    ),
     Inside("torch", "_weight_int8pack_mm", "runtime/matrices.py", PACKED),
     Inside("torch", "_weight_int4pack_mm_for_cpu", "runtime/matrices.py", PACKED),
     Inside("torch.nn", "Module._parameters", "skeleton/units.py", REGISTRY),
@@ -280,7 +297,8 @@ def find_in_class(found: type, name: str) -> Any:
 
 PUBLIC = {
     "aiohttp", "botocore", "botocore.config", "botocore.session", "fsspec", "fsspec.asyn", "huggingface_hub", "s3fs",
-    "torch", "torch.nn.functional", "torch.overrides", "torch.utils.hooks", "transformers", "typer", "urllib3",
+    "torch", "torch.distributed.device_mesh", "torch.distributed.fsdp", "torch.distributed.tensor",
+    "torch.nn.functional", "torch.overrides", "torch.utils.hooks", "transformers", "typer", "urllib3",
     "websockets.asyncio.client", "websockets.asyncio.server", "websockets.client", "websockets.datastructures",
     "websockets.exceptions", "websockets.frames", "websockets.http11", "websockets.protocol", "websockets.typing",
     "websockets.uri", "yarl",

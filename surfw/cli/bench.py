@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from surfw.cli import options
+from surfw.cli import bench_fleet, options
 from surfw.cli.kept import keeps_results
 from surfw.config import CachePolicy
 
@@ -231,6 +231,9 @@ def cache(
         raise typer.BadParameter("does not go with --trace; give one of them", param_hint=f"--{next(iter(given))}")
     _say("simulating", quiet=quiet)
     return bench_recorded(trace, cache_share=share) if trace else bench_cache(**given, cache_share=share)
+
+
+app.command("fleet", cls=options.Command, epilog=bench_fleet.EXAMPLES)(bench_fleet.fleet)
 
 
 @app.command("chunk", cls=options.Command, epilog="Example:  surfw bench chunk ./my-model --rounds 3")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from surfw.cli.addresses import Mistake, is_here, is_path, read_address, read_source
 from surfw.cli.status import percent, rate
+from surfw.codec import PACKED_CODECS
 from surfw.config import count
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from surfw.settings import Settings
 
 _OWN_FORM = "self:"
+"""Before the form of the model's own weights that a draft has."""
 
 
 @dataclass(frozen=True)
@@ -25,16 +27,19 @@ class Guessing:
     """The two options.
 
     Raises:
-        Mistake: both are given.
+        Mistake: both are given, or the form of the model that is to guess is none.
     """
 
     prompt_lookup: int | None
     draft: str | None
 
     def __post_init__(self) -> None:
-        """See that one of them is given at most."""
+        """See that one of them is given at most, and can be used."""
         if self.prompt_lookup is not None and self.draft is not None:
             raise Mistake("--draft does not go with --prompt-lookup; give one of them")
+        draft = self.draft or ""
+        if draft.startswith(_OWN_FORM) and draft not in (forms := [_OWN_FORM + one for one in PACKED_CODECS]):
+            raise Mistake(f"--draft is {draft!r}, expected {' or '.join(forms)}, a model's name, or a source")
 
     def refuse(self, what: str) -> None:
         """Refuse either option where it has no meaning.

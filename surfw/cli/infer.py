@@ -77,6 +77,12 @@ def infer(
     sequences: Annotated[
         int | None, typer.Option(min=1, help="How many of --prompts run together. [default: up to 64]")
     ] = None,
+    pipeline: Annotated[
+        bool,
+        typer.Option(
+            "--pipeline", help="Share the layers with the other ranks of a torchrun job; each has its own budget."
+        ),
+    ] = False,
     trace: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Write a timeline of the run there, for ui.perfetto.dev or stats --run."),
@@ -104,7 +110,7 @@ def infer(
     prompt = _one_of("PROMPT", text, "--prompt", prompt)
     many = infer_many.Many(
         prompts=prompts, output=output, ordered=ordered, resume=resume, sequences=sequences, stop=tuple(stop or ()),
-        ignore_eos=ignore_eos, system=system, raw=raw, quiet=quiet,
+        ignore_eos=ignore_eos, system=system, raw=raw, quiet=quiet, pipeline=pipeline,
     )  # fmt: skip
     others: dict[str, object] = {
         "a prompt": prompt, "--prompt-ids": prompt_ids, "--explain": explain, "--json": json, "--pair": pair,

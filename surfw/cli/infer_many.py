@@ -54,6 +54,7 @@ class Many:
     system: str | None
     raw: bool
     quiet: bool
+    pipeline: bool = False
 
 
 def check_together(many: Many, others: Mapping[str, object]) -> None:
@@ -64,7 +65,8 @@ def check_together(many: Many, others: Mapping[str, object]) -> None:
     """
     if many.prompts is None:
         alone: dict[str, object] = {
-            "--output": many.output, "--ordered": many.ordered, "--resume": many.resume, "--sequences": many.sequences
+            "--output": many.output, "--ordered": many.ordered, "--resume": many.resume, "--sequences": many.sequences,
+            "--pipeline": many.pipeline,
         }  # fmt: skip
         for name, value in alone.items():
             if value:
@@ -108,6 +110,8 @@ def answer_file(many: Many, configuration: options.Configuration) -> None:
     from surfw.cli.sources import choose_source, connect, open_model
 
     settings = configuration.settings
+    if many.pipeline and _serves_stage(configuration):
+        return
     with _open_prompts(many) as lines, _open_output(many) as (done, write):
         total = _count_lines(lines)
         with (
@@ -119,7 +123,10 @@ def answer_file(many: Many, configuration: options.Configuration) -> None:
                 step("")
                 print(f"surfw: source: {display_url(chosen.url)} ({chosen.reason})", file=sys.stderr)
             step("reading the manifest")
-            with connect(chosen, settings, explain=False) as client, open_model(client, settings, step) as streaming:
+            with (
+                connect(chosen, settings, explain=False) as client,
+                open_model(client, settings, step, pipeline=many.pipeline) as streaming,
+            ):
                 step("")
                 tally = _Run(many, configuration, streaming, done=done, write=write).run(lines, total)
     if not many.quiet:
@@ -129,6 +136,24 @@ def answer_file(many: Many, configuration: options.Configuration) -> None:
             f"{count(tally.failed, 'prompt')} of {tally.failed + tally.answered} could not be answered; the answers "
             "say which and why"
         )
+
+
+def _serves_stage(configuration: options.Configuration) -> bool:
+    """Join the job; where this is not rank 0, which answers, compute a stage of the model until it has answered all."""
+    from surfw.cli.sources import choose_source, connect, open_model
+    from surfw.distributed import StageModel, join_job
+
+    if not join_job()[0]:
+        return False
+    settings = configuration.settings
+    with (
+        choose_source(configuration, on_phase=lambda _: None) as chosen,
+        connect(chosen, settings, explain=False) as client,
+        open_model(client, settings, lambda _: None, pipeline=True) as stage,
+    ):
+        assert isinstance(stage, StageModel), "a pipeline was asked for"
+        stage.serve()
+    return True
 
 
 def _summary(tally: _Tally) -> str:

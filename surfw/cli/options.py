@@ -120,7 +120,7 @@ def _expect(param: Any) -> str | None:
         return None
     if setting := SETTINGS.get(param.name or ""):
         return setting.expected if setting.kind in {int, float} else None
-    kind = param.type_descriptor.annotation
+    kind = getattr(getattr(param, "type_descriptor", None), "annotation", None)
     if kind not in {int, float}:
         return None
     return Setting(

@@ -227,8 +227,10 @@ def connect(
         yield client
 
 
-def open_model(client: "WeightClient", settings: Settings, on_phase: Callable[[str], None]) -> "StreamingModel":
-    """Open the model, as the settings say; `on_phase` hears what takes a while."""
+def open_model(
+    client: "WeightClient", settings: Settings, on_phase: Callable[[str], None], *, pipeline: bool = False
+) -> "StreamingModel":
+    """Open the model, or this rank's stage of it, as the settings say; `on_phase` hears what takes a while."""
     on_phase("importing torch")
     import surfw.skeleton.dtypes  # noqa: F401 - which imports it
 
@@ -236,7 +238,12 @@ def open_model(client: "WeightClient", settings: Settings, on_phase: Callable[[s
     from surfw.models.streaming import StreamingModel
 
     on_phase("building the model")
-    return StreamingModel.open(
+    kind: type[StreamingModel] = StreamingModel
+    if pipeline:
+        from surfw.distributed import StageModel
+
+        kind = StageModel
+    return kind.open(
         client,
         settings.model,
         cache_size=settings.cache_layers,

@@ -13,6 +13,7 @@ _PATTERNS = {
 
 PHRASES = {
     ", or have the KV cache quantised, which is not exact (generate(cache_implementation='quantized'))": "",
+    "does not generate; call it, or use forward_async": "does not generate tokens",
     "(max_new_tokens)": "(--max-new-tokens)",
     "give a temperature, top_p or top_k": "give --temperature, --top-p or --top-k",
     "certificates were given (ssl=)": "certificates were given",

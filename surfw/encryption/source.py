@@ -50,9 +50,9 @@ class DecryptingSource(SourceInFront):
                 f"{self._key.id}; name the file with the right one (encryption_key_file, --encryption-key-file)"
             )
 
-    def identify(self, manifest: Manifest, payload: memoryview) -> str:
-        """The id of a chunk with this payload; keyed, where the model is encrypted."""
-        found = self._source.identify(manifest, payload)
+    def identify(self, manifest: Manifest, digest: str) -> str:
+        """The id of a chunk whose payload has this BLAKE3; keyed, where the model is encrypted."""
+        found = self._source.identify(manifest, digest)
         return self._key.hide(found) if manifest.key_id else found
 
     async def fetch(self, manifest: Manifest, reads: Sequence[Read], *, priority: int = 0) -> None:

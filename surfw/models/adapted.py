@@ -1,6 +1,13 @@
-"""`AdaptedModel`: an open model, and the LoRA adapters that one applies to it, loads and unloads."""
+"""`AdaptedModel`: an open model, and the LoRA adapters that one applies to it, loads, unloads and trains."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from transformers import PreTrainedModel
 
 from surfw.models.lifetime import ModelLifetime
+from surfw.models.options import expect_number
+from surfw.models.training import training
 from surfw.runtime.run import Run, current_run
 
 
@@ -57,6 +64,34 @@ class AdaptedModel(ModelLifetime):
         with self._holding(current_run.get() or Run()):
             parts.adapters.unload(name)
             self._on_adapter()
+
+    @contextmanager
+    def training(self, *, optimizer_states: int = 2) -> Iterator[PreTrainedModel]:
+        """Train what was put into `model.model` before, such as peft's LoRA, over the streamed weights.
+
+        The body has the model to itself, in training mode, with gradients: call it, or what peft made of it, then
+        `loss.backward()`. The streamed weights stay as they are. Each layer runs again in the backward pass, so that
+        neither all weights nor all activations have to be in memory. Both passes have to be within the body, in the
+        same thread. Memory for all of it is taken from the budget.
+
+        Args:
+            optimizer_states: how many tensors the optimiser keeps for each that learns: 2 for Adam, 0 for plain SGD.
+
+        Yields:
+            Transformers' own model; it is in evaluation mode again afterwards, and what was trained stays in it.
+
+        Raises:
+            ConfigurationError: nothing learns, or the memory budget is too small.
+            ModelError: the weights are quantised.
+            SurfwError: weights could not be read.
+        """
+        expect_number("optimizer_states", optimizer_states, 0, 16)
+        parts, run = self._open_here(), current_run.get() or Run()
+        with self._holding(run), parts.engine.running(run), training(parts, optimizer_states):
+            try:
+                yield parts.model
+            finally:
+                parts.hooks.recover()
 
     def _on_adapter(self) -> None:
         """Another adapter is applied now, or none."""

@@ -4,7 +4,7 @@ All tensors of a loaded adapter stay in memory, which counts in the budget. Swit
 the base's weights stay where they are.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,9 +38,16 @@ class Adapters:
     """The adapters of one open model; used by one thread at a time, and not while the model runs."""
 
     def __init__(
-        self, client: SourceThread, base: Manifest, skeleton: Skeleton, engine: Engine, device: torch.device
+        self,
+        client: SourceThread,
+        base: Manifest,
+        skeleton: Skeleton,
+        engine: Engine,
+        device: torch.device,
+        *,
+        is_pinned: bool = False,
     ) -> None:
-        """None is loaded yet.
+        """None is loaded yet; `on_apply` hears whether one is applied from now on.
 
         Args:
             client: where the base and its adapters are.
@@ -48,7 +55,9 @@ class Adapters:
             skeleton: the open model.
             engine: has the budget.
             device: where the model computes.
+            is_pinned: see `Loader`.
         """
+        self._is_pinned = is_pinned
         self._client = client
         self._base = base
         self._skeleton = skeleton
@@ -56,6 +65,7 @@ class Adapters:
         self._device = device
         self._loaded: dict[str, _Loaded] = {}
         self._attached: AttachedLora | None = None
+        self.on_apply: Callable[[bool], object] = lambda _: None
         self.active: str | None = None
 
     @property
@@ -111,6 +121,7 @@ class Adapters:
         if name is not None:
             one = self._loaded[name]
             self._attached, self.active = AttachedLora(one.lora, one.tensors), name
+        self.on_apply(name is not None)
 
     def unload(self, name: str) -> None:
         """Give an adapter's memory back; one that is applied is not applied any more.
@@ -132,7 +143,8 @@ class Adapters:
         self._loaded.clear()
 
     def _bring(self, manifest: Manifest, dtypes: Mapping[str, torch.dtype]) -> dict[str, torch.Tensor]:
-        loader, tensors = Loader(self._client.source, manifest, dtypes), dict[str, torch.Tensor]()
+        loader = Loader(self._client.source, manifest, dtypes, is_pinned=self._is_pinned)
+        tensors: dict[str, torch.Tensor] = {}
         try:
             for chunk in manifest.chunks:
                 buffer = Buffer(buffer_bytes(chunk, dtypes))

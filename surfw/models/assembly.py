@@ -6,7 +6,7 @@ that is shown depends on the model and its dtypes alone; an error about a budget
 """
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -145,9 +145,17 @@ class ModelParts:
 
 
 def assemble(
-    client: SourceThread, manifest: Manifest, settings: OpenSettings, metrics: Metrics, *, adapter: str | None = None
+    client: SourceThread,
+    manifest: Manifest,
+    settings: OpenSettings,
+    metrics: Metrics,
+    *,
+    adapter: str | None = None,
+    take_part: Callable[[Manifest, Skeleton], tuple[Manifest, Skeleton]] = lambda *whole: whole,
 ) -> ModelParts:
     """Build the model of a manifest, apply an adapter to it, and begin to fetch what it needs first.
+
+    `take_part` takes the part of manifest and model that this process runs.
 
     Raises:
         ConfigurationError: the limit is too small for the model, its dtype is not known, or it is encrypted and the
@@ -161,7 +169,9 @@ def assemble(
     if packed and settings.codec == "auto":
         logger.warning("%s: weights are %s, not exact; nothing else is stored of them", manifest.name, packed)
     dtype = None if settings.dtype in {None, "auto"} else parse_dtype(str(settings.dtype))
-    skeleton = open_skeleton(manifest, dtype, model_class=settings.model_class, on_missing=settings.on_missing)
+    manifest, skeleton = take_part(
+        manifest, open_skeleton(manifest, dtype, model_class=settings.model_class, on_missing=settings.on_missing)
+    )
     dtypes = cast_dtypes(manifest, skeleton)
     units = tables_of(skeleton, manifest)
     near = partial(client.source.near, manifest)
@@ -179,7 +189,9 @@ def assemble(
         may_keep = device is None and packed == "int4"  # a device has no use for operands
         keeps_operands = may_keep and _fits_well(find_needs(keeps_operands=True), limit)
         needs = find_needs(keeps_operands=keeps_operands)
-        loader = Loader(client.source, manifest, dtypes, forms, keeps_operands=keeps_operands)
+        loader = Loader(
+            client.source, manifest, dtypes, forms, keeps_operands=keeps_operands, is_pinned=settings.is_pinned
+        )
         if device is None:
             engine = Engine(
                 manifest, needs, limit, loader, io=client.io, metrics=metrics, phases=phases, tables=units,
@@ -191,7 +203,7 @@ def assemble(
                 device, needs, settings, limit, loader, io=client.io, metrics=metrics, phases=phases, units=units
             )
         place = torch.device("cpu") if device is None else device.torch_device
-        adapters = Adapters(client, manifest, skeleton, engine, place)
+        adapters = Adapters(client, manifest, skeleton, engine, place, is_pinned=settings.is_pinned)
         claim = MemoryClaim(
             lambda: engine.claimed_bytes,
             lambda: engine.anonymous_bytes + (adapters.held_bytes if device is None else 0),
@@ -205,7 +217,6 @@ def assemble(
         )  # fmt: skip
     tables = StreamedTables(units, engine.rows, engine.by_rows)
     used = dict.fromkeys(name for use in manifest.order for name in use.chunks)
-    place = torch.device("cpu") if device is None else device.torch_device
     parts = ModelParts(
         client=client,
         manifest=manifest,
@@ -228,6 +239,7 @@ def assemble(
         yielder=Yielder(manifest.name, lambda: engine.anonymous_bytes, engine.shrink),
         base_bytes=rss_bytes(),
     )
+    adapters.on_apply = parts.hooks.adapt
     if adapter is not None:
         try:
             adapters.apply(adapters.load(adapter))

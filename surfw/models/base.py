@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Self, TypeVar, Unpack
 import torch
 from transformers import PreTrainedModel
 
+from surfw.codec import PACKED_CODECS
 from surfw.config import CodecChoice, OnMissing, Policy, expect
 from surfw.errors import ConfigurationError
 from surfw.manifest import Manifest
@@ -370,9 +371,12 @@ class StreamingBaseModel(AdaptedModel):
             )
         kind: type[StreamingBaseModel] = StreamingBaseModel
         if name is not None and name.startswith(OWN_FORM):
-            kind, source = type(self), None
+            kind, source, form = type(self), None, name.removeprefix(OWN_FORM)
+            if form not in PACKED_CODECS:
+                forms = " or ".join(OWN_FORM + one for one in PACKED_CODECS)
+                raise ConfigurationError(f"the draft is {name!a:.80}, expected {forms}, a model's name, or a model")
             options = OpenOptions(
-                codec=name.removeprefix(OWN_FORM),  # type: ignore[typeddict-item]  # checked where it is opened
+                codec=form,  # type: ignore[typeddict-item]  # one of them
                 dtype=settings.dtype,
                 on_missing=settings.on_missing,
             )

@@ -35,11 +35,12 @@ class KvReserve:
 
     Attributes:
         held_bytes: what the cache took after the last forward that had one; since it was measured, it grew evenly.
+        beside_bytes: what is reserved for a training, beside any cache.
     """
 
     def __init__(self, model: PreTrainedModel, engine: Engine) -> None:
         """Watch the model's forwards; the engine keeps weights out of the reserve."""
-        self.held_bytes = 0
+        self.held_bytes = self.beside_bytes = 0
         self._engine = engine
         self._has_warned = False
         self._seen: weakref.ref[object] | None = None  # the cache that was measured last
@@ -72,6 +73,26 @@ class KvReserve:
         """
         self._reserve(size_bytes, size_bytes, or_fail=True)
 
+    def hold_beside(self, size_bytes: int) -> None:
+        """Reserve so much for a training, beside any cache, instead of what was reserved for one before.
+
+        Raises:
+            ConfigurationError: the budget is too small for it.
+        """
+        if size_bytes != self.beside_bytes:
+            before = self._cache_bytes
+            self.beside_bytes, was = size_bytes, self.beside_bytes
+            try:
+                self._reserve(before, before, or_fail=True)
+            except ConfigurationError as exc:
+                self.beside_bytes = was
+                raise ConfigurationError(f"the training does not fit: {exc}") from exc
+
+    @property
+    def _cache_bytes(self) -> int:
+        """What is reserved for a cache."""
+        return max(0, self._engine.limit.reserved_bytes - self.beside_bytes)
+
     def close(self) -> None:
         """Watch no more."""
         self._hook.remove()
@@ -87,7 +108,7 @@ class KvReserve:
         self.held_bytes = cache_bytes(cache)
         grown = self.held_bytes - self._measured_bytes if is_same else 0
         self._growth_bytes, self._measured_bytes = max(0, grown // (self._skipped + 1)), self.held_bytes
-        free = self._engine.limit.reserved_bytes - self.held_bytes
+        free = self._cache_bytes - self.held_bytes
         self._left = max(0, min(_SKIPPED, free // self._growth_bytes)) if self._growth_bytes else 0
         self._skipped, self._seen = 0, _reference(cache)
         if free < 0:
@@ -98,6 +119,7 @@ class KvReserve:
         """Reserve so much, or as much as there can be; warn once if that is less than the least."""
         if self._engine.limit.budget_bytes is None:
             return
+        size_bytes, least_bytes = size_bytes + self.beside_bytes, least_bytes + self.beside_bytes
         try:
             self._engine.reserve(size_bytes)
         except ConfigurationError as exc:

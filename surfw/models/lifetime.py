@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from types import TracebackType
 from typing import ClassVar, Self, TypeVar, Unpack
 
@@ -26,6 +27,7 @@ from surfw.models.client import Source, WeightClient
 from surfw.models.options import ConnectionOptions, OpenSettings
 from surfw.models.switching import switch_parts
 from surfw.runtime.run import Run, current_run, run_in_executor
+from surfw.skeleton.build import Skeleton
 from surfw.skeleton.default_dtype import runs
 from surfw.source import check_pin, find_base, split_pin
 from surfw.threads import refuse_event_loop
@@ -163,12 +165,17 @@ class ModelLifetime:
         run = current_run.get() or Run()
         with self._holding(run):
             if self._parts is None:  # else another thread has opened it meanwhile
-                settings = self._settings
+                settings = self._opening()
                 outer = current_run.set(run)  # what the opening waits for, it waits for as this run, which can be ended
                 try:
                     manifest, adapter = self._find_manifest()
                     parts = assemble(
-                        self._client, manifest, settings, self.metrics, adapter=adapter or settings.adapter
+                        self._client,
+                        manifest,
+                        settings,
+                        self.metrics,
+                        adapter=adapter or settings.adapter,
+                        take_part=self._take_part,
                     )
                 except BaseException:
                     if self._owns_client:
@@ -181,6 +188,10 @@ class ModelLifetime:
                     if (layers := self._settings.limit.cache_layers) != settings.limit.cache_layers and layers:
                         parts.engine.resize(layers)  # it was set meanwhile
             return self._parts
+
+    def _take_part(self, manifest: Manifest, skeleton: Skeleton) -> tuple[Manifest, Skeleton]:
+        """The part of the model that this process runs: all of it."""
+        return manifest, skeleton
 
     def _switch(self, name: str) -> None:
         """Have another model of the source from now on; the one there was is closed.
@@ -195,7 +206,7 @@ class ModelLifetime:
             before, self._wanted = self._wanted, name
             try:
                 manifest, adapter = self._find_manifest()
-                parts = switch_parts(old, manifest, self._settings, self.metrics, adapter=adapter)
+                parts = switch_parts(old, manifest, self._opening(), self.metrics, adapter=adapter)
             except BaseException:
                 self._wanted = before
                 raise
@@ -214,6 +225,9 @@ class ModelLifetime:
     def _refuse_to_block(self) -> None:
         if self._parts is None and not self._closing.is_set():
             refuse_event_loop("opening a model", f"'await {type(self).__name__}.open_async(…)' or 'async with'")
+
+    def _opening(self) -> OpenSettings:
+        return replace(self._settings, is_pinned=split_pin(self._wanted)[1] is not None)
 
     def _find_manifest(self) -> tuple[Manifest, str | None]:
         """The manifest of the model that is wanted, if this class is for such a model; and the adapter, if it is one.

@@ -77,6 +77,7 @@ class OpenSettings:
     Attributes:
         limit: of the weights in memory; one with neither bytes nor layers stands for the default.
         device_budget_bytes: of the weights on the device; None for the default.
+        is_pinned: whether the model is known by its identity alone; see `Loader`.
     """
 
     limit: Limit
@@ -87,6 +88,7 @@ class OpenSettings:
     on_missing: OnMissing
     codec: CodecChoice
     adapter: str | None = None
+    is_pinned: bool = False
     model_class: type[PreTrainedModel] | None
 
     def __post_init__(self) -> None:

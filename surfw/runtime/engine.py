@@ -114,7 +114,7 @@ class Engine:
         self._asked = _DEMAND
         self._beside_bytes = 0
         self.reached: tuple[str, ...] = ()
-        reader = partial(RowReader, loader.source, manifest, io, metrics, dtypes=loader.dtypes)
+        reader = partial(RowReader, loader.source, manifest, io, metrics, dtypes=loader.dtypes, prove=loader.prove)
         self.experts = self._open_experts(loader, io, plan)
         self.rows = reader(run=lambda: self._run, scratch_bytes=rows_bytes, keep_bytes=rows_bytes)
         self._outside = reader(scratch_bytes=_OUTSIDE_BYTES, keep_bytes=0)
@@ -204,6 +204,18 @@ class Engine:
         with self._lock:
             self._learn(module)
             self._prefetch(())
+
+    def foresee(self, modules: Sequence[str]) -> None:
+        """Plan for these modules running again and again in this order, as in training; what runs corrects that.
+
+        Raises:
+            ConfigurationError: the limit is too small for it.
+        """
+        with self._lock:
+            for module in [*modules, *modules]:
+                self._schedule.observe(module)
+            self._schedule.begin()
+            self._replan(self._needs, self.limit)
 
     def by_rows(self, module: str) -> bool:
         """Whether a module is to look single rows up: its table is not in memory."""

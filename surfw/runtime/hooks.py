@@ -10,6 +10,7 @@ While its weights are away, absent tensors stand in a module (`surfw.runtime.abs
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn
@@ -86,6 +87,7 @@ class StreamingHooks:
             device: where the engine brings them.
             experts: the hooks of modules whose experts are brought one by one.
         """
+        self._is_adapted = False
         self._experts = experts
         self._engine = engine
         self._device = device
@@ -97,6 +99,7 @@ class StreamingHooks:
         self._name = manifest.name
         self._without_tables: set[str] = set()  # paths of the units that now run so
         self._inside: list[int] = []  # threads that are within a forward of the model
+        self._frozen: list[torch.Tensor] = []  # what stands for weights that would want gradients, while they do not
         self._places: list[list[_Place]] = []
         self._units: list[tuple[Unit, list[_Place]]] = []
         self._unit_handles: list[RemovableHandle] = []  # none while the tensors of all units stay
@@ -131,6 +134,13 @@ class StreamingHooks:
                 if place.is_ours:
                     place.put(place.original)
 
+    def adapt(self, is_adapted: bool) -> None:
+        """Say whether an adapter is applied from the next run on: weights want no gradients then, as peft's do not.
+
+        There are none, but torch chooses by that how it multiplies; see `loader.as_parameter`.
+        """
+        self._is_adapted = is_adapted
+
     def recover(self) -> None:
         """Take away what a forward that was interrupted has left in place."""
         if self._handles:
@@ -154,6 +164,43 @@ class StreamingHooks:
         for path, places in staying.items():
             self._take_away(places)
             self._engine.release(path)
+
+    @property
+    def units(self) -> list[tuple[str, torch.nn.Module]]:
+        """The modules whose weights come and go, and their paths."""
+        return [(unit.path, unit.module) for unit, _ in self._units]
+
+    def freeze(self) -> None:
+        """Have streamed weights want no gradients, until `thaw`; nothing runs."""
+        self.recover()
+        self._frozen = [place.absent for _, places in self._units for place in places if place.absent.requires_grad]
+        for absent in self._frozen:
+            absent.requires_grad = False
+
+    def thaw(self) -> None:
+        """Have streamed weights want gradients again, as those of `from_pretrained` do."""
+        for absent in self._frozen:
+            absent.requires_grad_()
+        self._frozen.clear()
+
+    @contextmanager
+    def in_place(self, path: str) -> Iterator[None]:
+        """Have the weights of a unit in place during the body, outside of its forward.
+
+        Raises:
+            SurfwError: they could not be read, or the run was interrupted.
+        """
+        unit, places = next(one for one in self._units if one[0].path == path)
+        self._before(unit, places, unit.module, ())
+        try:
+            yield
+        finally:
+            self._after(unit, places, unit.module, (), None)
+
+    def addresses(self, path: str) -> set[int]:
+        """Where in memory the weights of a unit lie that are in place now."""
+        places = next(places for unit, places in self._units if unit.path == path)
+        return {place.placed.untyped_storage().data_ptr() for place in places if place.placed is not place.absent}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
         """Refuse: a copy of the model would have these very hooks."""
@@ -277,11 +324,14 @@ class StreamingHooks:
         else:
             return self._engine.read(stored)
         self._put([place for place in places if place.is_ours], tensors)
-        return tensors[stored]
+        return tensors[stored].detach() if self._frozen else tensors[stored]
 
     def _put(self, places: Sequence[_Place], tensors: Mapping[str, torch.Tensor]) -> None:
         for place in places:
             tensor = tensors[place.stored]
+            wants = place.absent.requires_grad and not self._is_adapted
+            if type(tensor) is torch.nn.Parameter and tensor.requires_grad and not wants and not place.slot.is_buffer:
+                tensor = torch.nn.Parameter(tensor.detach(), requires_grad=False)
             place.put(tensor.data if place.slot.is_buffer else tensor)
 
     def _take_away(self, places: Sequence[_Place]) -> None:

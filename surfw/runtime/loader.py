@@ -13,12 +13,13 @@ from collections.abc import Hashable, Mapping, Sequence
 from contextlib import nullcontext
 
 import torch
+from blake3 import blake3
 
 from surfw import tracing
 from surfw.codec.lossless import DECODERS, FrameDecoder, decoders
 from surfw.config import ALIGNMENT, BLOCK_BYTES, MIB, aligned
 from surfw.errors import IntegrityError
-from surfw.manifest import Chunk, Form, Manifest, Part, parts_of
+from surfw.manifest import Chunk, Form, Manifest, Part, parts_of, payload_digest
 from surfw.runtime import matrices, shared
 from surfw.runtime.buffers import Buffer, buffer_capacity, plan_layout, spread
 from surfw.runtime.forms import FormChoice
@@ -48,6 +49,7 @@ class Loader:
         forms: FormChoice | None = None,
         *,
         keeps_operands: bool = False,
+        is_pinned: bool = False,
     ) -> None:
         """Nothing is loaded yet.
 
@@ -58,7 +60,11 @@ class Loader:
             forms: chooses the form of a chunk.
             keeps_operands: whether quantised matrices keep what else would be made for each use (`operand_bytes`);
                 buffers are as large then as `buffer_bytes` says with it.
+            is_pinned: whether the manifest is believed only as far as its identity goes, which names payloads and no
+                blocks: then each payload is compared with its chunk's id once, before anything of it is used.
         """
+        self._is_pinned = is_pinned
+        self._prove_turn = asyncio.Lock()
         self._keeps_operands = keeps_operands
         self.source = source
         self.manifest = manifest
@@ -110,7 +116,8 @@ class Loader:
 
     def find_shared(self, chunk: Chunk, capacity_bytes: int) -> Buffer | None:
         """A buffer that another model has filled with this very chunk."""
-        found = (shared.find(self._identity(chunk, form, capacity_bytes)) for form in chunk.forms)
+        forms = [form for form in chunk.forms if not self._is_pinned or (chunk.id, form.digest) in self._proven]
+        found = (shared.find(self._identity(chunk, form, capacity_bytes)) for form in forms)
         return next((buffer for buffer in found if buffer is not None), None)
 
     def share(self, chunk: Chunk, buffer: Buffer) -> None:
@@ -136,7 +143,29 @@ class Loader:
             is_usable = form.codec == "none" and not _casts(chunk, self.dtypes)
         if not is_usable:
             return None
-        return await self.source.view(self.manifest, chunk, form)
+        view = await self.source.view(self.manifest, chunk, form)
+        if view is not None and self._is_pinned:
+            await self._prove(chunk, form, view.memory)
+        return view
+
+    async def prove(self, chunk: Chunk, form: Form) -> None:
+        """Read a chunk through before parts of it are used, where its blocks are not believed, and was not yet.
+
+        Raises:
+            IntegrityError: it is another payload.
+            StorageError, WireError: it could not be read.
+        """
+        if not self._is_pinned or form.codec != "none":
+            return
+        async with self._prove_turn:
+            if (chunk.id, form.digest) in self._proven:
+                return
+            digest, piece = blake3(), memoryview(bytearray(min(BLOCK_BYTES, form.stored_bytes)))
+            for start in range(0, form.stored_bytes, BLOCK_BYTES):
+                stop = min(start + BLOCK_BYTES, form.stored_bytes)
+                await self.source.fetch(self.manifest, [Read(chunk, form, start, stop, piece[: stop - start])])
+                await in_thread(digest.update, piece[: stop - start])
+            self._expect_id(chunk, form, digest.hexdigest())
 
     def tensors(self, chunk: Chunk, memory: Buffer | View) -> dict[str, torch.Tensor]:
         """Tensors over filled memory, by their names; they keep it alive. Quantised ones are packed parameters.
@@ -170,6 +199,8 @@ class Loader:
             await self._read_coded(chunk, form, buffer, priority, in_pieces=in_pieces, may_map=may_map)
         else:
             await self._read_as_it_is(chunk, form, place, priority, in_pieces=in_pieces)
+            if self._is_pinned:
+                await self._prove(chunk, form, place)
         spread(buffer.view, tensor_bytes(chunk, {}))
 
     async def _read_as_it_is(
@@ -239,18 +270,21 @@ class Loader:
                     raise IntegrityError(f"{where}: {exc}; chunk the model again") from exc
 
     async def _prove(self, chunk: Chunk, form: Form, payload: memoryview) -> None:
-        """Compare a decoded payload with the chunk's id, once: from then on the digests of the form stand for it.
+        """Compare a payload with the chunk's id, once: from then on the digests of the form stand for it.
 
         Raises:
             IntegrityError: it is another payload.
         """
-        if (chunk.id, form.digest) in self._proven:
-            return
-        seen = await in_thread(self.source.identify, self.manifest, payload)
+        if (chunk.id, form.digest) not in self._proven:
+            self._expect_id(chunk, form, await in_thread(payload_digest, payload))
+
+    def _expect_id(self, chunk: Chunk, form: Form, digest: str) -> None:
+        seen = self.source.identify(self.manifest, digest)
         if seen != chunk.id:
+            what = "is" if form.codec == "none" else f"decodes from its form {form.codec!r} to"
             raise IntegrityError(
-                f"chunk {chunk.name} from {self.source.url} decodes from its form {form.codec!r} to a payload with "
-                f"BLAKE3 {seen[:16]}…, the manifest promises {chunk.id[:16]}…; chunk the model again"
+                f"chunk {chunk.name} from {self.source.url} {what} a payload with BLAKE3 {seen[:16]}…, "
+                f"the manifest promises {chunk.id[:16]}…; chunk the model again"
             )
         self._proven.add((chunk.id, form.digest))
 

@@ -13,7 +13,7 @@ pass at a time.
 
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -54,6 +54,7 @@ class RowReader:
         *,
         run: Callable[[], Run] = Run,
         dtypes: Mapping[str, torch.dtype] | None = None,
+        prove: Callable[[Chunk, Form], Awaitable[None]] | None = None,
         scratch_bytes: int = 16 * MIB,
         keep_bytes: int = 8 * MIB,
     ) -> None:
@@ -66,6 +67,7 @@ class RowReader:
             metrics: counts what is read, and how long was waited.
             run: tells which run waits.
             dtypes: the dtypes of the tensors that do not get the stored one.
+            prove: is waited for before parts of a chunk are read.
             scratch_bytes: the most that is read at a time, at least one block.
             keep_bytes: how much of the blocks used last stays in memory; 0 keeps none.
         """
@@ -75,6 +77,7 @@ class RowReader:
         self._metrics = metrics
         self._run = run
         self._dtypes = dtypes or {}
+        self._prove = prove
         self._scratch_blocks = max(1, scratch_bytes // BLOCK_BYTES)
         self._keep_blocks = keep_bytes // BLOCK_BYTES
         self._scratch: Buffer | None = None
@@ -243,6 +246,8 @@ class RowReader:
             raise
 
     async def _fetch(self, reads: Sequence[Read]) -> None:
+        if self._prove is not None:
+            await self._prove(reads[0].chunk, reads[0].form)  # all are of one chunk
         start = time.perf_counter()
         await self._source.fetch(self._manifest, reads, priority=_DEMAND)
         self._metrics.add("fetched_bytes", sum(read.stop - read.start for read in reads))

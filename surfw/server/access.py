@@ -160,10 +160,12 @@ class _TokenFile(FromFiles):
         self._path = path
         self._replace = replace
         self._journal = journal
+        self._mode = 0
         self._warned = False
 
     def contents(self) -> bytes:
         try:
+            self._mode = stat.S_IMODE(self._path.stat().st_mode)
             return read_regular(self._path, _MOST_BYTES)
         except (OSError, ValueError) as exc:
             reason = getattr(exc, "strerror", None) or type(exc).__name__
@@ -173,7 +175,7 @@ class _TokenFile(FromFiles):
 
     def load(self, contents: bytes) -> Callable[[], str]:
         grants = parse_tokens(contents, f"token_file {self._path}")
-        mode = stat.S_IMODE(self._path.stat().st_mode)
+        mode = self._mode
 
         def put_in_force() -> str:
             self._replace(grants)

@@ -67,11 +67,16 @@ class Outbox:
             waiting[0] = memoryview(waiting[0])[sent:]
 
     def _watch(self) -> None:
-        if self._sent is None:
-            loop = asyncio.get_running_loop()
+        if self._sent is not None:
+            return
+        try:
             self._watched = self._watched or self._transport.get_extra_info("socket").dup()
-            self._sent = loop.create_future()
-            loop.add_writer(self._watched, self._send)
+        except OSError:  # no descriptor is left; the transport has one
+            self.let_go()
+            return
+        loop = asyncio.get_running_loop()
+        self._sent = loop.create_future()
+        loop.add_writer(self._watched, self._send)
 
     def _done(self) -> None:
         if self._sent is not None and self._watched is not None:

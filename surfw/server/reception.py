@@ -10,8 +10,8 @@ from contextlib import suppress
 from typing import Any
 
 from websockets.asyncio.server import ServerConnection
-from websockets.frames import Frame, Opcode
-from websockets.protocol import Event
+from websockets.frames import CloseCode, Frame, Opcode
+from websockets.protocol import Event, State
 from websockets.typing import Data
 
 from surfw.server.access import EVERYTHING, Grant
@@ -22,6 +22,8 @@ PORTION_BYTES = 256
 """About one request, or a few dozen pings: as much work as a turn may be."""
 
 _MOST_OPENING = 512
+_MOST_FRAGMENTS = 1024
+"""Of one message. Even empty ones take memory until the last is there."""
 
 
 class Newcomers:
@@ -83,8 +85,9 @@ class FairConnection(ServerConnection, asyncio.BufferedProtocol):
         self._newcomers = newcomers
         self._most_unsent_bytes = most_unsent_bytes
         self._portion = memoryview(bytearray(PORTION_BYTES))
-        self._unread = 0
+        self._unread = self._fragments = 0
         self._waits_to_read = False
+        self._hang_up: asyncio.TimerHandle | None = None
         self._accepting = asyncio.current_task()  # the loop's, until there is a transport: for TLS, after the handshake
         if self._accepting is not None:
             self._accepting.add_done_callback(self._accepted)
@@ -112,6 +115,8 @@ class FairConnection(ServerConnection, asyncio.BufferedProtocol):
         self._newcomers.discard(self)
         self.outbox.close()
         super().connection_lost(exc)
+        if self._hang_up is not None:
+            self._hang_up.cancel()
 
     def opened(self) -> None:
         """It is open: newcomers no longer push it out, and from now on it pays from an account of its own."""
@@ -150,14 +155,25 @@ class FairConnection(ServerConnection, asyncio.BufferedProtocol):
             self._read_on()
 
     def process_event(self, event: Event) -> None:
-        """Count the messages that are not received yet."""
+        """Count the messages that are not received yet, and the fragments of one that is not complete."""
         super().process_event(event)
-        if isinstance(event, Frame) and event.fin and event.opcode in {Opcode.TEXT, Opcode.BINARY, Opcode.CONT}:
-            self._unread += 1
+        if not isinstance(event, Frame) or event.opcode not in {Opcode.TEXT, Opcode.BINARY, Opcode.CONT}:
+            return
+        self._unread += event.fin
+        self._fragments = 0 if event.fin else self._fragments + 1
+        if self._fragments > _MOST_FRAGMENTS and self.protocol.state is State.OPEN:
+            self.protocol.fail(CloseCode.MESSAGE_TOO_BIG, f"a message in more than {_MOST_FRAGMENTS} fragments")
+            self.send_data()
 
     def send_data(self) -> None:
-        """Write what is to be sent in one go, such as the answers to many pings."""
+        """Write what is to be sent in one go, such as the answers to many pings.
+
+        If the connection is being closed, the client has a few seconds to take that and to hang up: the library would
+        wait for as long as it does neither, up to the next ping.
+        """
         writes = self.protocol.data_to_send()
+        if self.protocol.state in {State.CLOSING, State.CLOSED} and self._hang_up is None:
+            self._hang_up = self.loop.call_later(self.close_timeout or 0, self.transport.abort)
         self.outbox.let_go()
         if data := b"".join(writes):
             self.transport.write(data)

@@ -197,7 +197,7 @@ class RedisTier:
                     return True
                 if time.monotonic() >= self._denied_until:
                     token = await self._lock(link, segment)
-                    is_there = await self._appears(link, segment, 0 if token else _WAIT_SECONDS)
+                    is_there = await self._appears(link, segment, len(destination), 0 if token else _WAIT_SECONDS)
                     if is_there and await self._fetch(link, segment, destination):
                         if token:
                             await link.unlock(segment.lock, token)
@@ -243,13 +243,20 @@ class RedisTier:
             self._note_denial(exc)
             return ""
 
-    async def _appears(self, link: RedisLink, segment: Segment, seconds: float) -> bool:
-        """Whether another server has written a segment since it was asked for, or does so within these seconds."""
+    async def _appears(self, link: RedisLink, segment: Segment, size: int, seconds: float) -> bool:
+        """Whether another server has written a segment since it was asked for, or does so within these seconds.
+
+        What was waited for in vain counts as slow: locks that nobody gives back must not keep readers waiting for long.
+        """
         pause, deadline = 0.02, time.monotonic() + seconds
         while link is self._link:
             if await link.has(segment.key):
                 return True
-            if max(time.monotonic(), self._denied_until) >= deadline:
+            if self._denied_until >= deadline:
+                break
+            if time.monotonic() >= deadline:
+                if seconds:
+                    self._note_wait(link, seconds, size)
                 break
             await asyncio.sleep(pause)
             pause = min(2 * pause, 0.1)

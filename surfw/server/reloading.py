@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
 from surfw.errors import ConfigurationError
-from surfw.server.journal import Journal
+from surfw.server.journal import Journal, Sparse
 from surfw.threads import cancel_all
 
 POLL_SECONDS = 2.0
@@ -63,6 +63,7 @@ class Reloading:
         """Nothing is read yet."""
         self._files = files
         self._journal = journal
+        self._failures = Sparse(journal, "failed", logging.ERROR)
         self._alone = asyncio.Lock()
         self._polling: asyncio.Task[None] | None = None
 
@@ -83,6 +84,7 @@ class Reloading:
         if self._polling is not None:
             await cancel_all([self._polling])
             self._polling = None
+        self._failures.flush()
 
     async def look(self, *, anyway: bool = False) -> bool:
         """Read what has changed, or everything anyway; return whether all that was read can be used."""
@@ -112,4 +114,7 @@ class Reloading:
     async def _poll(self) -> None:
         while True:
             await asyncio.sleep(POLL_SECONDS)
-            await self.look()
+            try:
+                await self.look()
+            except Exception as exc:  # noqa: BLE001 - no thread, or a bug: a token that is withdrawn later must not stay
+                self._failures.note("files could not be looked at, and are at the next look", trace=exc)

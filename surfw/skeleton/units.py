@@ -91,14 +91,14 @@ def _visit(module: nn.Module, path: str, seen: set[int]) -> Iterator[Unit]:
 
 def _visit_list(items: nn.ModuleList, path: str, seen: set[int]) -> Iterator[Unit]:
     seen.add(id(items))
-    for index, item in enumerate(items):
+    for name, item in items.named_children():  # a list of some layers keeps their names
         if id(item) in seen:
             continue
         if type(item).forward is nn.Module.forward:  # a list of lists: it is never called itself
             inside: Any = _visit_list if _is_list(item) else _visit
-            yield from inside(item, f"{path}.{index}", seen)
+            yield from inside(item, f"{path}.{name}", seen)
         else:
-            yield from _leaf(item, f"{path}.{index}", "layer", seen)
+            yield from _leaf(item, f"{path}.{name}", "layer", seen)
 
 
 def _leaf(module: nn.Module, path: str, kind: str, seen: set[int]) -> Iterator[Unit]:

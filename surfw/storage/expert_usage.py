@@ -1,7 +1,8 @@
 """How often each expert of a model was chosen, kept from one run to the next. Without torch.
 
-It lies in `$SURFW_HOME/experts`, one file for each model, named by its manifest's digest: a line of JSON behind its
-BLAKE3. It is a hint: a file that is damaged, or of another model, does not count. The run that ends last is kept.
+It lies in `$SURFW_HOME/experts`, one file for the same weights, in whatever forms they are stored: a line of JSON
+behind its BLAKE3. It is a hint: a file that is damaged, or of another model, does not count. The run that ends last is
+kept.
 """
 
 import logging
@@ -64,7 +65,7 @@ def keep_usage(manifest: Manifest, usage: ExpertUsage) -> None:
 
 
 def _path(manifest: Manifest) -> Path:
-    return surfw_home() / "experts" / f"{manifest.digest}.json"
+    return surfw_home() / "experts" / f"{manifest.weights_key}.json"
 
 
 def _counts(values: Any, number: int) -> tuple[float, ...]:

@@ -49,7 +49,8 @@ def test_a_draft_of_the_store_of_another_or_of_the_model_itself(home: Path) -> N
         (("--draft", "self:int4"), 1, "surfw: error: talker is stored as none, int8"),
         (("--draft", "nothing"), 1, "has no model 'nothing'"),
         (("--draft", "a", "--prompt-lookup", "3"), 2, "--draft does not go with --prompt-lookup"),
-        (("--prompt-lookup", "0"), 2, "greater than or equal to 1"),
+        (("--prompt-lookup", "0"), 2, "Invalid value for '--prompt-lookup': '0' is not a whole number >= 1"),
+        (("--draft", "self:int3"), 2, "--draft is 'self:int3', expected self:int8 or self:int4"),
     ],
 )
 def test_what_cannot_guess_is_said_in_a_line(home: Path, arguments: tuple[str, ...], code: int, said: str) -> None:

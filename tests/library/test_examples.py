@@ -29,7 +29,7 @@ from tests.services.s3 import S3Service
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 TESTED = {
     "custom_backend", "custom_model", "fastapi_app", "image_and_sound", "inference_example", "llama_example",
-    "llama_s3_example", "mixture", "openai_server",
+    "llama_s3_example", "lora_training", "mixture", "openai_server",
 }  # fmt: skip
 START = """
 import runpy, sys, transformers
@@ -69,6 +69,14 @@ def test_a_llama(tmp_path: Path) -> None:
     assert shown.startswith("demo: 8 layers, 3.5 MB in 10 chunks\n")
     assert SENTENCE in shown
     assert re.search(r"\n\d+% hits with 3 layers kept, [\d.]+ s stalled, [\d.]+ s computing\n$", shown)
+
+
+def test_a_lora_that_is_trained(tmp_path: Path) -> None:
+    shown = run(tmp_path, "lora_training")
+    losses = [float(loss) for loss in re.findall(r"step \d+: loss ([\d.]+), ", shown)]
+    assert len(losses) == 20
+    assert losses[-1] < losses[0] / 5
+    assert "Weights come by sea." in shown
 
 
 def test_a_llama_of_ones_own(tmp_path: Path) -> None:

@@ -119,6 +119,7 @@ def test_switching_gives_pefts_bits_and_reads_no_chunk_of_the_base(place: Place,
     [
         ("llama", torch.bfloat16, THREE["b"]),
         ("gpt2", torch.float16, {"target_modules": ["c_attn", "wte"], "fan_in_fan_out": True}),
+        ("mamba", torch.float32, {"target_modules": ["in_proj", "x_proj"]}),  # whose inputs lie transposed in memory
         ("bert", torch.float32, {"target_modules": ["query", "dense"], "lora_bias": True, "modules_to_save": ["cls"]}),
     ],
 )
@@ -130,6 +131,10 @@ def test_families_and_dtypes_have_pefts_bits_where_layers_are_streamed(
         torch.manual_seed(3)
         config = transformers.GPT2Config(vocab_size=96, n_embd=32, n_layer=2, n_head=4, n_positions=32)
         transformers.GPT2LMHeadModel(config).save_pretrained(base)
+    elif kind == "mamba":
+        torch.manual_seed(3)
+        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "vocab_size": 96}
+        transformers.MambaForCausalLM(transformers.MambaConfig(**sizes)).save_pretrained(base)
     else:
         (save_llama if kind == "llama" else save_bert)(base)
     if dtype != torch.float32:

@@ -145,6 +145,7 @@ def test_a_draft_that_does_not_fit_is_refused_and_nothing_changes(store: Path) -
         ({"prompt_lookup": 0}, "prompt_lookup is 0"),
         ({"prompt_lookup": 3, "draft": "small"}, "exclude each other"),
         ({"draft": "self:int4"}, "not as int4"),
+        ({"draft": "self:int3"}, "the draft is 'self:int3', expected self:int8 or self:int4"),
         ({"draft": "gpt2"}, "vocabulary of"),
         ({"draft": "t5"}, "does not generate as"),
         ({"draft": 3}, "draft is 3"),

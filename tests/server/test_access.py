@@ -260,6 +260,34 @@ def test_a_file_that_changes_is_read_again(store: Path, tmp_path: Path, caplog: 
     assert "s3cret" not in caplog.text
 
 
+@pytest.mark.usefixtures("often")
+def test_a_look_that_fails_is_not_the_last_one(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = write(tmp_path / "tokens", "s3cret-old")
+    failures = [RuntimeError("can't start new thread")]
+    plain = reloading.FromFiles.look
+
+    def look(self: reloading.FromFiles, *, anyway: bool) -> Any:
+        if failures and not anyway:
+            raise failures.pop()
+        return plain(self, anyway=anyway)
+
+    monkeypatch.setattr(reloading.FromFiles, "look", look)
+
+    async def main() -> None:
+        async with serving(store, token_file=file) as server:
+            await until(lambda: not failures)
+            write(tmp_path / "new", "s3cret-new").replace(file)
+            await until(lambda: "the token file was read again: 1 token" in caplog.text)
+            with pytest.raises(RefusedError):
+                await open_wire_source(server.url, token="s3cret-old")
+
+    with caplog.at_level(logging.INFO, "surfw.server"):
+        asyncio.run(main())
+    assert "can't start new thread" in caplog.text
+
+
 def test_a_schedule_for_another_model_is_ignored(store: Path, tmp_path: Path) -> None:
     file = write(tmp_path / "tokens", CI)
 

@@ -1,6 +1,7 @@
 """What a socket does not take at once goes out as views, in order with all else, and is copied when it has to be."""
 
 import asyncio
+import errno
 import gc
 import socket
 import weakref
@@ -8,6 +9,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from ctypes import c_char
 from pathlib import Path
+
+import pytest
 
 from surfw.bench.raw_peer import RawPeer, message, ping
 from surfw.config import KIB, MIB
@@ -115,6 +118,24 @@ def test_a_transport_that_encrypts_is_given_copies() -> None:
         async with ends(tls=True) as both:
             assert both.send_page()() is None
             assert b"".join(both.transport.given) == b"header" + PAGE  # type: ignore[arg-type]
+
+    asyncio.run(main())
+
+
+def test_what_waits_goes_to_the_transport_where_no_descriptor_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: socket.socket) -> socket.socket:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(socket.socket, "dup", fail)
+
+    async def main() -> None:
+        async with ends() as both:
+            assert both.send_page()() is None
+            await both.outbox.sent()
+            before = both.outbox.sent_bytes
+            assert 0 < before < 6 + len(PAGE), "a socket does not take so much at once"
+            rest = b"".join(both.transport.given)  # type: ignore[arg-type]
+            assert await both.receive(before) + rest == b"header" + PAGE
 
     asyncio.run(main())
 

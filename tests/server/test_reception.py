@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from websockets.protocol import State
 
 from surfw.bench.raw_peer import RawPeer, message, ping
-from surfw.config import KIB, WireLimits
-from surfw.server import reception
+from surfw.config import KIB, MIB, WireLimits
+from surfw.server import listening, reception, sending
 from surfw.server.connection import Connection
 from surfw.server.reception import PORTION_BYTES, show_address
 from tests.certificates import for_server, make_certificate
@@ -105,6 +106,53 @@ def test_a_client_that_pings_and_never_reads_is_not_listened_to_for_long(tmp_pat
                     await asyncio.sleep(0)
                     assert transport.get_write_buffer_size() < SMALL.run_bytes + 10 * PORTION_BYTES
                     assert sent < 100_000_000, "it was listened to although it did not read"
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("is_wrong", [False, True])
+def test_a_client_that_reads_nothing_does_not_keep_the_server_from_stopping(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, is_wrong: bool
+) -> None:
+    monkeypatch.setattr(listening, "_CLOSE_SECONDS", 0.1)
+    manifest = make_store(tmp_path, sizes=[16 * MIB])
+    chunk = {"model": manifest.name, "chunk": manifest.chunks[0].id, "form": "none", "start": 0, "stop": 16 * MIB}
+
+    async def main() -> None:
+        async with serving(tmp_path) as server:
+            with await asyncio.to_thread(lambda: RawPeer(server.port, receive_bytes=4096).shake_hands()) as peer:
+                await asyncio.to_thread(peer.greet)
+                peer.send(message("get", id=0, **chunk))
+                (connection,) = server._connections
+                await until(lambda: connection._websocket.outbox.is_waiting)
+                if is_wrong:
+                    peer.send(b"\x81\x01x")  # without a mask, which ends the session
+                    await until(lambda: connection._websocket.state is not State.OPEN)
+                async with asyncio.timeout(10):
+                    await server.stop()
+
+    asyncio.run(main())
+
+
+def test_a_message_in_endless_fragments_is_not_collected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_store(tmp_path, sizes=[100])
+    goes_on = asyncio.Event()
+    monkeypatch.setattr(sending.Sender, "keep_up", lambda _: goes_on.wait())  # the client takes nothing
+    first, more = b"\x01\x80" + bytes(4), b"\x00\x80" + bytes(4)
+
+    async def main() -> None:
+        async with serving(tmp_path, limits=SMALL) as server:
+            with await asyncio.to_thread(lambda: RawPeer(server.port).shake_hands()) as peer:
+                await asyncio.to_thread(peer.greet)
+                peer.send(message("models", id=0))
+                assert (await asyncio.to_thread(peer.hear_text))["models"] == ["toy/model"]
+                peer.send(first + more * 2000)
+                peer.socket.settimeout(5)
+                try:
+                    with pytest.raises(ConnectionResetError, match="closed: a message in more than 1024 fragments"):
+                        await asyncio.to_thread(peer.hear)
+                finally:
+                    goes_on.set()
 
     asyncio.run(main())
 

@@ -17,7 +17,7 @@ from surfw.client import open_wire_source
 from surfw.config import MIB, PAGE_BYTES
 from surfw.manifest import Manifest
 from surfw.metrics import Metrics
-from surfw.server import AdvancedWeightServer
+from surfw.server import AdvancedWeightServer, redis_tier
 from surfw.server.fairness import Reader
 from surfw.server.journal import Journal
 from surfw.server.pages import MIN_CACHE_BYTES, PageCache
@@ -197,6 +197,24 @@ def test_who_does_not_get_what_another_one_is_to_write_reads_the_storage(
             await written(pages)
             assert tier(pages).state["bytes_written"] == sum(SIZES) - MIB
             assert redis.get(lock) == b"of a server that was killed"
+
+    asyncio.run(main())
+
+
+def test_locks_that_nobody_gives_back_make_redis_slow(
+    store: tuple[Path, Manifest], own_redis: str, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(redis_tier, "_WAIT_SECONDS", 0.2)
+
+    async def main() -> None:
+        async with sharing(store) as shared:
+            pages = await shared.server(own_redis)
+            for chunk in shared.manifest.chunks:
+                for number in range(2):
+                    redis.set(f"surfw:1:{chunk.id}:{number}:lock", "of a server that is stuck", px=60_000)
+            await shared.read_until(lambda: "bypassed" in tier(pages).state, pages)
+            assert tier(pages).state["bypassed"].startswith("slower than the storage")
+            assert tier(pages).state["bytes_written"] == 0
 
     asyncio.run(main())
 

@@ -175,6 +175,8 @@ def encrypted(world: World) -> TlsFiles:
 def test_files_that_cannot_be_used(world: World, tmp_path: Path) -> None:
     junk = tmp_path / "junk"
     junk.write_text("-----BEGIN CERTIFICATE-----\njunk\n-----END CERTIFICATE-----\n-----BEGIN PRIVATE KEY-----\n")
+    empty = tmp_path / "empty"
+    empty.touch()
     certfile, keyfile = world.server.certfile, world.server.keyfile
     cases = {
         "the certificate .*absent cannot be read: No such file": TlsFiles(certfile=tmp_path / "absent"),
@@ -189,6 +191,7 @@ def test_files_that_cannot_be_used(world: World, tmp_path: Path) -> None:
         "the private key .* cannot be used with the certificate": TlsFiles(certfile=junk),
         "locked.key has a passphrase, expected one without": encrypted(world),
         "server.key holds no certificates to trust in PEM": replace(world.server, ca_certs=keyfile),
+        r"empty holds no certificates to trust in PEM \(it is empty\)": replace(world.server, ca_certs=empty),
     }
 
     async def main(tls: TlsFiles) -> None:

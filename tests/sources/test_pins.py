@@ -1,15 +1,23 @@
 """Pins: `name@b3:DIGEST` is that model and no other, wherever and in whatever forms it is stored."""
 
+import asyncio
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from surfw import ModelChunker, StreamingModel
 from surfw.checkpoint import demo_checkpoint
+from surfw.config import BLOCK_BYTES
 from surfw.errors import ConfigurationError, IntegrityError
-from surfw.manifest import Manifest
+from surfw.manifest import Manifest, digest_blocks
 from surfw.source import check_pin, split_pin
+from surfw.storage import FilesystemBackend, Store
+from tests.checkpoints import save_llama
 from tests.cli.run import complaint, surfw
 from tests.stores import make_store
 
@@ -68,3 +76,44 @@ def test_infer_runs_the_pinned_model_only(tmp_path: Path) -> None:
     assert surfw(tmp_path, "infer", f"toy@b3:{pin}", *infer).returncode == 0
     said = complaint(surfw(tmp_path, "infer", "--model", f"toy@b3:{'0' * 64}", *infer))
     assert f"its identity is b3:{pin}, expected b3:{'0' * 64}" in said
+
+
+def forge(store: Path, manifest: Manifest, name: str) -> None:
+    """What somebody can do who may write the store: other weights, and digests of their blocks, under the old id."""
+    chunk = manifest.by_name[name]
+    (form,) = chunk.forms
+    (place,) = form.locations
+    blob = store / place.object
+    data = bytearray(blob.read_bytes())
+    data[place.start : place.start + form.stored_bytes] = bytes(form.stored_bytes)
+    blob.write_bytes(data)
+    payload = memoryview(data)[place.start : place.start + form.stored_bytes]
+    blocks = [payload[start : start + BLOCK_BYTES] for start in range(0, len(payload), BLOCK_BYTES)]
+    other = replace(chunk, forms=(replace(form, blocks=digest_blocks(blocks).blocks),))
+    chunks = tuple(other if one.name == name else one for one in manifest.chunks)
+    asyncio.run(Store(FilesystemBackend(store)).publish(replace(manifest, chunks=chunks)))
+
+
+@pytest.mark.parametrize("mapped", [True, False])
+@pytest.mark.parametrize("at", [0, 1, -1])
+def test_digests_of_blocks_that_do_not_belong_to_the_payload_are_found_out(
+    tmp_path: Path, at: int, *, mapped: bool
+) -> None:
+    store = tmp_path / "store"
+    checkpoint = save_llama(tmp_path / "llama", tie_word_embeddings=False)
+    ModelChunker(checkpoint, store, codecs=("none",)).chunk_model_sync()
+    manifest = Store(FilesystemBackend(store)).parse_manifest("llama", (store / "models" / "llama.json").read_bytes())
+    pinned = f"{manifest.name}@b3:{manifest.identity}"
+    ids = torch.tensor([[1, 2, 3]])
+    options: dict[str, Any] = {} if mapped else {"cache_size": 1}
+    with StreamingModel.open(store, pinned, **options) as model:
+        before = model(input_ids=ids).logits
+    name = manifest.chunks[at].name
+    forge(store, manifest, name)
+    with StreamingModel.open(store, **options) as model:
+        assert not torch.equal(model(input_ids=ids).logits, before), "without a pin, the store is believed"
+    with (
+        StreamingModel.open(store, pinned, **options) as model,
+        pytest.raises(IntegrityError, match=rf"chunk {re.escape(name)} from .* is a payload with BLAKE3"),
+    ):
+        model(input_ids=ids)

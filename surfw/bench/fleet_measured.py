@@ -1,0 +1,241 @@
+"""A small fleet for real, beside its simulation: servers in processes of their own, and clients that only read.
+
+The store is made up, and lies in a folder. Clients have no torch: each announces what it reads, as a model does, and
+reads it with two chunks under way, no faster than it would compute with them; the servers limit the rates of links.
+They start when the simulated ones do, and keep what those keep.
+"""
+
+import asyncio
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AsyncExitStack, ExitStack
+from dataclasses import dataclass, replace
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
+
+from surfw.bench.fleet import AHEAD_CHUNKS, Fleet, Outcome, simulate
+from surfw.bench.result import Result, Row, describe_machine
+from surfw.bench.wire import peer, spawned, write_store
+from surfw.client import open_wire_source, read_stats
+from surfw.config import GB, MB
+from surfw.errors import SurfwError
+from surfw.manifest import Chunk, Manifest
+from surfw.server import WeightServer
+from surfw.source import ChunkSource, Read
+from surfw.threads import together
+
+SMALL = Fleet(
+    clients=16,
+    servers=2,
+    model_bytes=16 * 8 * 10**6,
+    chunks=16,
+    passes=2,
+    arrivals=14.0,
+    cache_bytes=64 * 10**6,
+    link=120e6,
+    client_link=40e6,
+    budget_bytes=40 * 10**6,
+    compute_seconds=1.25,
+    storage_seconds=0.002,
+    reads=2,
+)
+"""Each client uses 6.4 MB/s, and all of them 102 MB/s, which two cores can move and verify."""
+
+_SPARE_CLIENTS = 8
+
+
+class _Lap(NamedTuple):
+    """The seconds that a client took until the end of its first pass, and for each pass after it."""
+
+    first: float
+    later: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    """What one process of clients needs to know: one client for each start."""
+
+    url: str
+    fleet: Fleet
+    starts: tuple[float, ...]
+
+
+def bench_measured(fleet: Fleet = SMALL) -> Result:
+    """Measure a fleet, and simulate it with the rate of the storage that was measured.
+
+    Raises:
+        ConfigurationError: SimPy is not installed, or the budget is too small for the model.
+        SurfwError: a client failed.
+    """
+    measured, storage_link = measure(fleet)
+    simulated = simulate(replace(fleet, storage_link=storage_link))
+    return Result(benchmark="fleet", machine=describe_machine("simpy"), rows=tuple(compare(simulated, measured)))
+
+
+def compare(simulated: Outcome, measured: Outcome) -> Iterator[Row]:
+    """Each figure of a simulation, with what was measured as its baseline."""
+    pairs = [
+        ("hits of the servers' caches", "%", 100 * simulated.hit_rate, 100 * measured.hit_rate),
+        ("read of the storage", "GB", simulated.storage_bytes / GB, measured.storage_bytes / GB),
+        ("time to first token", "s", _mean(simulated.first), _mean(measured.first)),
+        ("each pass after it", "s", _mean(simulated.later), _mean(measured.later)),
+        ("sent to clients", "GB", simulated.sent_bytes / GB, measured.sent_bytes / GB),
+        ("all clients are done after", "s", simulated.seconds, measured.seconds),
+    ]
+    for name, unit, value, baseline in pairs:
+        ratio = value / baseline if baseline else None
+        yield Row(name=name, value=value, unit=unit, baseline=baseline, ratio=ratio, note="the baseline was measured")
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+
+def measure(fleet: Fleet) -> tuple[Outcome, float]:
+    """Run a fleet on this machine.
+
+    Returns:
+        What came of it, and the rate at which its storage was read, alone, in bytes per second.
+
+    Raises:
+        SurfwError: a client failed.
+    """
+    with ExitStack() as stack:
+        place = stack.enter_context(TemporaryDirectory(prefix="surfw-bench-"))
+        asyncio.run(write_store(Path(place), [fleet.chunk_bytes] * fleet.chunks))
+        storage_link = _read_rate(Path(place))
+        servers = [stack.enter_context(peer(_serve, place, fleet)) for _ in range(fleet.servers)]
+        urls = [f"ws://127.0.0.1:{server.port}" for server in servers]
+        ends = [
+            _start(stack, url, fleet, tuple(fleet.starts[index :: fleet.servers])) for index, url in enumerate(urls)
+        ]
+        for end in ends:
+            _hear(end)  # all are ready
+        began = time.monotonic()
+        for end in ends:
+            end.send(began)
+        laps: list[_Lap] = [lap for end in ends for lap in _hear(end)]
+        seconds = time.monotonic() - began - min(fleet.starts)
+        found = Outcome(first=[lap.first for lap in laps], seconds=seconds)
+        found.later = [lap.later for lap in laps] if fleet.passes > 1 else []
+        for url in urls:
+            stats = read_stats(url)
+            cache = stats["cache"]
+            found.hits += cache["hits"]
+            found.coalesced += cache["coalesced"]
+            found.misses += cache["misses"]
+            found.sent_bytes += stats["bytes_sent"]
+            found.storage_bytes += stats["bytes_read"]
+            found.by_server.append(cache["hits"] / max(1, cache["hits"] + cache["coalesced"] + cache["misses"]))
+    return found, storage_link
+
+
+def _read_rate(place: Path) -> float:
+    """How fast the files of a folder are read, in bytes per second."""
+    files = [file for file in place.rglob("*.safetensors") if file.is_file()]
+    started = time.perf_counter()
+    read = sum(len(file.read_bytes()) for file in files)
+    return read / (time.perf_counter() - started)
+
+
+def _start(stack: ExitStack, url: str, fleet: Fleet, starts: tuple[float, ...]) -> Connection:
+    """Start a process with the clients of one server."""
+    here, there = Pipe()
+    stack.enter_context(here)
+    stack.enter_context(spawned(_run_clients, _Reader(url, fleet, starts), there))
+    there.close()
+    return here
+
+
+def _hear(end: Connection) -> list[_Lap]:
+    try:
+        heard = end.recv()
+    except EOFError:
+        raise SurfwError("a process of clients ended; what it wrote to stderr says why") from None
+    if isinstance(heard, str):
+        raise SurfwError(f"a client failed: {heard}")
+    found: list[_Lap] = heard
+    return found
+
+
+# In processes of their own.
+
+
+def _serve(place: str, fleet: Fleet, ready: Connection) -> None:
+    async def serve() -> None:
+        async with WeightServer(
+            model_path=place,
+            port=0,
+            cache_size_mb=fleet.cache_bytes / MB,
+            cache_policy=fleet.policy,
+            clients=fleet.clients + _SPARE_CLIENTS,
+            max_bytes_per_second=fleet.link,
+            max_client_bytes_per_second=fleet.client_link,
+        ) as server:
+            ready.send(server.port)
+            await server.serve_forever()
+
+    asyncio.run(serve())
+
+
+def _run_clients(reader: _Reader, end: Connection) -> None:
+    try:
+        end.send(asyncio.run(_read_all(reader, end)))
+    except (SurfwError, OSError) as exc:
+        end.send(str(exc))
+
+
+async def _read_all(reader: _Reader, end: Connection) -> list[_Lap]:
+    """Connect all clients, say so, and let each start in its time."""
+    async with AsyncExitStack() as stack:
+        sources = [await stack.enter_async_context(await open_wire_source(reader.url)) for _ in reader.starts]
+        manifests = [await source.manifest((await source.models())[0]) for source in sources]
+        end.send([])
+        began = await asyncio.to_thread(end.recv)
+        return await asyncio.gather(
+            *(
+                _read(source, manifest, reader.fleet, began + start)
+                for source, manifest, start in zip(sources, manifests, reader.starts, strict=True)
+            )
+        )
+
+
+async def _read(source: ChunkSource, manifest: Manifest, fleet: Fleet, at: float) -> _Lap:
+    """One client's passes, from a moment of the machine's monotonic clock on."""
+    await asyncio.sleep(at - time.monotonic())
+    kept = {name for name, chunk in zip(fleet.names, manifest.chunks, strict=True) if name in fleet.kept()}
+    of_name = dict(zip(fleet.names, manifest.chunks, strict=True))
+    await source.announce(manifest, manifest.chunks, [of_name[name] for name in kept])
+    memory = [memoryview(bytearray(fleet.chunk_bytes)) for _ in range(AHEAD_CHUNKS)]
+    pace, ends = _Compute(fleet.compute_seconds), list[float]()
+    for number in range(fleet.passes):
+        names = [name for name in fleet.names if not number or name not in kept]
+        left = iter([of_name[name] for name in names])
+        await together(_go_on(source, manifest, left, pace, one) for one in memory)
+        await pace.compute(fleet.chunks - len(names))
+        ends.append(time.monotonic())
+    return _Lap(ends[0] - at, (ends[-1] - ends[0]) / max(1, fleet.passes - 1))
+
+
+class _Compute:
+    """Computes with one chunk after the other, which only takes time."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._until = 0.0
+
+    async def compute(self, chunks: int) -> None:
+        """Compute with so many chunks, once it has computed with those before."""
+        self._until = max(self._until, time.monotonic()) + chunks * self._seconds
+        await asyncio.sleep(self._until - time.monotonic())
+
+
+async def _go_on(
+    source: ChunkSource, manifest: Manifest, left: Iterator[Chunk], pace: _Compute, memory: memoryview
+) -> None:
+    for chunk in left:
+        await source.fetch(manifest, [Read(chunk, chunk.forms[0], 0, chunk.forms[0].stored_bytes, memory)])
+        await pace.compute(1)
