@@ -39,7 +39,7 @@ _AT_A_TIME = 8
 _WARM_AT_A_TIME, _GUESSES_AT_A_TIME = 2, 4
 _MOSTLY = 0.5
 _GUESSES = 32
-"""How many guesses count, about: from when half of them are right, what is guessed is loaded."""
+"""How many guesses at experts that are not in memory count, about: when half of them are right, those are loaded."""
 
 _DEMAND, _AHEAD = 0, 1 << 29
 
@@ -160,8 +160,8 @@ class ExpertPool:
         modules = [len(one.experts.chunks) * one.arena.size_bytes for one in self._stacks.values()]
         self._budget_bytes = plan.expert_bytes
         self._least_bytes, self._all_bytes = max(modules, default=0), sum(modules)
-        self._expected: dict[str, list[int]] = {}
-        self._right = 0.0  # the part of the guesses that were right lately
+        self._expected: dict[str, tuple[set[int], set[int]]] = {}  # all, and those that were not in memory
+        self._right = 0.0  # the part of the latter that were right lately
 
     def stack(self, name: str) -> torch.Tensor | None:
         """A stack, in which only those experts are there that are in memory; None after `close`."""
@@ -235,24 +235,25 @@ class ExpertPool:
         return self.is_ahead and self._budget_bytes < self._all_bytes
 
     def expect(self, path: str, likely: Sequence[int]) -> None:
-        """Note which experts a module will probably use, and begin to load them if such guesses are mostly right."""
+        """Note which experts a module will probably use, and load those that are missing if they mostly are used."""
         with self._lock:
-            self._expected[path] = list(likely)
             for key, turns in list(self._waiting.items()):
                 if turns is self._guess_turns:
                     self._loads[key].cancel()  # of an earlier guess
             self._collect()
             new = [key for index in likely if (key := (path, index)) not in self.table]
+            self._expected[path] = set(likely), {index for _, index in new}
             if self._right >= _MOSTLY and new:
                 self._obey(self.table.admit(new), self._guess_turns)
 
     def _compare(self, path: str, used: Sequence[int]) -> None:
         """See how good the guess for a module was."""
-        if expected := self._expected.pop(path, None):
-            right = len(set(expected).intersection(used))
-            self._metrics.add("experts_foreseen", right)
+        if guess := self._expected.pop(path, None):
+            expected, new = guess
+            self._metrics.add("experts_foreseen", len(expected.intersection(used)))
             self._metrics.add("expert_guesses", len(expected))
-            self._right += (right / len(expected) - self._right) / _GUESSES
+            for index in new:  # a guess at what is there costs nothing and gains nothing
+                self._right += ((index in used) - self._right) / _GUESSES
 
     def counts(self) -> dict[str, tuple[float, ...]]:
         """How many tokens each expert of each module has computed; earlier ones count less."""
