@@ -25,6 +25,7 @@ PAGES = (
     "surfw/USES.md",
     "surfw/runtime/MEMORY.md",
     "surfw/models/CHECKPOINTS.md",
+    "surfw/distributed/GUIDE.md",
     "surfw/models/GUIDE.md",
     "surfw/server/GUIDE.md",
     "surfw/storage/GUIDE.md",

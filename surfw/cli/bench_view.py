@@ -120,7 +120,7 @@ def _show_table(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
     """Print a table without the columns that are empty."""
     shown = [index for index in range(len(headings)) if any(row[index] for row in rows)]
     names = [headings[index] for index in shown]
-    render.out.print(render.table(names, [[row[index] for index in shown] for row in rows], numbers=names[1:]))
+    render.print_table(names, [[row[index] for index in shown] for row in rows], numbers=names[1:])
 
 
 def _show_machine(result: Result | InferResult | QualityResult) -> None:

@@ -9,6 +9,7 @@ systemd (`Type=notify`) is told when the server is up, looks again, or stops, as
 """
 
 import asyncio
+import logging
 import os
 import signal
 import socket
@@ -17,6 +18,8 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
 from surfw.cli import signals
+
+logger = logging.getLogger("surfw.server")
 
 
 class Service:
@@ -64,6 +67,8 @@ class Service:
                 tell_manager(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
                 try:
                     await reload()
+                except Exception:  # a bug: the next SIGHUP is to be heard all the same
+                    logger.exception("the files of the server could not be read again")
                 finally:
                     tell_manager("READY=1")
 

@@ -36,7 +36,6 @@ from surfw.models.statistics import (
 )
 from surfw.models.traced import traced
 from surfw.runtime.engine import Engine
-from surfw.runtime.kv_cache import Quantised
 from surfw.runtime.plan import Limit, ResidencyPlan
 from surfw.runtime.run import Run, current_run, wait_until_done
 from surfw.threads import refuse_event_loop
@@ -308,13 +307,11 @@ class StreamingBaseModel(AdaptedModel):
 
         def generate(model: Any) -> Any:
             size = generation_size(model, args, kwargs)
+            if quantised := find_quantised(model, args, kwargs):  # such a cache cannot take a guess back
+                self._open_here().kv.reserve_for(*size, quantised)
+                return model.generate(*moved, **named)
             guesses = may_guess(named, model.generation_config)
-            return self.generate_with(
-                size,
-                lambda more: model.generate(*moved, **named, **more),
-                guesses=guesses,
-                quantised=find_quantised(model, args, kwargs),
-            )
+            return self.generate_with(size, lambda more: model.generate(*moved, **named, **more), guesses=guesses)
 
         return self.run(generate)
 
@@ -411,7 +408,6 @@ class StreamingBaseModel(AdaptedModel):
         generate: Callable[[Mapping[str, Any]], T],
         *,
         guesses: bool = True,
-        quantised: Quantised | None = None,
     ) -> T:
         """Leave room for a generation, as `leave_room` does, and have it done within a run; what `speculate` says.
 
@@ -419,11 +415,7 @@ class StreamingBaseModel(AdaptedModel):
             size: tokens of the prompt, new ones at most, and sequences.
             generate: calls `generate()` of transformers' model once, with these arguments besides its own.
             guesses: whether it may guess; only a single sequence does.
-            quantised: how its KV cache is, which cannot take a guess back.
         """
-        if quantised is not None:
-            self._open_here().kv.reserve_for(*size, quantised)
-            return generate({})
         speculation = self._speculation if guesses and size[2] == 1 else None
         if speculation is None:
             self.leave_room(*size)

@@ -41,7 +41,7 @@ class _Absent(torch.Tensor):
 
     def __new__(cls, like: torch.Tensor, load: Load, apply: Apply | None = None, device: torch.device = _CPU) -> Self:
         """Take the facts from a tensor on the meta device; it comes to another device when it is loaded."""
-        absent: Self = torch.Tensor._make_subclass(cls, like.detach())  # noqa: SLF001 - as torch.nn.Parameter does
+        absent: Self = torch.Tensor._make_subclass(cls, like.detach(), like.requires_grad)  # noqa: SLF001 - as Parameter's
         absent._surfw_load, absent._surfw_apply, absent._surfw_device = load, apply, device
         return absent
 

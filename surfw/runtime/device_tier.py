@@ -101,7 +101,8 @@ class DeviceTier:
 
     def adopt(self, plan: ResidencyPlan) -> None:
         """Make slots for another plan from now on."""
-        if plan.ring_bytes != self._plan.ring_bytes:
+        if plan.ring_bytes != self._plan.ring_bytes and self.spare:
+            self._device.synchronize()  # before memory goes that a copy may still come to
             self.spare.clear()
         self._plan = plan
         if not plan.coding_bytes:
@@ -112,6 +113,8 @@ class DeviceTier:
         """Begin to copy a chunk: now, if it is in host memory, or once it is."""
         memory = self.spare.pop() if slot.in_ring and self.spare else None
         if memory is None or memory.numel() < slot.size_bytes:
+            if memory is not None:
+                self._device.synchronize()  # as in `adopt`
             memory = None  # gone before there is a larger one
             memory = self._device.allocate(slot.size_bytes)
         contents = DeviceContents(self._host.manifest.by_name[slot.name], self._plan.sizes[slot.name], memory)
@@ -175,6 +178,8 @@ class DeviceTier:
             self._device.wait_for_computing(stream)
         if slot.in_ring and memory.numel() == self._plan.ring_bytes:
             self.spare.append(memory)
+        elif contents.copied is not None:
+            contents.copied.synchronize()  # before memory goes that it comes to
 
     def close(self) -> None:
         """Let go of everything, and cancel what is on its way; tensors that somebody still holds stay as they are."""

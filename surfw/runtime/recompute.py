@@ -12,12 +12,12 @@ added up unit by unit.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NoReturn
-from weakref import finalize
+from weakref import finalize, ref
 
 import torch
 from torch import nn
@@ -49,7 +49,7 @@ class Recomputing:
         self.unit_bytes = 0
         self._hooks = hooks
         self._before_backward = before_backward
-        self._kept: Counter[tuple[int, int]] = Counter()  # by how many runs each piece of memory is kept
+        self._kept: Counter[_Piece] = Counter()  # by how many runs each piece of memory is kept
         self._changed: list[nn.Module] = []
         self._is_over = False
         hooks.freeze()
@@ -89,24 +89,24 @@ class Recomputing:
         return call.complete(_Unit.apply(call, *tensors, *learning))  # type: ignore[no-untyped-call]  # torch's has no types
 
     def note(
-        self, call: "_Call", inputs: Sequence[torch.Tensor], saved: Mapping[int, int], outputs: Sequence[torch.Tensor]
+        self, call: "_Call", inputs: Sequence[torch.Tensor], saved: "Sequence[_Piece]", outputs: Sequence[torch.Tensor]
     ) -> None:
         """Count a unit's memory: its inputs for as long as the call lives, and what autograd would keep of it.
 
         Args:
             call: one run of the unit.
             inputs: of it.
-            saved: what autograd asked to keep: the size of each piece of memory, by its address.
+            saved: what autograd asked to keep.
             outputs: of it.
         """
-        places = {(one.untyped_storage().data_ptr(), one.untyped_storage().nbytes()) for one in inputs}
+        places = {_piece(one) for one in inputs}
         self._kept.update(places)
         finalize(call, self._let_go, places)
         known = {address for address, _ in places} | self._hooks.addresses(call.path)
-        own = sum(size for address, size in saved.items() if address not in known)
+        own = sum(size for address, size in saved if address not in known)
         self.unit_bytes = max(self.unit_bytes, own + sum(one.nbytes for one in outputs))
 
-    def _let_go(self, places: set[tuple[int, int]]) -> None:
+    def _let_go(self, places: "set[_Piece]") -> None:
         for place in places:
             self._kept[place] -= 1
             if not self._kept[place]:
@@ -207,23 +207,47 @@ class _State:
             yield
 
 
+_Piece = tuple[int, int]
+"""A piece of memory: its address and its size."""
+
+
+def _piece(tensor: torch.Tensor) -> _Piece:
+    return tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
+
+
+class _Saved:
+    """What autograd asks to keep: each piece of memory once. Where one is gone, the next may come to lie.
+
+    Attributes:
+        pieces: all of them; one that is still there, but is seen by another tensor now, may be there twice.
+    """
+
+    def __init__(self) -> None:
+        self.pieces: list[_Piece] = []
+        self._seen: dict[_Piece, ref[torch.Tensor]] = {}
+
+    def drop(self, tensor: torch.Tensor) -> None:
+        """Count a tensor, and keep nothing of it."""
+        piece = _piece(tensor)
+        before = self._seen.get(piece)
+        if before is None or before() is None:
+            self._seen[piece] = ref(tensor)
+            self.pieces.append(piece)
+
+
 class _Unit(torch.autograd.Function):
     """A unit, for autograd: a function of its inputs and of the parameters in it that learn."""
 
     @staticmethod
     def forward(ctx: Any, call: _Call, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         inputs = tensors[: call.inputs]
-        seen: dict[int, int] = {}
-
-        def drop(tensor: torch.Tensor) -> None:
-            seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-
+        saved = _Saved()
         # With gradients, so that everything goes the way of the resident model, but nothing is kept for them.
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(drop, _refuse):
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(saved.drop, _refuse):
             flat = call.compute([one.detach().requires_grad_(one.requires_grad) for one in inputs])
         call.outputs = [_TENSOR if isinstance(one, torch.Tensor) else one for one in flat]
         outputs = [one for one in flat if isinstance(one, torch.Tensor)]
-        call.owner.note(call, inputs, seen, outputs)
+        call.owner.note(call, inputs, saved.pieces, outputs)
         ctx.call = call
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)

@@ -2,11 +2,13 @@
 
 import io
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import pytest
 
-from surfw.cli import render
+from surfw.bench.result import Result, Row
+from surfw.cli import bench_view, render
 
 ROWS = [
     ("model.embed_tokens", "embeddings", "1", "262.1 MB"),
@@ -80,3 +82,15 @@ def test_a_line_is_broken_between_words_on_a_terminal_only(monkeypatch: pytest.M
     line = partial(render.say, "10 chunks, 8 layers")
     assert shown(monkeypatch, 14, show=line) == ["10 chunks, 8", "layers"]
     assert shown(monkeypatch, 14, show=line, terminal=False) == ["10 chunks, 8 layers"]
+
+
+@pytest.mark.parametrize("width", [80, 60])
+def test_the_figures_of_a_benchmark_are_never_cut(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = {"value": 0.13, "unit": "GB/s", "low": 0.101, "high": 0.1042, "baseline": 0.605, "ratio": 0.934}
+    row = Row(name="Blosc alone, encoding", verified=True, **figures)  # type: ignore[arg-type]
+    ceiling = replace(row, name="decode in 2 threads", ceiling=1.21, share=0.467)
+    result = Result(benchmark="codec", machine={"cpu": "one"}, rows=(row, ceiling))
+    lines = shown(monkeypatch, width, show=lambda: bench_view.show_rows(result))
+    assert "…" not in "".join(lines)
+    assert sum("0.101–0.104" in line for line in lines) == 2
+    assert max(map(len, lines)) <= width

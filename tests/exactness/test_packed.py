@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from surfw.chunking import prepare_model, write_model
 from surfw.codec.quantised import decode_tensor
 from surfw.config import CodecChoice
-from surfw.manifest import Manifest, parts_of
+from surfw.manifest import Manifest, parts_of, split_name
 from surfw.models import StreamingModel
 from surfw.storage import open_backend
 from tests.checkpoints import save_llama
@@ -68,7 +68,9 @@ def quantised(resident: PreTrainedModel, manifest: Manifest, store: Path, codec:
             (place,) = form.locations
             stored = (store / place.object).read_bytes()[place.start : place.stop]
             for part in (part for part in parts_of(chunk, form) if part.kind != "raw"):
-                state[part.name].copy_(torch.from_numpy(decode_tensor(part, stored)))
+                name, *expert = split_name(part.name) or (part.name,)
+                into = state[name][expert[0]] if expert else state[name]
+                into.copy_(torch.from_numpy(decode_tensor(part, stored)))
                 count += 1
     return count
 

@@ -85,25 +85,26 @@ def test_what_is_expected_bounds_a_sliding_window_from_above(name: str, prompt: 
 def test_numbers_of_a_known_model() -> None:
     """TinyLlama: 22 layers, 4 of 32 heads have keys, 64 numbers each: 22 × 2 × 4 × 64 × 2 bytes."""
     config = LlamaConfig(hidden_size=2048, num_hidden_layers=22, num_attention_heads=32, num_key_value_heads=4)
-    assert kv_cost(config, torch.bfloat16) == KvCost(22528, 22528)
+    assert kv_cost(config, torch.bfloat16) == KvCost(22528, 22528, layers=22, itemsize=2)
     assert kv_cost(config, torch.float32).total_bytes(100, 28, sequences=3) == 3 * 128 * 45056
 
 
 def test_the_prompt_costs_what_the_decoders_layers_keep_of_the_encoder() -> None:
     t5 = EXACT["t5-uneven"].build().config
-    assert kv_cost(t5, torch.float32) == KvCost(2 * 2 * 4 * 8 * 4, 2 * 2 * 4 * 8 * 4)
+    assert kv_cost(t5, torch.float32) == KvCost(2 * 2 * 4 * 8 * 4, 2 * 2 * 4 * 8 * 4, layers=2, itemsize=4)
     pair = EncoderDecoderConfig.from_encoder_decoder_configs(
         LlamaConfig(hidden_size=64, num_attention_heads=4, num_hidden_layers=7),
         GPT2Config(n_embd=32, n_head=2, n_layer=3),
     )
-    assert kv_cost(pair, torch.float16) == KvCost(3 * 2 * 32 * 2, 3 * 2 * 32 * 2), "the encoder's layers keep nothing"
+    expected = KvCost(3 * 2 * 32 * 2, 3 * 2 * 32 * 2, layers=3, itemsize=2)
+    assert kv_cost(pair, torch.float16) == expected, "the encoder's layers keep nothing"
 
 
 def test_layers_without_keys_grow_with_no_token() -> None:
     mamba = FAMILIES["mamba"]
     cost, cache = generate(mamba, torch.float32)
     longer = generate(mamba, torch.float32, 3 * PROMPT)[1]
-    assert cost == KvCost(0, 0)
+    assert cost == KvCost(0, 0, layers=0)
     assert cache_bytes(cache) == cache_bytes(longer) > 0, "the state has one size"
     kinds = ["conv", "full_attention", "conv", "full_attention"]
     hybrid = Family("Lfm2ForCausalLM", LLAMA | {"layer_types": kinds})
