@@ -12,6 +12,7 @@ Without SURFW_SOURCE it serves the small model that comes with surfw, from a sto
 
 import asyncio
 import json
+import logging
 import tempfile
 import time
 import uuid
@@ -19,11 +20,13 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, Literal
 
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, Field
 
 from surfw import InferenceRequest, ManyResult, ModelChunker, Settings, StreamingModel, SurfwError, demo_checkpoint
+
+logger = logging.getLogger("uvicorn.error")
 
 MOST_WAITING = 256
 """More requests than that are refused, so that nobody waits for ever."""
@@ -73,6 +76,7 @@ class Answer:
         self.request = request
         self.tokens: asyncio.Queue[list[int] | None] = asyncio.Queue()  # one pass adds one token, so it stays short
         self.result: ManyResult | None = None
+        self.failure: str | None = None  # of the model, not of this request
         self.is_wanted = True
 
     @property
@@ -93,6 +97,7 @@ class Batcher:
 
     def add(self, answer: Answer) -> None:
         """Put a request into the line."""
+        self._waiting = [one for one in self._waiting if one.is_wanted]
         if len(self._waiting) >= MOST_WAITING:
             raise HTTPException(429, "too many requests wait already; try again later")
         self._waiting.append(answer)
@@ -115,15 +120,16 @@ class Batcher:
         async def requests() -> AsyncIterator[InferenceRequest]:
             index = 0
             while time.monotonic() < until or all(one.sampling == sampling for one in self._waiting):
-                mine = [one for one in self._waiting if one.sampling == sampling]
-                for answer in mine:
+                answer = next((one for one in self._waiting if one.sampling == sampling), None)
+                if answer is not None:
                     self._waiting.remove(answer)
-                    self._running[index] = answer
-                    index += 1
-                    yield answer.request
-                if not mine:
-                    if not self._running:
-                        return
+                    if answer.is_wanted:
+                        self._running[index] = answer
+                        index += 1
+                        yield answer.request
+                elif not self._running:
+                    return
+                else:
                     self._changed.clear()
                     await self._changed.wait()
 
@@ -141,9 +147,12 @@ class Batcher:
                 answer.result = result
                 answer.tokens.put_nowait(None)
                 self._changed.set()
-        except SurfwError as exc:
-            for index, answer in self._running.items():
-                answer.result = ManyResult(index=index, error=str(exc))
+        except Exception as exc:
+            logger.warning("the model failed: %s", exc, exc_info=not isinstance(exc, SurfwError))
+            same = [one for one in self._waiting if one.sampling == sampling]
+            self._waiting = [one for one in self._waiting if one.sampling != sampling]
+            for answer in [*self._running.values(), *same]:
+                answer.failure = str(exc)
                 answer.tokens.put_nowait(None)
 
 
@@ -188,22 +197,22 @@ async def models() -> dict[str, Any]:
 
 
 @app.post("/v1/completions")
-async def completions(asked: Completion) -> Any:
+async def completions(asked: Completion, http: Request) -> Any:
     """A text that goes on where the prompt ends."""
-    return await respond(asked, "text_completion", prompt=asked.prompt, raw=True)
+    return await respond(asked, http, "text_completion", prompt=asked.prompt, raw=True)
 
 
 @app.post("/v1/chat/completions")
-async def chat_completions(asked: Chat) -> Any:
+async def chat_completions(asked: Chat, http: Request) -> Any:
     """The next message of a chat; a model without a chat template gets the last message as it is."""
     *history, last = [message.model_dump() for message in asked.messages]
     template = app.state.batcher.model.tokenizer.chat_template
     return await respond(
-        asked, "chat.completion", prompt=last["content"], history=history if template else (), raw=not template
+        asked, http, "chat.completion", prompt=last["content"], history=history if template else (), raw=not template
     )
 
 
-async def respond(asked: Sampling, kind: str, **prompt: Any) -> Any:
+async def respond(asked: Sampling, http: Request, kind: str, **prompt: Any) -> Any:
     """Answer a request, at once or as it comes."""
     batcher: Batcher = app.state.batcher
     name = batcher.model.manifest.name
@@ -228,7 +237,8 @@ async def respond(asked: Sampling, kind: str, **prompt: Any) -> Any:
         return StreamingResponse(stream(answer, kind, common), media_type="text/event-stream")
     try:
         while await answer.tokens.get() is not None:
-            pass
+            if await http.is_disconnected():
+                return Response(status_code=499)  # which nobody reads
     finally:
         answer.is_wanted = False
     result = finished(answer)
@@ -277,6 +287,8 @@ async def stream(answer: Answer, kind: str, common: dict[str, Any]) -> AsyncIter
 
 def finished(answer: Answer) -> Any:
     """The result of an answer that has ended."""
+    if answer.failure is not None:
+        raise HTTPException(503, answer.failure)
     assert answer.result is not None
     if answer.result.result is None:
         raise HTTPException(400, answer.result.error)

@@ -399,7 +399,8 @@ def _open_output(many: Many) -> Iterator[tuple[set[str], Callable[[Mapping[str, 
     except OSError as exc:
         raise ConfigurationError(f"the answers cannot be written to {many.output}: {exc.strerror}") from exc
     try:
-        os.ftruncate(file, whole)
+        if many.resume:
+            os.ftruncate(file, whole)
 
         def append(document: Mapping[str, Any]) -> None:
             line = (json.dumps(document) + "\n").encode()

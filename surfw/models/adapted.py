@@ -33,9 +33,9 @@ class AdaptedModel(ModelLifetime):
             ManifestError: it belongs to another base.
             SurfwError: it could not be read.
         """
-        parts = self._open_here()
+        self._open_here()
         with self._holding(current_run.get() or Run()):
-            return parts.adapters.load(name)
+            return self._open_here().adapters.load(name)
 
     def set_adapter(self, name: str | None) -> None:
         """Apply an adapter from the next run on, instead of the one that is applied now; None applies none.
@@ -45,9 +45,10 @@ class AdaptedModel(ModelLifetime):
         Raises:
             SurfwError: as of `load_adapter`.
         """
-        parts = self._open_here()
+        self._open_here()
         with self._holding(current_run.get() or Run()):
-            parts.adapters.apply(None if name is None else parts.adapters.load(name))
+            adapters = self._open_here().adapters  # of the model there is now: another may have taken its place
+            adapters.apply(None if name is None else adapters.load(name))
             self._on_adapter()
 
     async def set_adapter_async(self, name: str | None) -> None:
@@ -60,9 +61,9 @@ class AdaptedModel(ModelLifetime):
         Raises:
             ConfigurationError: none of this name is loaded.
         """
-        parts = self._open_here()
+        self._open_here()
         with self._holding(current_run.get() or Run()):
-            parts.adapters.unload(name)
+            self._open_here().adapters.unload(name)
             self._on_adapter()
 
     @contextmanager
@@ -87,11 +88,13 @@ class AdaptedModel(ModelLifetime):
         """
         expect_number("optimizer_states", optimizer_states, 0, 16)
         parts, run = self._open_here(), current_run.get() or Run()
-        with self._holding(run), parts.engine.running(run), training(parts, optimizer_states):
-            try:
-                yield parts.model
-            finally:
-                parts.hooks.recover()
+        with self._holding(run):
+            self.expect_open(parts.model)
+            with parts.engine.running(run), training(parts, optimizer_states):
+                try:
+                    yield parts.model
+                finally:
+                    parts.hooks.recover()
 
     def _on_adapter(self) -> None:
         """Another adapter is applied now, or none."""

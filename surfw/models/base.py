@@ -228,10 +228,11 @@ class StreamingBaseModel(AdaptedModel):
 
         Raises:
             SurfwError: weights could not be read.
-            ModelClosedError: the model is closed, or was closed meanwhile.
+            ModelClosedError: the model is closed, was closed meanwhile, or gave its place to another one (`switch`).
         """
         parts, run = self._open_here(), current_run.get() or Run()
         with self._holding(run):
+            self.expect_open(parts.model)
             start = time.perf_counter()
             try:
                 with (
@@ -259,7 +260,8 @@ class StreamingBaseModel(AdaptedModel):
         """Run another model of the same source from now on, with the same settings; the one there was is closed.
 
         Layers that both have, as fine-tunes do, stay in memory where they are, and are not fetched. `model` is another
-        object then. Where the new model cannot be opened, the old one goes on.
+        object then, and nothing is guessed ahead any more (`speculate`). A run that goes on ends first; what waits for
+        the old model ends with `ModelClosedError`. Where the new model cannot be opened, the old one goes on.
 
         Args:
             name: its name in the source, in full or a unique last part.
@@ -273,8 +275,11 @@ class StreamingBaseModel(AdaptedModel):
         expect("name", name, str, "a model's name")
         refuse_event_loop("switching to another model", "'await model.switch_async(…)'")
         self._open_here()
-        self._end_speculation()
         self._switch(name)
+
+    def _on_switch(self) -> None:
+        """Guess no more: no draft is known to go with the other model, and a draft of our own gives its memory back."""
+        self._end_speculation()
 
     async def switch_async(self, name: str) -> None:
         """As `switch`, without blocking the event loop."""

@@ -109,6 +109,7 @@ class Conversation:
             )
         self.messages: list[dict[str, str]] = []
         self._model = model
+        self._name, self._identity = name, model.manifest.identity
         self._tokenizer: PreTrainedTokenizerBase = tokenizer
         self._request = InferenceRequest(prompt="", **options)
         self._tokens = 0
@@ -180,9 +181,13 @@ class Conversation:
 
         Raises:
             ConfigurationError: the conversation is longer than the model's positions or its memory allow, or its chat
-                template refuses it.
+                template refuses it; or another model has taken the place of the one that it is with (`switch`).
             SurfwError: weights could not be read.
         """
+        if (now := self._model.manifest).identity != self._identity:
+            raise ConfigurationError(
+                f"this conversation is with {self._name}, and {now.name} has taken its place; begin another one"
+            )
         with self._lock:
             self._run = run = current_run.get() or Run()
             outer = current_run.set(run)

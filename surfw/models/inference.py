@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteriaList
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from surfw import tracing
@@ -101,6 +101,8 @@ class InferenceRequest:
         for name, texts in (("stop", self.stop), ("pairs", self.pairs)):
             if isinstance(texts, str) or not all(isinstance(one, str) and one for one in texts):
                 raise ConfigurationError(f"{name} is {texts!a:.80}, expected a list of texts that are not empty")
+        if halves := [one for one in self.stop if any("\ud800" <= character <= "\udfff" for character in one)]:
+            raise ConfigurationError(f"stop has {halves[0]!a:.80}: half of a surrogate pair is no character")
 
     @property
     def samples(self) -> bool:
@@ -187,6 +189,7 @@ def answer(
         ConfigurationError: the request does not fit the model.
         SurfwError: weights could not be read.
     """
+    asked = model.model
     if inputs is None:
         inputs = encode_prompt(model, tokenizer, request)
     for remark in find_remarks(model, request, inputs["input_ids"].shape[-1]):
@@ -206,10 +209,18 @@ def answer(
         return call
 
     try:
+        model.expect_open(asked)
         if not generates(model):
             return _run_encoder(model, tokenizer, inputs, request.pairs)
         return _generate(
-            model, tokenizer, request, inputs, past or {}, on_text=noting(on_text), on_token=noting(on_token)
+            model,
+            tokenizer,
+            request,
+            inputs,
+            past or {},
+            asked=asked,
+            on_text=noting(on_text),
+            on_token=noting(on_token),
         )
     except (ValueError, IndexError, RuntimeError) as exc:
         if any(exc is one for one in callers_own):
@@ -289,6 +300,7 @@ def encode_prompt(
         UnsupportedModelError: the model takes no text, or not a text alone.
     """
     expect_text_model(model)
+    _expect_texts(request)
     vocabulary = getattr(model.model.config.get_text_config(), "vocab_size", 1 << 31)  # of none, such as CANINE's
     answers = generates(model)
     if answers and (request.pairs or request.prompt_name is not None):
@@ -321,6 +333,22 @@ def encode_prompt(
     return {name: value for name, value in inputs.items() if name in accepted}
 
 
+def _expect_texts(request: InferenceRequest) -> None:
+    """See that texts are such that a tokenizer takes them: half of a surrogate pair, which JSON may have, is no text.
+
+    Raises:
+        ConfigurationError: one of them is not.
+    """
+    said = [content for message in request.history if isinstance(content := message.get("content"), str)]
+    for text in filter(None, (request.prompt, request.system, *request.pairs, *said)):
+        try:
+            text.encode()
+        except UnicodeEncodeError as exc:
+            raise ConfigurationError(
+                f"the prompt has half of a surrogate pair, {text[exc.start]!a}, which is no character; leave it out"
+            ) from None
+
+
 def continues_prompt(
     model: StreamingBaseModel, tokenizer: PreTrainedTokenizerBase | None, request: InferenceRequest
 ) -> bool:
@@ -336,6 +364,7 @@ def _generate(
     inputs: dict[str, torch.Tensor],
     past: Mapping[str, object],
     *,
+    asked: PreTrainedModel,
     on_text: Callable[[str], None],
     on_token: Callable[[int, float], None],
 ) -> InferenceResult:
@@ -358,6 +387,7 @@ def _generate(
 
     def generate(model: Any) -> list[int]:
         """As the request says, and in no other way: what is left open would be taken from the model's own settings."""
+        streaming.expect_open(asked)
         config = model.generation_config = generation_config(own, request)
         if request.seed is not None:
             torch.manual_seed(request.seed)
@@ -396,7 +426,7 @@ def generation_config(own: GenerationConfig, request: InferenceRequest) -> Gener
     config = copy.deepcopy(own)
     config.max_new_tokens, config.max_length = request.max_new_tokens, None
     config.num_beams, config.num_return_sequences = 1, 1
-    config.stop_strings = None
+    config.stop_strings = config.assistant_ensemble_weight = None  # the latter lets a draft's guesses change an answer
     config.return_dict_in_generate = False
     config.output_attentions = config.output_hidden_states = config.output_scores = config.output_logits = False
     config.do_sample = request.samples

@@ -199,19 +199,30 @@ class ModelLifetime:
         Raises:
             ConfigurationError: the model runs in this thread.
         """
-        old, run = self._open(), current_run.get() or Run()
-        if self._current is not None and self._current[1] == threading.get_ident():
-            raise ConfigurationError(f"{old.manifest.name} runs just now; switch to another model after that")
+        current = self._current
+        if current is not None and current[1] == threading.get_ident():
+            raise ConfigurationError(f"{self._open().manifest.name} runs just now; switch to another model after that")
+        run = current_run.get() or Run()
         with self._holding(run):
+            old = self._open()
             before, self._wanted = self._wanted, name
+            outer = current_run.set(
+                run
+            )  # as in `_open`: whoever closes the model does not wait for what this waits for
             try:
                 manifest, adapter = self._find_manifest()
+                self._on_switch()
                 parts = switch_parts(old, manifest, self._opening(), self.metrics, adapter=adapter)
             except BaseException:
                 self._wanted = before
                 raise
+            finally:
+                current_run.reset(outer)
             with self._state:
                 self._parts = parts
+
+    def _on_switch(self) -> None:
+        """Another model of the source is about to take the place of this one."""
 
     def _open_here(self) -> ModelParts:
         """The parts, for callers in a thread where an event loop may run; those of a closed model still tell facts."""
@@ -261,6 +272,15 @@ class ModelLifetime:
                 f"for {', '.join(sorted(self.model_types))}; use StreamingModel, which opens any"
             )
         return manifest, adapter
+
+    def expect_open(self, model: object) -> None:
+        """See that what was prepared for transformers' model of before does not go to the one of now (`switch`).
+
+        Raises:
+            ModelClosedError: there is another one now.
+        """
+        if self._parts is not None and self._parts.model is not model:
+            raise self._closed_error("has taken the place of the model that this was asked of; ask again")
 
     def _closed_error(self, what: str = "is closed; open it again") -> ModelClosedError:
         name = self._parts.manifest.name if self._parts else self._wanted or f"the model of {self._client.url}"

@@ -17,7 +17,7 @@ from typing import Any, Self, TypeAlias, cast
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedTokenizerBase
 
-from surfw.config import format_size
+from surfw.config import MIB, format_size
 from surfw.errors import ConfigurationError, UnsupportedModelError
 from surfw.models.assembly import ModelParts
 from surfw.models.base import StreamingBaseModel
@@ -25,6 +25,7 @@ from surfw.models.inference import InferenceRequest, InferenceResult, encode_pro
 from surfw.models.stopping import StopTexts, find_stops
 from surfw.models.text_stream import TextStream, cut_at_stop
 from surfw.runtime.kv_cache import kv_cost
+from surfw.runtime.memory import find_default_budget
 
 PAGE_TOKENS = 32
 """The KV cache grows by so many tokens of a sequence at a time."""
@@ -40,6 +41,9 @@ SHARED = ("temperature", "top_p", "top_k", "seed")
 
 _SPARE_PAGES = 2
 """The cache has two more than it is asked for, into which padding is written."""
+
+_LEAST_CACHE_BYTES = 64 * MIB
+"""A cache may have so much where no budget is given, however little memory is free."""
 
 _NO_TOKEN = -1
 """For transformers' scheduler, an end that no token is."""
@@ -190,6 +194,7 @@ def answer_many(
     answering = _Answering(model, tokenizer, feed, shared, on_result=on_result, on_tokens=on_tokens)
 
     def run(_: Any) -> None:
+        model.expect_open(parts.model)
         waiting: deque[_Sequence] = deque()
         while True:
             parts.engine.check()
@@ -257,8 +262,15 @@ def find_room(model: StreamingBaseModel, parts: ModelParts, sequences: int, long
     parts.kv.reserve_bytes(0)
     engine, cost = parts.engine, _page_bytes(model)
     each = -(-longest_tokens // PAGE_TOKENS) + 1  # a page is begun before the last one is full
-    if (budget := engine.limit.budget_bytes) is None:
-        room = sequences * each
+    if (budget := engine.limit.budget_bytes) is None:  # layers are counted: what they leave of the machine's memory
+        free = max(find_default_budget().budget_bytes, _LEAST_CACHE_BYTES)
+        room = min(sequences * each, free // cost - _SPARE_PAGES)
+        if room < each:
+            raise ConfigurationError(
+                f"there is no room for the KV cache of a prompt and its answer of {longest_tokens} tokens, which takes "
+                f"{format_size((each + _SPARE_PAGES) * cost)}, and {format_size(free)} are free; ask for fewer tokens "
+                "(max_new_tokens)"
+            )
     else:
         free = max((budget - engine.least_budget_bytes) // 2, budget - engine.plan.peak_bytes)
         room = min(sequences * each, free // cost - _SPARE_PAGES)
@@ -310,7 +322,11 @@ class _Batch:
             ),
         )
         self._manager = manager
-        self._processor = manager._create_batch_processor()  # noqa: SLF001 - its thread would not be the model's
+        try:
+            self._processor = manager._create_batch_processor()  # noqa: SLF001 - its thread would not be the model's
+        except BaseException:
+            self.__exit__()
+            raise
 
     def __enter__(self) -> Self:
         """Use it."""

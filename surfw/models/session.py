@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Unpack, overload
 from surfw.errors import ConfigurationError
 from surfw.models.inference import GenerationOptions, InferenceRequest, InferenceResult
 from surfw.models.many import SHARED, ManyResult
+from surfw.models.stopping import find_stops
 from surfw.models.text_stream import TextStream
 
 if TYPE_CHECKING:
@@ -165,9 +166,9 @@ class _Text:
 class Session:
     """A user of a model, beside others: made by `StreamingModel.session`."""
 
-    def __init__(self, find_tokenizer: Callable[[], Any], add: Callable[[Any], None], options: Any) -> None:
+    def __init__(self, model: "StreamingModel", add: Callable[[Any], None], options: Any) -> None:
         """See `StreamingModel.session`, which makes it."""
-        self._find_tokenizer, self._add = find_tokenizer, add
+        self._model, self._add = model, add
         self._options: GenerationOptions = options
 
     async def answer(self, prompt: str | list[int], **options: Unpack[GenerationOptions]) -> InferenceResult:
@@ -209,9 +210,11 @@ class Session:
             SurfwError: weights could not be read.
         """
         asked = self._ask(prompt, options)
-        text = _Text(self._find_tokenizer(), asked.request.stop) if isinstance(prompt, str) else None
+        text: _Text | None = None
         try:
             async for tokens in asked.tokens():
+                if text is None and isinstance(prompt, str):  # not before: the model may be switched while this waits
+                    text = self._text(asked.request)
                 for piece in tokens if text is None else [text.add(tokens)]:
                     if piece != "":
                         yield piece
@@ -219,6 +222,12 @@ class Session:
                 yield rest
         finally:
             asked.is_wanted = False
+
+    def _text(self, request: InferenceRequest) -> _Text:
+        """What shows an answer, up to the texts that end it: those asked for, or the model's own."""
+        own, tokenizer = self._model.model.generation_config, self._model.find_tokenizer()
+        name = self._model.manifest.name
+        return _Text(tokenizer, find_stops(own, request.stop, tokenizer, name, ignore_own=request.ignore_eos))
 
     def _ask(self, prompt: str | list[int], options: GenerationOptions) -> Asked:
         settings: GenerationOptions = {**self._options, **options}

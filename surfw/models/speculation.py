@@ -33,6 +33,7 @@ _OTHER_WAYS = frozenset(
     {
         "assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "custom_generate", "constraints",
         "force_words_ids", "penalty_alpha", "stop_strings", "stopping_criteria", "past_key_values", "cache",
+        "assistant_ensemble_weight",
     }
 )  # fmt: skip
 """Arguments of `generate()` that guesses do not go with."""

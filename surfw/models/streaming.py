@@ -5,7 +5,7 @@ And its four families: the same, with the model's name first and a server's addr
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Self, TypeAlias, Unpack, overload
 from weakref import WeakKeyDictionary
@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from surfw.config import DEFAULT_PORT
 from surfw.errors import ConfigurationError, SurfwError, UnsupportedModelError
 from surfw.manifest import ModelFile
+from surfw.models.assembly import ModelParts
 from surfw.models.base import StreamingBaseModel
 from surfw.models.client import Source
 from surfw.models.heads import generates
@@ -39,12 +40,19 @@ Prompt: TypeAlias = str | Sequence[int] | InferenceRequest
 _OPTIONS = set(GenerationOptions.__annotations__)
 
 
+@dataclass(frozen=True)
+class _KnownTokenizer:
+    """What reading a tokenizer came to, for which model, and the files that it is made of."""
+
+    parts: ModelParts
+    tokenizer: PreTrainedTokenizerBase | SurfwError | None
+    files: tuple[ModelFile, ...]
+
+
 class StreamingModel(StreamingBaseModel):
     """Any model of transformers over a source of weights; see `StreamingBaseModel` for opening and running it."""
 
-    _tokenizer: PreTrainedTokenizerBase | SurfwError | None = None
-    _tokenizer_read = False
-    _tokenizer_files: tuple[ModelFile, ...] = ()
+    _known_tokenizer: _KnownTokenizer | None = None
     _lines: "WeakKeyDictionary[asyncio.AbstractEventLoop, Line] | None" = None
 
     @property
@@ -65,28 +73,34 @@ class StreamingModel(StreamingBaseModel):
 
     def find_tokenizer(self) -> PreTrainedTokenizerBase | None:
         """As `tokenizer`, or None if the model has none."""
-        if not self._tokenizer_read:
+        known = self._known_tokenizer
+        if known is None or known.parts is not self._parts:
             refuse_event_loop("reading the tokenizer", "'async with' or 'open_async' to open the model, which read it")
-            self._read_tokenizer()
-        if isinstance(self._tokenizer, SurfwError):
-            raise self._tokenizer
-        return self._tokenizer
+            known = self._read_tokenizer()
+        if isinstance(known.tokenizer, SurfwError):
+            raise known.tokenizer
+        return known.tokenizer
 
-    def _read_tokenizer(self) -> None:
+    def _read_tokenizer(self) -> _KnownTokenizer:
         """Read it: the adapter's own, where one is applied that has one."""
-        base, adapter = self.manifest, self._open().adapters.manifest
+        parts = self._open()
+        base, adapter = parts.manifest, parts.adapters.manifest
         owner = adapter if adapter is not None and adapter.files else base
+        found: PreTrainedTokenizerBase | SurfwError | None
         try:
-            self._tokenizer = open_tokenizer(replace(base, files=owner.files), partial(self._read_file_of, owner))
+            found = open_tokenizer(replace(base, files=owner.files), partial(self._read_file_of, owner))
         except SurfwError as exc:
-            self._tokenizer = exc
-        self._tokenizer_read, self._tokenizer_files = True, owner.files
+            found = exc
+        known = _KnownTokenizer(parts, found, owner.files)
+        if parts is self._parts:  # else another model has taken its place meanwhile
+            self._known_tokenizer = known
+        return known
 
     def _on_adapter(self) -> None:
         """Read another tokenizer, if the adapter that is applied now has one."""
-        adapter = self._open().adapters.manifest
+        adapter, known = self._open().adapters.manifest, self._known_tokenizer
         files = adapter.files if adapter is not None and adapter.files else self.manifest.files
-        if self._tokenizer_read and files != self._tokenizer_files:
+        if known is not None and files != known.files:
             self._read_tokenizer()
 
     def _switch(self, name: str) -> None:
@@ -96,7 +110,7 @@ class StreamingModel(StreamingBaseModel):
     async def __aenter__(self) -> Self:
         """Open the model, if it is not open, and read its tokenizer, without blocking the event loop."""
         await super().__aenter__()
-        if not self._tokenizer_read:
+        if self._known_tokenizer is None:
             await self._in_thread(self._read_tokenizer)
         return self
 
@@ -214,7 +228,7 @@ class StreamingModel(StreamingBaseModel):
             ) from None
         if self._lines is None:
             self._lines = WeakKeyDictionary()
-        return Session(self.find_tokenizer, self._lines.setdefault(loop, Line(self)).add, options)
+        return Session(self, self._lines.setdefault(loop, Line(self)).add, options)
 
     def answer_many(
         self,

@@ -12,6 +12,7 @@ from surfw.manifest import Manifest
 from surfw.metrics import Metrics
 from surfw.models.assembly import ModelParts, assemble
 from surfw.models.options import OpenSettings
+from surfw.runtime.run import Run, current_run
 
 
 def switch_parts(
@@ -31,13 +32,19 @@ def switch_parts(
         )
     wanted = {chunk.id for chunk in manifest.chunks}
     common = {chunk.id for chunk in old.manifest.chunks if chunk.id in wanted}
-    old.engine.keep_only([chunk.name for chunk in old.manifest.chunks if chunk.id in common])
+    kept = old.engine.plan.pinned  # the others are in buffers of a ring, which no other model can have
+    old.engine.keep_only([chunk.name for chunk in old.manifest.chunks if chunk.id in common and chunk.name in kept])
     old.tables.clear()
     limit = replace(old.engine.limit, reserved_bytes=0)  # not what is free now: the old one takes a part of that
     parts = assemble(old.client, manifest, replace(settings, limit=limit), metrics, adapter=adapter)
-    for chunk in parts.manifest.chunks:
-        if chunk.id in common and chunk.name in parts.engine.plan.pinned:
-            for _, load in parts.engine.fetch([chunk.name]):
-                load.exception()  # whoever needs it hears of it
+    run = current_run.get() or Run()
+    try:
+        for chunk in parts.manifest.chunks:
+            if chunk.id in common and chunk.name in parts.engine.plan.pinned:
+                for _, load in parts.engine.fetch([chunk.name]):
+                    run.wait_for(load)  # whoever needs it hears of how it ended
+    except BaseException:
+        parts.close()
+        raise
     old.close()
     return parts

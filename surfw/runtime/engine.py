@@ -328,9 +328,10 @@ class Engine:
             return [(name, self.host[name].load) for name in names if name in self.table]
 
     def keep_only(self, names: Collection[str]) -> None:
-        """Forget all chunks that are not in use but these."""
+        """Forget all chunks that are not in use but these, and give the memory of all others back."""
         with self._lock:
             self._obey(self.table.clear(names))
+            self.host.spare.clear()
 
     def clear(self) -> None:
         """Forget every chunk that is not in use, and give its memory back."""

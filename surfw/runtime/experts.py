@@ -243,7 +243,7 @@ class ExpertPool:
             self._collect()
             new = [key for index in likely if (key := (path, index)) not in self.table]
             self._expected[path] = set(likely), {index for _, index in new}
-            if self._right >= _MOSTLY and new:
+            if self._right >= _MOSTLY and new and path not in self.read_whole:
                 self._obey(self.table.admit(new), self._guess_turns)
 
     def _compare(self, path: str, used: Sequence[int]) -> None:
@@ -345,13 +345,20 @@ class ExpertPool:
             self._stacks[path].arena.give_back(index)
         for path in {path for path, _ in decision.evict}:
             self._stacks[path].changed()
-        if turns is not None:
-            for key in decision.load:
-                self._waiting[key] = turns
-                self._loads[key] = self._io.submit(self._fill_ahead(key, turns))
-        elif decision.load:
-            load = self._io.submit(self._fill(decision.load))
-            self._loads |= dict.fromkeys(decision.load, load)
+        try:
+            if turns is not None:
+                for key in decision.load:
+                    self._waiting[key] = turns
+                    self._loads[key] = self._io.submit(self._fill_ahead(key, turns))
+            elif decision.load:
+                load = self._io.submit(self._fill(decision.load))
+                self._loads |= dict.fromkeys(decision.load, load)
+        except BaseException:  # nothing loads the rest: it must not seem to be there
+            for key in set(decision.load) - self._loads.keys():
+                self._waiting.pop(key, None)
+                self.table.loaded(key)
+                self.table.drop([key])
+            raise
 
     async def _fill(self, keys: Sequence[Key]) -> None:
         """Load experts into their places, the first ones first; the first failure is raised when all have ended."""

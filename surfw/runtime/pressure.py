@@ -140,7 +140,7 @@ class PressureWatch:
                 self._thread.start()
 
     def remove(self, yielder: Yielder) -> None:
-        """Do not ask this one any more; when this returns, nobody is asking it."""
+        """Do not ask this one any more; a thread of the watch may be asking it still."""
         with self._lock:
             self._yielders.discard(yielder)
             if self._yielders or self._thread is None or self._wake is None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 
-from surfw import RetryPolicy
+from surfw import ModelClosedError, RetryPolicy, WeightClient
 from surfw.chunking import prepare_adapter, prepare_model, read_base, write_model
 from surfw.chunking.in_place import write_in_place
 from surfw.errors import SurfwError, UnsupportedModelError, WireError
@@ -112,6 +112,20 @@ def test_a_server_that_is_killed_among_experts_is_one_error_and_nothing_is_wrong
         pool = streaming._engine.experts
         assert pool.resident_bytes <= streaming.plan.expert_bytes
         assert not pool._used
+
+
+@torch.no_grad()
+def test_an_expert_that_nobody_could_load_does_not_seem_to_be_there(place: Place) -> None:
+    place.manifest("qwen3-moe")
+    with (
+        WeightClient(str(place.store)) as client,
+        StreamingModel.open(client, "qwen3-moe", prefetch=False) as streaming,
+    ):
+        streaming(input_ids=IDS[:, :1])
+        client.close()
+        for _ in range(2):
+            with pytest.raises(ModelClosedError, match="client"):
+                streaming(input_ids=IDS)
 
 
 @torch.no_grad()

@@ -350,6 +350,17 @@ def test_a_model_without_a_tokenizer(opened: Callable[..., StreamingModel], monk
         Conversation(model)
 
 
+def test_a_conversation_is_with_one_model(opened: Callable[..., StreamingModel], checkpoints: Path) -> None:
+    model = opened("llama")
+    conversation = Conversation(model, max_new_tokens=6)
+    conversation.ask(SAID[0])
+    model.switch("forgetful")  # whose KV cache has the same shape
+    with pytest.raises(ConfigurationError, match="with llama, and forgetful has taken its place"):
+        conversation.ask(SAID[1])
+    model.switch("llama")
+    assert expect_fresh(checkpoints, "llama", conversation, SAID[1]).cached_tokens > 0
+
+
 def test_a_system_message(opened: Callable[..., StreamingModel], checkpoints: Path) -> None:
     conversation = Conversation(opened("llama"), system="Be brief.", max_new_tokens=6)
     system = {"role": "system", "content": "Be brief."}

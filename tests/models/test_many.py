@@ -10,8 +10,16 @@ from typing import Any
 import pytest
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
+from transformers.generation.continuous_batching import ContinuousBatchingManager
 
-from surfw import InferenceRequest, ManyResult, ModelChunker, StreamingModel, UnsupportedModelError
+from surfw import (
+    ConfigurationError,
+    InferenceRequest,
+    ManyResult,
+    ModelChunker,
+    StreamingModel,
+    UnsupportedModelError,
+)
 from surfw.models import many
 from tests.checkpoints import resident, save_llama
 from tests.exactness.families import FAMILIES, VOCABULARY
@@ -213,14 +221,36 @@ def test_a_prompt_that_cannot_be_answered_leaves_the_others_alone(store: Path) -
         InferenceRequest(prompt="no tokenizer"),
         InferenceRequest(prompt_ids=[7], temperature=0.5),
         [7] * 100,
+        InferenceRequest(prompt="half of a pair: \ud83d"),
+        InferenceRequest(prompt_ids=[7], max_new_tokens=10**9),
+        [7],
     ]
-    with StreamingModel(store, "llama") as model:
+    with StreamingModel(store, "llama", cache_size=1) as model:
         found = answers(model, asked, max_new_tokens=3, sequences=2)
-    assert [one.error is None for one in found] == [False, True, False, False, True]
+    assert [one.error is None for one in found] == [False, True, False, False, True, False, False, True]
     errors = [one.error or "" for one in found]
     assert f"{VOCABULARY}" in errors[0]
     assert "no tokenizer" in errors[2]
     assert "temperature is 0.5, but it is the same for all prompts of a run" in errors[3]
+    assert r"half of a surrogate pair, '\ud83d'" in errors[5]
+    assert "no room for the KV cache of a prompt and its answer of 1000000001 tokens" in errors[6]
+    with pytest.raises(ConfigurationError, match="half of a surrogate pair"):
+        InferenceRequest(prompt="a", stop=["b", "\udc00"])
+
+
+def test_a_cache_that_cannot_be_made_leaves_the_model_its_attention(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: object) -> None:
+        raise MemoryError
+
+    with StreamingModel(store, "llama", cache_size=1) as model:
+        inner: Any = model.model
+        inner.set_attn_implementation("eager")
+        monkeypatch.setattr(ContinuousBatchingManager, "_create_batch_processor", fail)
+        with pytest.raises(MemoryError):
+            answers(model, [[7]])
+        assert inner.config._attn_implementation == "eager"
 
 
 def test_budgets_are_kept_and_given_back(store: Path) -> None:

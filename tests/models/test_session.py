@@ -53,6 +53,9 @@ def test_a_text_comes_as_it_is_said_and_ends_before_a_stop_text(store: Path) -> 
             stop = whole.text[4:7]
             cut = [piece async for piece in session.stream("Weights", stop=[stop])]
             assert "".join(cut) == whole.text[: whole.text.index(stop)]
+            made: Any = model.model
+            made.generation_config.stop_strings = [stop]
+            assert "".join([piece async for piece in session.stream("Weights")]) == "".join(cut), "the model's own"
 
     asyncio.run(run())
 

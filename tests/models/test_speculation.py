@@ -98,6 +98,9 @@ def test_another_draft_changes_no_token(checkpoints: Path, big: StreamingModel) 
     found = answer(big, None, InferenceRequest(prompt_ids=PROMPT, max_new_tokens=NEW))
     assert found.token_ids == plain
     assert len(found.token_ids) == len(plain)
+    big.model.generation_config.assistant_ensemble_weight = 0.01  # has the draft's opinion count
+    assert generate(big) == plain
+    assert answer(big, None, InferenceRequest(prompt_ids=PROMPT, max_new_tokens=NEW)).token_ids == plain
 
 
 @pytest.mark.usefixtures("always")

@@ -2,6 +2,8 @@
 
 import asyncio
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from surfw import ConfigurationError, ModelChunker, StreamingModel, UnknownModelError
+from surfw import ConfigurationError, ModelChunker, ModelClosedError, StreamingModel, UnknownModelError
+from surfw.models.lifetime import ModelLifetime
+from surfw.runtime.run import Run
 from tests.checkpoints import resident, save_llama
 
 IDS = torch.arange(3, 12)[None]
@@ -102,13 +106,55 @@ def test_models_that_are_open_together_hold_equal_layers_once(checkpoints: Path,
 
 def test_a_model_that_cannot_be_opened_leaves_the_old_one(checkpoints: Path, store: Path) -> None:
     with StreamingModel.open(store, "base", cache_size=2) as model:
+        model.speculate(prompt_lookup=3)
         with pytest.raises(UnknownModelError):
             model.switch("nothing")
         with pytest.raises(ConfigurationError, match="name is 3"):
             model.switch(3)  # type: ignore[arg-type]
         with pytest.raises(ConfigurationError, match="runs just now"):
             model.run(lambda _: model.switch("tuned"))
+        assert model.guesses
         assert torch.equal(read(model)[0], expected(checkpoints, "base"))
+
+
+def test_who_waited_for_the_model_of_before_does_not_get_the_one_of_now(
+    checkpoints: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    has_asked = threading.Event()
+    with StreamingModel.open(store, "base", cache_size=2) as model, ThreadPoolExecutor(1) as pool:
+        hold = model._holding
+
+        def holding(run: Run) -> Any:
+            has_asked.set()
+            return hold(run)
+
+        monkeypatch.setattr(model, "_holding", holding)
+        with model._busy:
+            asked = pool.submit(model.run, lambda made: made(input_ids=IDS))
+            has_asked.wait()
+            model.switch("tuned")
+        with pytest.raises(ModelClosedError, match="tuned has taken the place of the model that this was asked of"):
+            asked.result()
+        assert torch.equal(read(model)[0], expected(checkpoints, "tuned"))
+        has_asked.clear()
+        with model._busy:
+            switched = pool.submit(model.switch, "stranger")
+            has_asked.wait()
+            model.switch("base")
+            read(model)
+            between = model._engine
+        switched.result()
+        assert between.resident() == [], "it was closed, as any model that gives its place to another"
+        assert torch.equal(read(model)[0], expected(checkpoints, "stranger"))
+
+
+def test_no_model_has_the_tokenizer_of_another_for_a_moment(store: Path) -> None:
+    with StreamingModel.open(store, "base", cache_size=2) as model:
+        assert model.tokenizer is model.tokenizer
+        ModelLifetime._switch(model, "tuned")  # another thread may ask before its tokenizer was read
+        assert model.tokenizer is not None
+        assert model._known_tokenizer is not None
+        assert model._known_tokenizer.parts is model._parts
 
 
 def test_in_an_event_loop(checkpoints: Path, store: Path) -> None:
