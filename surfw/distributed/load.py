@@ -18,9 +18,9 @@ from torch import nn
 from surfw.config import MIB, expect
 from surfw.distributed.place import place_model
 from surfw.distributed.plan import LoadPlan, Slice, Unit, choose_window, plan_load
-from surfw.distributed.ranks import Ranks, this_host
+from surfw.distributed.ranks import Ranks, expect_one_model, this_host
 from surfw.distributed.targets import Target, find_targets, needs_of
-from surfw.errors import ConfigurationError, RankError, SurfwError, UnsupportedModelError
+from surfw.errors import ConfigurationError, SurfwError, UnsupportedModelError
 from surfw.manifest import Chunk, Digests, Form, Manifest
 from surfw.models.client import Source, SourceThread, WeightClient
 from surfw.models.from_manifest import open_skeleton
@@ -126,14 +126,9 @@ class _Load:
     def run(self, name: str | None, begun: float) -> LoadReport:
         """Load."""
         manifest, targets = self._prepare(name)
-        told = self._ranks.gather((manifest.digest, needs_of(targets), this_host()), lambda _: "while it began")
-        digests, needs, hosts = zip(*told, strict=True)
-        for rank, digest in enumerate(digests):
-            if digest != manifest.digest:
-                raise RankError(
-                    f"rank {rank} has another model than rank {self._ranks.rank} (manifests {digest[:16]}… and "
-                    f"{manifest.digest[:16]}…); give all ranks the same source and name"
-                )
+        told = self._ranks.gather((manifest.identity, needs_of(targets), this_host()), lambda _: "while it began")
+        identities, needs, hosts = zip(*told, strict=True)
+        expect_one_model(identities, self._ranks.rank)
         order = dict.fromkeys(chunk for use in manifest.order for chunk in use.chunks)
         chunks = [manifest.by_name[chunk] for chunk in dict.fromkeys([*order, *manifest.by_name])]
         plan = plan_load(chunks, needs, hosts, window_bytes=choose_window(needs, _MOST_WINDOW_BYTES))

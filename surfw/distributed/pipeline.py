@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import nn
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
+from surfw.distributed.ranks import expect_one_model
 from surfw.distributed.stages import cut_out
 from surfw.errors import ConfigurationError, RankError
 from surfw.manifest import Manifest
@@ -70,6 +71,7 @@ class StageModel(StreamingModel):
 
     def _take_part(self, manifest: Manifest, skeleton: Skeleton) -> tuple[Manifest, Skeleton]:
         """The stage of this rank."""
+        _expect_one_model(manifest)
         return cut_out(manifest, skeleton, dist.get_rank(), dist.get_world_size())
 
     def _switch(self, name: str) -> None:
@@ -105,6 +107,21 @@ class StageModel(StreamingModel):
             driver.run(feed, on_result=on_result, on_tokens=on_tokens, most=sequences)
 
         self.run(drive)
+
+
+def _expect_one_model(manifest: Manifest) -> None:
+    """Check that all ranks have stages of the same model: each has asked its source on its own.
+
+    Raises:
+        RankError: one has another model, or is gone.
+    """
+    identities = [""] * dist.get_world_size()
+    try:
+        dist.all_gather_object(identities, manifest.identity)
+    except RuntimeError as exc:
+        why = str(exc).partition("\n")[0][:120]
+        raise RankError(f"another rank is gone ({why}); its own output says why; start the job again") from exc
+    expect_one_model(identities, dist.get_rank())
 
 
 class _Ends:

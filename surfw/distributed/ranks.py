@@ -138,6 +138,25 @@ class Ranks:
             )
 
 
+def expect_one_model(identities: Sequence[str], rank: int) -> None:
+    """Check that all ranks have the same model, whatever forms of it their sources have.
+
+    Args:
+        identities: of the model of each rank: `Manifest.identity`.
+        rank: this one.
+
+    Raises:
+        RankError: one has another model.
+    """
+    mine = identities[rank]
+    for other, identity in enumerate(identities):
+        if identity != mine:
+            raise RankError(
+                f"rank {other} has another model than rank {rank} (identities {identity[:16]}… and {mine[:16]}…); give "
+                "all ranks the same source and name"
+            )
+
+
 def _first(exc: BaseException) -> str:
     """The first line of an error of torch's."""
     return str(exc).partition("\n")[0][:200]

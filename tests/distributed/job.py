@@ -234,7 +234,8 @@ def pipelined(case: Mapping[str, Any], folder: Path, wholes: Mapping[str, Any]) 
     def take(found: Any) -> None:
         answers[found.index] = found.error or found.result.token_ids
 
-    with StageModel.open(folder / "stores" / case["model"], memory_budget=case.get("budget")) as stage:
+    name = case.get("other", case["model"]) if dist.get_rank() else case["model"]
+    with StageModel.open(folder / "stores" / name, memory_budget=case.get("budget")) as stage:
         if dist.get_rank():
             stage.serve()
         else:

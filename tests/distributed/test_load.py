@@ -45,6 +45,7 @@ JOBS += [
     {"ranks": ranks, "cases": [{"kind": "pipelined", "model": model} for model in models]}
     for ranks, models in ((2, ("llama-tied", "gemma2", "t5")), (3, ("llama", "gpt2")), (5, ("llama",)))
 ]
+JOBS[-3]["cases"].append({"kind": "pipelined", "model": "llama-tied", "other": "llama"})
 KILLED, AGAIN, DAMAGED, HANGS, TWO_STAGES, THREE_STAGES, FIVE_STAGES = range(2, 9)
 
 
@@ -166,6 +167,11 @@ def test_what_cannot_be_a_pipeline_is_refused(results: Any) -> None:
     t5, few = results[TWO_STAGES][2][0]["error"], results[FIVE_STAGES][0][0]["error"]
     assert t5.startswith("UnsupportedModelError: t5 (T5ForConditionalGeneration) cannot be run as a pipeline")
     assert few == ("ConfigurationError: llama has 4 layers, which cannot be 5 stages of a pipeline; take fewer ranks")
+
+
+def test_stages_of_different_models_are_refused(results: Any) -> None:
+    for rank, seen in enumerate(results[TWO_STAGES][3]):
+        assert seen["error"].startswith(f"RankError: rank {1 - rank} has another model than rank {rank} (identities ")
 
 
 def test_the_command_answers_on_one_rank_and_serves_stages_on_the_others(
