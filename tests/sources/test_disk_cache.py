@@ -304,6 +304,7 @@ def test_models_make_room_for_others_by_last_use_unless_they_are_pinned_or_in_us
     folder.use(b)
     fill(tmp_path, "d", budget=folder.budget_bytes)
     assert held() == {"a": 4, "b": 4, "c": 0, "d": 4}
+    time.sleep(0.01)
     folder.close()
     fill(tmp_path, "c", budget=folder.budget_bytes)
     assert held() == {"a": 4, "b": 4, "c": 4, "d": 0}  # d was used before b was let go

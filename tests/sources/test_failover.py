@@ -165,15 +165,20 @@ def test_damage_of_a_source_that_is_overtaken_meanwhile_is_not_forgotten(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(SourceTable, "late_seconds", lambda *_: 0.0)
-    is_hedged = asyncio.Event()
+    is_hedged, is_damaged = asyncio.Event(), asyncio.Event()
+
+    def overtake(_: int) -> asyncio.Event:
+        is_hedged.set()
+        return is_damaged
 
     def prepare(one: FaultySource, other: FaultySource) -> None:
         one.before = lambda _: damaged() if is_hedged.is_set() else is_hedged
-        other.before = lambda _: is_hedged.set()
+        other.before = overtake
         fetch = one.fetch
 
         async def then_damaged(manifest: Manifest, reads: Sequence[Read], *, priority: int = 0) -> None:
             await fetch(manifest, reads, priority=priority)
+            is_damaged.set()
             damaged()
 
         monkeypatch.setattr(one, "fetch", then_damaged)
