@@ -166,9 +166,10 @@ class _Text:
 class Session:
     """A user of a model, beside others: made by `StreamingModel.session`."""
 
-    def __init__(self, model: "StreamingModel", add: Callable[[Any], None], options: Any) -> None:
+    def __init__(self, model: Any, add: Callable[[Any], None], options: Any) -> None:
         """See `StreamingModel.session`, which makes it."""
-        self._model, self._add = model, add
+        self._model: StreamingModel = model
+        self._add = add
         self._options: GenerationOptions = options
 
     async def answer(self, prompt: str | list[int], **options: Unpack[GenerationOptions]) -> InferenceResult:
