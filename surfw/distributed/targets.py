@@ -18,7 +18,7 @@ from surfw.distributed.plan import Need, Run, Slice, make_slice, runs_of
 from surfw.errors import ManifestError, UnsupportedModelError
 from surfw.manifest import Manifest, TensorInfo
 from surfw.skeleton.dtypes import safetensors_dtype, torch_dtype
-from surfw.skeleton.units import Slot
+from surfw.skeleton.units import Slot, own_slots
 
 
 @dataclass
@@ -142,13 +142,7 @@ def find_targets(model: nn.Module, manifest: Manifest) -> list[Target]:
 def state_slots(model: nn.Module) -> Iterator[Slot]:
     """Every place of a model's state dict, each place of a tied parameter for itself."""
     for path, module in model.named_modules():
-        prefix = f"{path}." if path else ""
-        for leaf, parameter in module._parameters.items():  # noqa: SLF001 - torch's registries
-            if parameter is not None:
-                yield Slot(prefix + leaf, module, leaf, is_buffer=False)
-        for leaf, buffer in module._buffers.items():  # noqa: SLF001 - torch's registries
-            if buffer is not None and leaf not in module._non_persistent_buffers_set:  # noqa: SLF001 - torch's registries
-                yield Slot(prefix + leaf, module, leaf, is_buffer=True)
+        yield from own_slots(module, path)
 
 
 def _check_fit(slot: Slot, stored: TensorInfo, manifest: Manifest) -> None:

@@ -75,7 +75,7 @@ def matrices_of(units: Iterable[Unit], ties: Mapping[str, str]) -> frozenset[str
 
 def _visit(module: nn.Module, path: str, seen: set[int]) -> Iterator[Unit]:
     seen.add(id(module))
-    if own := tuple(_own_slots(module, path)):
+    if own := tuple(own_slots(module, path)):
         yield Unit(f"{path}.*".lstrip("."), "own", module, own)
     for name, child in module.named_children():
         if id(child) in seen:
@@ -106,12 +106,13 @@ def _leaf(module: nn.Module, path: str, kind: str, seen: set[int]) -> Iterator[U
     for name, inner in module.named_modules(prefix=path):
         if id(inner) not in seen:
             seen.add(id(inner))
-            slots += _own_slots(inner, name)
+            slots += own_slots(inner, name)
     if slots:
         yield Unit(path, kind, module, tuple(slots))
 
 
-def _own_slots(module: nn.Module, path: str) -> Iterator[Slot]:
+def own_slots(module: nn.Module, path: str) -> Iterator[Slot]:
+    """The places of a module's own state, without those of the modules in it; `path` names it, "" the whole model."""
     prefix = f"{path}." if path else ""
     for leaf, parameter in module._parameters.items():  # noqa: SLF001 - torch's registries
         if parameter is not None:

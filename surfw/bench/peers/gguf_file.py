@@ -47,7 +47,7 @@ def check_gguf(model_dir: str) -> str | None:
     )
     if is_plain:
         return None
-    return f"surfw converts plain LLaMA and Qwen3-MoE checkpoints for it, and this is none: {kind!a:.40}"
+    return f"surfw converts plain LLaMA and Qwen3-MoE checkpoints for it, and this one is not: a {kind!a:.40}"
 
 
 def write_gguf(model_dir: Path, path: Path, kind: str = "bf16", *, head: str | None = None) -> Path:
