@@ -2,7 +2,8 @@
 
 Both have two processes and loopback between them, and move the same chunks one after the other into the same memory.
 Each round measures the raw socket, surfw without verification (for this comparison only) and surfw as users run it, so
-that whatever else the machine does falls on all of them.
+that whatever else the machine does falls on all of them. It has servers, connections and memory of its own, because a
+process is faster or slower all its life by where its memory lies: rounds in one process agree more than runs do.
 """
 
 import asyncio
@@ -71,28 +72,29 @@ class _Series:
         self.server_cpu += server.cpu_seconds() - server_cpu
 
 
-def bench_wire(*, rounds: int = 7, sizes: Sequence[int] = SIZES) -> Result:
+def bench_wire(*, rounds: int = 9, sizes: Sequence[int] = SIZES) -> Result:
     """Measure.
 
     Args:
-        rounds: alternations with the raw socket; medians are reported.
+        rounds: how often each way is measured; medians are reported.
         sizes: bytes of each chunk; all of them are held in memory by each server and by the client.
     """
+    raw, unverified, verified = _Series(), _Series(), _Series()
     with tempfile.TemporaryDirectory(prefix="surfw-bench-") as place:
         manifest = asyncio.run(write_store(Path(place), sizes))
-        with (
-            peer(serve_store, place, (sum(sizes) + _SPARE_BYTES) / MB) as server,
-            peer(_serve_raw, place, manifest) as raw_server,
-        ):
-            series = asyncio.run(_measure(rounds, sizes, server, raw_server))
-    return Result(benchmark="wire", machine=describe_machine(), rows=_rows(sum(sizes), *series))
+        for _ in range(rounds):
+            with (
+                peer(serve_store, place, (sum(sizes) + _SPARE_BYTES) / MB) as server,
+                peer(_serve_raw, place, manifest) as raw_server,
+            ):
+                asyncio.run(_measure(sizes, server, raw_server, raw=raw, unverified=unverified, verified=verified))
+    return Result(benchmark="wire", machine=describe_machine(), rows=_rows(sum(sizes), raw, unverified, verified))
 
 
 async def _measure(
-    rounds: int, sizes: Sequence[int], server: _Peer, raw_server: _Peer
-) -> tuple[_Series, _Series, _Series]:
-    """The series of the raw socket, of surfw unverified and of surfw verified."""
-    raw, unverified, verified = _Series(), _Series(), _Series()
+    sizes: Sequence[int], server: _Peer, raw_server: _Peer, *, raw: _Series, unverified: _Series, verified: _Series
+) -> None:
+    """Add a round to the series of the raw socket, of surfw unverified and of surfw verified."""
     url = f"ws://127.0.0.1:{server.port}"
     with socket.create_connection(("127.0.0.1", raw_server.port)) as connection:
         async with await open_wire_source(url) as source, await open_wire_source(url) as blind:
@@ -100,17 +102,16 @@ async def _measure(
             manifest = await source.manifest(BENCH_MODEL)
             memory = [memoryview(bytearray(b"\1") * size) for size in sizes]
             await fetch_chunks(source, manifest, memory)
+            _receive_raw(connection, memory)
             misses = await asyncio.to_thread(server.cache_misses)
-            for _ in range(rounds):
-                with raw.measure(raw_server):
-                    _receive_raw(connection, memory)
-                with unverified.measure(server):
-                    await fetch_chunks(blind, manifest, memory)
-                with verified.measure(server):
-                    await fetch_chunks(source, manifest, memory)
+            with raw.measure(raw_server):
+                _receive_raw(connection, memory)
+            with unverified.measure(server):
+                await fetch_chunks(blind, manifest, memory)
+            with verified.measure(server):
+                await fetch_chunks(source, manifest, memory)
             if await asyncio.to_thread(server.cache_misses) != misses:
                 raise RuntimeError("the server's cache did not hold the chunks; nothing was measured")
-    return raw, unverified, verified
 
 
 async def fetch_chunks(source: WireSource, manifest: Manifest, memory: Sequence[memoryview]) -> None:

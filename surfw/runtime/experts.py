@@ -40,6 +40,8 @@ _WARM_AT_A_TIME, _GUESSES_AT_A_TIME = 2, 4
 _MOSTLY = 0.5
 _GUESSES = 32
 """How many guesses at experts that are not in memory count, about: when half of them are right, those are loaded."""
+_PROBE = 8
+"""While guesses are not acted upon they are made for every eighth token only, to see whether they are right now."""
 
 _DEMAND, _AHEAD = 0, 1 << 29
 
@@ -231,8 +233,12 @@ class ExpertPool:
 
     @property
     def foresees(self) -> bool:
-        """Whether it is of use to know which experts will be used: not all of them fit."""
-        return self.is_ahead and self._budget_bytes < self._all_bytes
+        """Whether it is of use to guess which experts will be used: not all of them fit, and guesses are right lately.
+
+        Also now and then, to see how right they are.
+        """
+        is_of_use = self._right >= _MOSTLY or self.tokens % _PROBE == 0
+        return self.is_ahead and self._budget_bytes < self._all_bytes and is_of_use
 
     def expect(self, path: str, likely: Sequence[int]) -> None:
         """Note which experts a module will probably use, and load those that are missing if they mostly are used."""
