@@ -3,6 +3,7 @@
 Knows nothing of torch or the network. Values are frozen and keyword-only; a room takes the value object it needs.
 """
 
+import ipaddress
 import os
 import re
 from dataclasses import dataclass
@@ -228,6 +229,14 @@ def _check_choice(name: str, choice: str, choices: tuple[str, ...]) -> None:
 def is_server_url(place: str) -> bool:
     """Whether an address is that of a surfw server; others are stores."""
     return place[:6].lower().startswith(("ws://", "wss://"))
+
+
+def is_loopback(host: str) -> bool:
+    """Whether the host is this machine and no other."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def display_url(url: str) -> str:

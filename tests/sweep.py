@@ -29,6 +29,7 @@ from transformers.models.auto import modeling_auto
 
 from surfw.chunking import prepare_model, write_model
 from surfw.errors import SurfwError
+from surfw.manifest.experts import split_name
 from surfw.models import StreamingModel
 from surfw.storage import open_backend
 from surfw.storage.store_source import open_storage_source
@@ -194,7 +195,7 @@ def check(model_type: str, folder: Path) -> tuple[str, str]:
         with StreamingModel.open(lambda: open_storage_source(open_backend(store)), cache_size=2) as streaming:
             state = resident.state_dict()
             if differ := [
-                key for key, one in stored_tensors(streaming, store).items() if not same([one], [state[key]])
+                key for key, one in stored_tensors(streaming, store).items() if not same([one], [tensor_of(state, key)])
             ]:
                 return "crash", f"{name}: {differ[0]} differs"
             given = inputs_of(resident)
@@ -207,6 +208,12 @@ def check(model_type: str, folder: Path) -> tuple[str, str]:
             return ("equal", name) if same(run(streaming, given), expected) else ("crash", f"{name}: other outputs")
     except SurfwError as exc:
         return "refused", f"{name}: {str(exc).replace(str(folder), '')[:160]}"
+
+
+def tensor_of(state: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+    """A tensor of a model by the name that a store gives it, which for an expert is that of a slice of a stack."""
+    stack, index = split_name(name) or (name, None)
+    return state[name] if index is None else state[stack][index]
 
 
 def stored_tensors(streaming: StreamingModel, store: Path) -> dict[str, torch.Tensor]:

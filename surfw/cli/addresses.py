@@ -19,9 +19,8 @@ from urllib.parse import urlsplit
 
 import typer
 
-from surfw.config import TlsFiles, display_url, is_server_url
+from surfw.config import TlsFiles, display_url, is_loopback, is_server_url
 from surfw.errors import ConnectionFailedError, RefusedError
-from surfw.wire import is_loopback
 
 Kind = Literal["server", "web", "folder", "storage", "hub"]
 

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from surfw.cli.addresses import Mistake, is_here, is_path, read_address, read_source
 from surfw.cli.status import percent, rate
-from surfw.codec import PACKED_CODECS
 from surfw.config import count
 
 if TYPE_CHECKING:
@@ -38,8 +37,11 @@ class Guessing:
         if self.prompt_lookup is not None and self.draft is not None:
             raise Mistake("--draft does not go with --prompt-lookup; give one of them")
         draft = self.draft or ""
-        if draft.startswith(_OWN_FORM) and draft not in (forms := [_OWN_FORM + one for one in PACKED_CODECS]):
-            raise Mistake(f"--draft is {draft!r}, expected {' or '.join(forms)}, a model's name, or a source")
+        if draft.startswith(_OWN_FORM):
+            from surfw.codec import PACKED_CODECS
+
+            if draft not in (forms := [_OWN_FORM + one for one in PACKED_CODECS]):
+                raise Mistake(f"--draft is {draft!r}, expected {' or '.join(forms)}, a model's name, or a source")
 
     def refuse(self, what: str) -> None:
         """Refuse either option where it has no meaning.

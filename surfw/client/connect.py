@@ -22,11 +22,19 @@ from websockets.uri import parse_uri
 
 from surfw import __version__
 from surfw.client.link import CLOSE_SECONDS, Link
-from surfw.config import DEFAULT_CONNECT_SECONDS, MAX_FRAME_BYTES, TlsFiles, WireLimits, display_url, printable
+from surfw.config import (
+    DEFAULT_CONNECT_SECONDS,
+    MAX_FRAME_BYTES,
+    TlsFiles,
+    WireLimits,
+    display_url,
+    is_loopback,
+    printable,
+)
 from surfw.errors import ConfigurationError, ConnectionFailedError, RefusedError, SurfwError
 from surfw.retry import HAS_TLS, MOST_REDIRECTS, REDIRECT_STATUSES, TRANSIENT_STATUSES, parse_redirect
 from surfw.tls import client_context
-from surfw.wire import EXPIRED, PROTOCOL, bearer, is_loopback
+from surfw.wire import EXPIRED, PROTOCOL, bearer
 
 _library_log = logging.getLogger("surfw.client.websocket")
 _library_log.setLevel(logging.WARNING)  # below that, it logs headers, which have the token

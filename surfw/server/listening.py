@@ -14,9 +14,9 @@ from websockets.http11 import Request, Response
 from websockets.typing import Subprotocol
 
 from surfw import __version__
-from surfw.config import WireLimits, expect
+from surfw.config import WireLimits, expect, is_loopback
 from surfw.errors import ConfigurationError
-from surfw.wire import PROTOCOL, is_loopback
+from surfw.wire import PROTOCOL
 
 _library_log = logging.getLogger("surfw.server.websocket")
 _library_log.setLevel(logging.WARNING)  # below that, it repeats our own lines, and shows headers with tokens

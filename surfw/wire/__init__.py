@@ -5,7 +5,7 @@ so that two sessions joined in memory are the whole protocol. The invariant: *wh
 or raises `RemoteProtocolError`, never anything else*. A mistake of our own side raises `LocalProtocolError`.
 """
 
-from surfw.wire.access import EXPIRED, bearer, check_token, is_loopback, is_meant, shown_token
+from surfw.wire.access import EXPIRED, bearer, check_token, is_meant, shown_token
 from surfw.wire.messages import (
     MOST_SCHEDULED,
     PROTOCOL,
@@ -77,7 +77,6 @@ __all__ = [
     "binary_header",
     "check_token",
     "find_shortage",
-    "is_loopback",
     "is_meant",
     "parse_stats",
     "rates_between",

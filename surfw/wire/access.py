@@ -47,14 +47,6 @@ EXPIRED = 'Bearer error="invalid_token", error_description="The access token exp
 """The challenge (`WWW-Authenticate`) to a token that was valid once, as RFC 6750 has it."""
 
 
-def is_loopback(host: str) -> bool:
-    """Whether the host is this machine and no other."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
 def is_meant(host: str, names: Collection[str]) -> bool:
     """Whether a `Host` header names this server: by an address, as `localhost`, or by one of its names.
 

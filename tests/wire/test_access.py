@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from surfw.config import is_loopback
 from surfw.errors import ConfigurationError
-from surfw.wire import bearer, check_token, is_loopback, is_meant, shown_token
+from surfw.wire import bearer, check_token, is_meant, shown_token
 
 TOKENS = st.text(st.characters(min_codepoint=0x21, max_codepoint=0x7E), min_size=1, max_size=40)
 
