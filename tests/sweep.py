@@ -29,7 +29,7 @@ from transformers.models.auto import modeling_auto
 
 from surfw.chunking import prepare_model, write_model
 from surfw.errors import SurfwError
-from surfw.manifest.experts import split_name
+from surfw.manifest import split_name
 from surfw.models import StreamingModel
 from surfw.storage import open_backend
 from surfw.storage.store_source import open_storage_source
