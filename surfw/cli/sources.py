@@ -173,7 +173,7 @@ def choose_model(configuration: Configuration, word: str) -> Configuration:
         origins = {**origins, "source": SettingOrigin("argument", _MODEL)}
         return replace(configuration, settings=settings, origins=origins)
     if origins["model"].kind == "argument":
-        raise Mistake(f"--model does not go with MODEL {word!r}; give one of them")
+        raise Mistake(f"--model does not go with MODEL {word!r}; give one of them (a prompt may also be --prompt)")
     settings = replace(configuration.settings, model=word)
     origins = {**origins, "model": SettingOrigin("argument", _MODEL)}
     return replace(configuration, settings=settings, origins=origins)

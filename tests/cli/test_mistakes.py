@@ -32,7 +32,11 @@ MISTAKES = [
     ("infer --prompt ''", 2, "the prompt is empty; write a text, or pipe one in with --prompt -"),
     ("infer --prompt a --prompt-ids 1", 2, "give either --prompt or --prompt-ids, and not both"),
     ("infer my-model a --prompt b", 2, "--prompt does not go with PROMPT 'a'; give one of them"),
-    ("infer second a --model org/first", 2, "--model does not go with MODEL 'second'; give one of them"),
+    (
+        "infer second a --model org/first",
+        2,
+        "--model does not go with MODEL 'second'; give one of them (a prompt may also be --prompt)",
+    ),
     ("infer ./store a --source ./store", 2, "--source does not go with MODEL './store', which is a source; give one"),
     ("infer --prompt a --system b --raw", 2, "--system does not go with --raw: a system message is part of the chat"),
     ("chat --system b --raw", 2, "--system does not go with --raw: a system message is part of the chat"),
