@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 import transformers
 from gguf import GGMLQuantizationType
 from safetensors.torch import load_file, save_file
@@ -83,6 +84,14 @@ def pickled(work: Callable[[dict[str, Any]], Any] = lambda tensors: tensors) -> 
         torch.save(work(found), folder / "pytorch_model.bin")
 
     return change
+
+
+def distributed(folder: Path) -> None:
+    """What `torch.distributed.checkpoint` writes, in the place of a safetensors file."""
+    found = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    with warnings.catch_warnings(action="ignore"):  # of a job that has no other ranks
+        dcp.save({"model": found, "step": 3}, checkpoint_id=folder, no_dist=True)
 
 
 def sharded(folder: Path, *, place: str = "", promised: str = "") -> None:
@@ -180,6 +189,8 @@ FORMATS = (
     Format("names with a prefix", tensors(lambda found: {f"module.{key}": one for key, one in found.items()})),
     Format("`.bin` with tables within tables", pickled(lambda found: {"state_dict": found, "epoch": 3})),
     Format("`.bin` with more than tensors", pickled(lambda found: {"a": Fraction(1, 2)} | found)),
+    Format("a folder that `torch.distributed.checkpoint` saved, and `config.json` in it", distributed),
+    Format("the same, without", lambda folder: (distributed(folder), (folder / "config.json").unlink())),
     Format("Git LFS pointers", lambda folder: (folder / "model.safetensors").write_text(POINTER)),
     Format("a model type that transformers does not know", settings("config.json", model_type="mine")),
     Format("code that comes with a model (`auto_map`)", settings("config.json", auto_map={"AutoModel": "code.Mine"})),

@@ -32,6 +32,12 @@ WEIGHTS_FILES = (
 )  # fmt: skip
 """Where weights may be, in the order in which transformers looks for them."""
 
+DISTRIBUTED_FILE = ".metadata"
+"""The table of a checkpoint of `torch.distributed.checkpoint`, beside the files of all ranks."""
+
+_RANKS_FILE = re.compile(r"shard-[0-9]{5,}-model-[0-9]{5,}-of-[0-9]{5,}\.safetensors")
+"""What its writer of safetensors files calls that of a rank; there is no table beside these."""
+
 _VARIANT = re.compile(
     r"(?:model|pytorch_model)(?:\.(?:safetensors|bin)\.index)?\.([A-Za-z0-9_-]{1,32})\.(?:safetensors|bin|json)"
 )
@@ -55,6 +61,7 @@ _FOREIGN = {
     "*.h5": "TensorFlow weights",
     "consolidated.*": "weights in their publisher's own layout",
     "*.onnx": "an ONNX graph",
+    DISTRIBUTED_FILE: "weights saved by torch.distributed.checkpoint, of which surfw chunk takes a folder",
     "model_index.json": "a diffusion pipeline",
 }
 
@@ -117,6 +124,16 @@ def find_weights(names: Collection[str], where: str, variant: str | None = None)
         f"{where} has no weights that surfw reads: expected {' or '.join(WEIGHTS_FILES)}, "
         f"it has {', '.join(seen[:3] or sorted(names)[:8])}; {advice} the model with save_pretrained"
     )
+
+
+def is_distributed(names: Collection[str]) -> bool:
+    """Whether files were saved by `torch.distributed.checkpoint`, and none for transformers beside them."""
+    return (DISTRIBUTED_FILE in names or bool(ranks_files(names))) and not set(WEIGHTS_FILES).intersection(names)
+
+
+def ranks_files(names: Collection[str]) -> list[str]:
+    """Those files of which each holds what a rank had of the model, in order."""
+    return sorted(filter(_RANKS_FILE.fullmatch, names))
 
 
 def find_adapter_weights(names: Collection[str], where: str) -> str:
@@ -230,7 +247,7 @@ def read_weights(folder: Path, name: str, where: str | None = None) -> Weights:
         )
     suffix = ".safetensors" if "safetensors" in name else ".bin"
     for tensor, file in promised.items():
-        if not _is_plain(file, suffix):
+        if not is_plain(file, suffix):
             raise CheckpointError(
                 f"{path} places tensor {quote(tensor)} in {quote(file)}, "
                 f"expected a path within the checkpoint that ends in {suffix}"
@@ -308,7 +325,8 @@ def no_adapter(where: str) -> CheckpointError:
     )
 
 
-def _is_plain(file: Any, suffix: str) -> bool:
+def is_plain(file: Any, suffix: str) -> bool:
+    """Whether what a file of a checkpoint names is a path within the checkpoint's folder, with this suffix."""
     if not isinstance(file, str) or not file.endswith(suffix) or not file.isprintable() or "\\" in file:
         return False
     return not {"", ".", ".."} & set(file.split("/"))

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from surfw.checkpoint.shard import SourceTensor, check_unchanged, identify, open_weights, translate_errors
+from surfw.checkpoint.shard import TORCH_DTYPES, SourceTensor, check_unchanged, identify, open_weights, translate_errors
 from surfw.config import MIB, format_size, quote
 from surfw.errors import CheckpointError, UnsupportedModelError
 
@@ -29,12 +29,6 @@ _DEEPEST = 3
 """So many tables within each other may be around the tensors for an error to say where they are."""
 
 _ZIP_MAGIC = b"PK\x03\x04"
-_DTYPES = {
-    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2", torch.uint16: "U16", torch.int16: "I16", torch.float16: "F16",
-    torch.bfloat16: "BF16", torch.uint32: "U32", torch.int32: "I32", torch.float32: "F32", torch.complex64: "C64",
-    torch.uint64: "U64", torch.int64: "I64", torch.float64: "F64",
-}  # fmt: skip
 
 
 class LegacyShard:
@@ -117,17 +111,17 @@ class LegacyShard:
 
     def _describe(self, name: str, tensor: torch.Tensor) -> SourceTensor:
         odd = tensor.is_quantized or tensor.is_meta or tensor.is_conj() or tensor.is_neg()
-        if odd or tensor.layout is not torch.strided or tensor.dtype not in _DTYPES:
+        if odd or tensor.layout is not torch.strided or str(tensor.dtype) not in TORCH_DTYPES:
             raise UnsupportedModelError(
                 f"{self.path}: tensor {quote(name)} is of a kind that surfw does not read ({tensor.dtype}, "
-                f"{tensor.layout}); expected a dense tensor of {', '.join(_DTYPES.values())}"
+                f"{tensor.layout}); expected a dense tensor of {', '.join(TORCH_DTYPES.values())}"
             )
         if tensor.nbytes > self.identity.size_bytes:
             raise CheckpointError(
                 f"{self.path}: tensor {quote(name)} claims {tensor.nbytes} bytes, the file has "
                 f"{self.identity.size_bytes}; download it again"
             )
-        return SourceTensor(name, _DTYPES[tensor.dtype], tuple(tensor.shape), self.path, None)
+        return SourceTensor(name, TORCH_DTYPES[str(tensor.dtype)], tuple(tensor.shape), self.path, None)
 
 
 def _load(path: Path, *, mapped: bool) -> dict[Any, Any]:

@@ -17,8 +17,10 @@ from blake3 import blake3
 
 from surfw.checkpoint.companions import companions, list_files
 from surfw.checkpoint.layout import (
+    CONFIG_FILE,
     Weights,
     find_weights,
+    is_distributed,
     read_config,
     read_generation_config,
     read_weights,
@@ -41,7 +43,7 @@ class Checkpoint:
 
     Attributes:
         name: the hub id, or the directory's name.
-        path: the directory that holds its files.
+        path: the directory that holds its files; of what `torch.distributed.checkpoint` saved, the small ones.
         config: `config.json`, as it is: nothing in it is trusted yet.
         generation_config: `generation_config.json`, if there is one.
         files: what belongs to the tokenizer, and to embeddings of sentences, by path in its folder.
@@ -124,6 +126,7 @@ def open_checkpoint(
     *,
     revision: str | None = None,
     variant: str | None = None,
+    config_from: str | None = None,
     show_progress: bool = False,
     may_be_quantised: bool = False,
 ) -> Checkpoint:
@@ -133,16 +136,20 @@ def open_checkpoint(
         model: a local directory, or a hub id (`org/name`).
         revision: branch, tag or commit of the hub repository.
         variant: which files of weights, where they are of several kinds: `fp16` for `model.fp16.safetensors`.
+        config_from: the local directory of a model's `config.json` and tokenizer, if `model` is one with its weights
+            alone, as `torch.distributed.checkpoint` saves them.
         show_progress: let the hub library draw its bars on stderr, in a terminal.
         may_be_quantised: whether quantised weights are not refused.
 
     Raises:
         CheckpointError: it is damaged or incomplete, or neither a directory here nor a hub model that can be reached.
         UnsupportedModelError: it is of a kind that surfw cannot chunk.
-        ConfigurationError: a revision of a local directory was asked for.
+        ConfigurationError: a revision of a local directory was asked for, or a configuration for other weights.
     """
     folder = local_directory(model, "a checkpoint")
     if folder is None:
+        if config_from is not None:
+            raise has_own_config(model)
         from surfw.checkpoint.hub import download_model
 
         folder = download_model(
@@ -150,7 +157,13 @@ def open_checkpoint(
         )
         return open_directory(folder, name=model, variant=variant, may_be_quantised=may_be_quantised)
     refuse_revision(revision, model)
-    return open_directory(folder, variant=variant, may_be_quantised=may_be_quantised)
+    with translate_errors(folder):
+        names = list_files(folder)
+    if is_distributed(names):
+        return _open_distributed(folder, names, config_from, may_be_quantised=may_be_quantised)
+    if config_from is not None:
+        raise has_own_config(model)
+    return open_directory(folder, names=names, variant=variant, may_be_quantised=may_be_quantised)
 
 
 def refuse_revision(revision: str | None, model: str) -> None:
@@ -163,6 +176,40 @@ def refuse_revision(revision: str | None, model: str) -> None:
         raise ConfigurationError(
             f"revision {revision!r} is for hub models, but {model} is a directory here; leave it out"
         )
+
+
+def has_own_config(model: str) -> ConfigurationError:
+    """The error for a configuration that is named for weights which have their own."""
+    return ConfigurationError(
+        f"{model} is no folder here with weights of torch.distributed.checkpoint alone, and has its own configuration; "
+        "leave --config-from (config_from=) out"
+    )
+
+
+def _open_distributed(
+    folder: Path, names: Collection[str], config_from: str | None, *, may_be_quantised: bool
+) -> Checkpoint:
+    """Open what `torch.distributed.checkpoint` saved in a folder with these files; see `open_checkpoint`."""
+    settings = folder if config_from is None else Path(config_from).expanduser()
+    if config_from is None and CONFIG_FILE not in names:
+        raise CheckpointError(
+            f"{folder} has weights that torch.distributed.checkpoint saved, and no {CONFIG_FILE}; name the folder that "
+            "has the model's, and its tokenizer: --config-from (config_from=) FOLDER"
+        )
+    config = read_config(settings, may_be_quantised=may_be_quantised)
+    from surfw.checkpoint.distributed import DistributedShard
+
+    with translate_errors(settings):
+        files = companions(list_files(settings))
+    return Checkpoint(
+        name=folder_name(folder),
+        path=settings,
+        config=config,
+        generation_config=read_generation_config(settings),
+        files={file: settings / file for file in files},
+        shards=(DistributedShard(folder, names),),
+        url=str(folder.absolute()),
+    )
 
 
 def open_shard(path: Path) -> Shard:

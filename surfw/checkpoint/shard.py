@@ -16,6 +16,7 @@ from surfw.files import open_regular, user_name
 from surfw.manifest import nbytes
 from surfw.safetensors_header import (
     PREFIX_BYTES,
+    Header,
     HeaderError,
     TruncatedFileError,
     UnsupportedDtypeError,
@@ -24,6 +25,14 @@ from surfw.safetensors_header import (
 )
 
 _POINTER = b"version https://git-lfs."
+
+TORCH_DTYPES = {
+    "torch.bool": "BOOL", "torch.uint8": "U8", "torch.int8": "I8", "torch.float8_e4m3fn": "F8_E4M3",
+    "torch.float8_e5m2": "F8_E5M2", "torch.uint16": "U16", "torch.int16": "I16", "torch.float16": "F16",
+    "torch.bfloat16": "BF16", "torch.uint32": "U32", "torch.int32": "I32", "torch.float32": "F32",
+    "torch.complex64": "C64", "torch.uint64": "U64", "torch.int64": "I64", "torch.float64": "F64",
+}  # fmt: skip
+"""Safetensors' names of the types that files of torch's own kinds may have, by torch's names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +132,16 @@ class SafetensorsShard:
 def read_tensors(
     path: Path, file_bytes: int, read: Callable[[int, memoryview], object], *, where: str
 ) -> tuple[SourceTensor, ...]:
-    """The tensors of a safetensors file; `read` fills memory with its bytes from a position on.
+    """The tensors of a safetensors file in the order of their names; see `read_header`."""
+    found = read_header(file_bytes, read, where=where).tensors
+    return tuple(
+        SourceTensor(tensor.name, tensor.dtype, tensor.shape, path, tensor.start)
+        for tensor in sorted(found, key=lambda tensor: tensor.name)
+    )
+
+
+def read_header(file_bytes: int, read: Callable[[int, memoryview], object], *, where: str) -> Header:
+    """The header of a safetensors file; `read` fills memory with its bytes from a position on.
 
     Raises:
         CheckpointError: a rule of the format is broken; the text says which.
@@ -134,17 +152,13 @@ def read_tensors(
     try:
         text = bytearray(header_length(bytes(prefix), file_bytes))
         read(PREFIX_BYTES, memoryview(text))
-        found = parse_header(bytes(text), file_bytes).tensors
+        return parse_header(bytes(text), file_bytes)
     except TruncatedFileError as exc:
         raise CheckpointError(f"{where} is truncated: {exc}; download the shard again") from exc
     except UnsupportedDtypeError as exc:
         raise UnsupportedModelError(f"{where}: {exc}") from exc
     except HeaderError as exc:
         raise CheckpointError(f"{where} is not a valid safetensors file: {exc}; download it again") from exc
-    return tuple(
-        SourceTensor(tensor.name, tensor.dtype, tensor.shape, path, tensor.start)
-        for tensor in sorted(found, key=lambda tensor: tensor.name)
-    )
 
 
 def identify(path: Path, fd: int | None = None) -> Identity:

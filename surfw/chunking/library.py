@@ -73,6 +73,7 @@ class ModelChunker:
         dtype: str | None = None,
         dequantize: str | None = None,
         model_class: Any = None,
+        config_from: str | os.PathLike[str] | None = None,
         on_missing: OnMissing = "error",
         codecs: Sequence[str] = DEFAULT_CODECS,
         quantize: Literal["all", "experts"] = "all",
@@ -90,7 +91,7 @@ class ModelChunker:
             storage_backend: the storage that is, or becomes, the store; it stays the caller's to close.
             name: the model's name in the store; default: the hub id, or the directory's name.
             base: for a LoRA adapter in peft's format: the model of the store that it changes. Then `dtype`,
-                `dequantize`, `model_class` and `on_missing` have no meaning.
+                `dequantize`, `model_class`, `config_from` and `on_missing` have no meaning.
             revision: branch, tag or commit of the hub repository.
             variant: which files of weights, where they are of several kinds: `fp16` for `model.fp16.safetensors`.
             dtype: convert the weights to this dtype, as `from_pretrained(dtype=…)` would.
@@ -98,6 +99,8 @@ class ModelChunker:
                 compressed-tensors, fp8, mxfp4 and mxfp8.
             model_class: your own subclass of transformers' `PreTrainedModel`, for a model that transformers does not
                 know.
+            config_from: the local directory of the model's `config.json` and tokenizer, if `model_name` is one with
+                its weights alone, as `torch.distributed.checkpoint` saves them.
             on_missing: `error`, or `uninitialized`: chunk a checkpoint that lacks weights of its class.
             codecs: the forms to store of each chunk: `none`, `lossless`, and `int8` and `int4`, which are not exact.
                 Beside `none`, `lossless` is kept where it is at least 10 % smaller.
@@ -125,6 +128,7 @@ class ModelChunker:
             ("dequantize", dequantize),
         ):
             expect(key, value, str | None, "a text or None")
+        expect("config_from", config_from, str | os.PathLike | None, "a local directory or None")
         if output_dir is not None:
             expect("output_dir", output_dir, str | os.PathLike, "a folder or a storage URL")
         if output_dir is not None and storage_backend is not None:
@@ -143,9 +147,10 @@ class ModelChunker:
         self._progress = progress or (lambda *_: None)
         self._base = base
         if base is not None:
-            if dtype is not None or dequantize is not None or model_class is not None or on_missing != "error":
+            if any(one is not None for one in (dtype, dequantize, model_class, config_from)) or on_missing != "error":
                 raise ConfigurationError(
-                    "dtype, dequantize, model_class and on_missing are for whole models; leave them out with base"
+                    "dtype, dequantize, model_class, config_from and on_missing are for whole models; leave them out "
+                    "with base"
                 )
             if self._key is not None:
                 raise ConfigurationError("adapters are not encrypted; leave encryption_key_file out with base")
@@ -165,6 +170,7 @@ class ModelChunker:
             dtype=dtype,
             dequantize=dequantize,
             model_class=model_class,
+            config_from=None if config_from is None else os.fspath(config_from),
             on_missing=on_missing,
             storage_options=placed.for_url(model),
         )

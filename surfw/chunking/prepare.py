@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Self
 from surfw.checkpoint import Checkpoint, open_checkpoint
 from surfw.checkpoint.companions import is_of_sentences
 from surfw.checkpoint.layout import quantisation_of, read_small, without_quantisation
+from surfw.checkpoint.reader import has_own_config
 from surfw.checkpoint.shard import refuse_pointer
 from surfw.chunking.plan import ChunkPlan, PlannedChunk, PlannedTensor, UnitFacts, plan_chunks, with_exact_rest
 from surfw.chunking.remote import open_remote_checkpoint
@@ -133,6 +134,7 @@ def prepare_model(
     dtype: str | None = None,
     dequantize: str | None = None,
     model_class: Any = None,
+    config_from: str | None = None,
     on_missing: OnMissing = "error",
     show_progress: bool = False,
     storage_options: Mapping[str, Any] | None = None,
@@ -150,6 +152,8 @@ def prepare_model(
         dequantize: instead of `dtype`, make dense weights of this dtype of quantised ones, as transformers does.
         model_class: default: the one that the configuration names in its `architectures`, else the base model of its
             type.
+        config_from: the local directory of a model's `config.json` and tokenizer, if `model` is one with its weights
+            alone, as `torch.distributed.checkpoint` saves them.
         on_missing: with `uninitialized`, a model that lacks weights runs only where this is asked for again.
         show_progress: let the hub library draw its bars on stderr, in a terminal.
         storage_options: for a storage URL in `model`.
@@ -176,7 +180,10 @@ def prepare_model(
         check_model_class(model_class)
     address = read_address(model)
     file = Path(address.removeprefix("file://")).expanduser()
-    if is_local_url(address) and file.suffix.lower() == ".gguf" and file.is_file():
+    is_file = is_local_url(address) and file.suffix.lower() == ".gguf" and file.is_file()
+    if config_from is not None and (is_file or not is_local_url(address)):
+        raise has_own_config(display_url(address))
+    if is_file:
         from surfw.chunking.gguf_file import prepare_gguf
 
         return prepare_gguf(file, name=name, dtype=dequantize or dtype, on_missing=on_missing, on_step=on_step)
@@ -185,6 +192,7 @@ def prepare_model(
             address.removeprefix("file://"),
             revision=revision,
             variant=variant,
+            config_from=config_from,
             show_progress=show_progress,
             may_be_quantised=is_quantised,
         )

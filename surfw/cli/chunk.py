@@ -33,6 +33,7 @@ Examples:
   surfw chunk ./my-model --name mine --dtype bfloat16
   surfw chunk ./my-model --dry-run
   surfw chunk ./my-adapter --base mine
+  surfw chunk ./step-1000 --config-from ./my-model
   surfw chunk s3://bucket/my-model --in-place
   surfw chunk ./my-model --encrypt ./model.key
   surfw chunk ./my-model --sign ./maker.pem
@@ -53,6 +54,7 @@ class _Wanted:
     variant: str | None
     dtype: str | None
     dequantize: str | None
+    config_from: str | None
     codecs: tuple[str, ...]
     only_experts: bool
     encrypt: str | None
@@ -89,6 +91,13 @@ def chunk(
             metavar="DTYPE",
             help="Make dense weights of quantised ones: compressed-tensors, fp8, mxfp4.",
             autocompletion=completion.dtypes,
+        ),
+    ] = None,
+    config_from: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="Where config.json and the tokenizer are, if MODEL is weights of torch.distributed.checkpoint alone.",
         ),
     ] = None,
     codec: Annotated[
@@ -154,8 +163,9 @@ def chunk(
     chunking = {
         "--name": name is not None, "--revision": revision is not None, "--dtype": dtype is not None,
         "--variant": variant is not None, "--dequantize": dequantize is not None, "--codec": codec is not None,
-        "--quantize": quantize is not None, "--base": base is not None, "--from": source is not None,
-        "--in-place": in_place, "--encrypt": encrypt is not None, "--sign": sign is not None,
+        "--config-from": config_from is not None, "--quantize": quantize is not None, "--base": base is not None,
+        "--from": source is not None, "--in-place": in_place, "--encrypt": encrypt is not None,
+        "--sign": sign is not None,
         "--verify-key": configuration.origins["verify_key"].kind == "argument",
         "--on-missing": configuration.origins["on_missing"].kind == "argument",
     }  # fmt: skip
@@ -167,7 +177,10 @@ def chunk(
             "name a checkpoint to chunk: a hub id such as org/name, a directory, or a storage URL", param_hint="MODEL"
         )
     if source is not None:
-        for option in ("--revision", "--variant", "--dtype", "--dequantize", "--base", "--in-place", "--on-missing"):
+        for option in (
+            "--revision", "--variant", "--dtype", "--dequantize", "--config-from", "--base", "--in-place",
+            "--on-missing",
+        ):  # fmt: skip
             _refuse_with("--from", option, chunking, "checkpoints")
         from surfw.cli import render
         from surfw.cli.copy import Copy, copy_model
@@ -187,7 +200,9 @@ def chunk(
             f"{model} is no checkpoint here; did you mean 'surfw {_TASKS[model]}'? For a directory write ./{model}"
         )
     if base is not None:
-        for option in ("--dtype", "--dequantize", "--quantize", "--in-place", "--on-missing", "--encrypt"):
+        for option in (
+            "--dtype", "--dequantize", "--config-from", "--quantize", "--in-place", "--on-missing", "--encrypt",
+        ):  # fmt: skip
             _refuse_with("--base", option, chunking, "whole models")
         _chunk_adapter(
             settings, model=model, base=base, name=name, revision=revision, codec=codec, sign=sign, dry_run=dry_run,
@@ -200,8 +215,8 @@ def chunk(
         _refuse_in_place({"--codec": codec, "--encrypt": encrypt, "--sign": sign})
     codecs = ("none",) if in_place else _read_codecs(codec)
     wanted = _Wanted(
-        model=model, name=name, revision=revision, variant=variant, dtype=dtype, dequantize=dequantize, encrypt=encrypt,
-        key=_read_key(encrypt), signer=_read_signer(sign), codecs=codecs,
+        model=model, name=name, revision=revision, variant=variant, dtype=dtype, dequantize=dequantize,
+        config_from=config_from, encrypt=encrypt, key=_read_key(encrypt), signer=_read_signer(sign), codecs=codecs,
         only_experts=_read_quantize(quantize, codecs), dry_run=dry_run, in_place=in_place,
     )  # fmt: skip
     with _busy(model, quiet=json or quiet) as step:  # before anything is imported that takes time
@@ -402,6 +417,7 @@ def _chunk(wanted: _Wanted, settings: Settings, step: Callable[[str], None], *, 
         name=wanted.name,
         revision=wanted.revision,
         variant=wanted.variant,
+        config_from=wanted.config_from,
         dtype=wanted.dtype,
         dequantize=wanted.dequantize,
         on_missing=settings.on_missing,

@@ -9,17 +9,19 @@ import copy
 import json
 import os
 import signal
+import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.distributed.tensor.placement_types import _StridedShard
@@ -32,6 +34,22 @@ from surfw.skeleton.units import find_units
 from tests.checkpoints import resident
 
 IDS = torch.arange(1, 13).view(1, 12)
+
+
+def run_jobs(
+    jobs: Sequence[Mapping[str, Any]], folder: Path, out: Path, *, with_killed: int | None = None
+) -> list[list[list[dict[str, Any]]]]:
+    """What the ranks of each job see, case by case; a rank that is killed, in one of the jobs, sees nothing."""
+    command = [sys.executable, "-m", "tests.distributed.job", json.dumps(jobs), str(folder), str(out)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = []
+    for at, job in enumerate(jobs):
+        files = [out / f"{at}-{rank}.json" for rank in range(job["ranks"])]
+        ranks = [json.loads(file.read_text()) for file in files if file.exists()]
+        assert len(ranks) == job["ranks"] - (at == with_killed), done.stderr[-4000:]
+        found.append([list(case) for case in zip(*ranks, strict=True)])
+    return found
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -250,7 +268,95 @@ def pipelined(case: Mapping[str, Any], folder: Path, wholes: Mapping[str, Any]) 
     return {"layers": layers, "weights": weights, "answers": answers, "right": right}
 
 
-KINDS = {"placed": placed, "failing": failing, "staged": staged, "pipelined": pipelined}
+STEPS = 20
+
+
+def train(model: Any, ids: torch.Tensor) -> list[float]:
+    """Learn some sequences by heart with AdamW; the mean loss over all ranks of each step."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0  # or one process would drop other elements than two
+    learning = [one for one in model.parameters() if one.requires_grad]
+    optimizer = torch.optim.AdamW(learning, lr=2e-3)
+    losses = []
+    for _ in range(STEPS):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        dist.all_reduce(seen := loss.detach().clone())
+        losses.append(float(seen) / dist.get_world_size())
+    return losses
+
+
+def trained(case: Mapping[str, Any], folder: Path, wholes: Mapping[str, Any]) -> dict[str, Any]:
+    """Train a streamed model, the resident one placed as it is, and the resident one in one process."""
+    whole, store = wholes[case["model"]], folder / "stores" / case["model"]
+    rank, count = dist.get_rank(), dist.get_world_size()
+    mesh = init_device_mesh("cpu", (count,))
+    torch.manual_seed(0)
+    ids = torch.randint(1, 131, (2 * count, 12))
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if case["placement"] == "mixed" else None
+
+    def by_hand(model: Any) -> None:
+        options: dict[str, Any] = {} if policy is None else {"mp_policy": policy}
+        for unit in find_units(model):
+            if unit.kind == "layer":
+                fully_shard(unit.module, mesh=mesh, **options)
+        fully_shard(model, mesh=mesh, **options)
+
+    streamed: Any = build_model(store)
+    if case["placement"] == "frozen":
+        streamed.get_input_embeddings().weight.requires_grad_(requires_grad=False)
+    if policy is None:
+        load_sharded(streamed, store, mesh)
+    else:
+        by_hand(streamed)
+        load_sharded(streamed, store)
+    same, alone = copy.deepcopy(whole), copy.deepcopy(whole)
+    if case["placement"] == "frozen":
+        for model in (same, alone):
+            model.get_input_embeddings().weight.requires_grad_(requires_grad=False)
+    by_hand(same)
+    mine = ids[rank * 2 : rank * 2 + 2]
+    losses, right = train(streamed, mine), train(same, mine)
+    expected, before = dict(same.named_parameters()), dict(whole.named_parameters())
+    ends = {name: whole_of(one) for name, one in streamed.named_parameters()}
+    wrong = [name for name, one in ends.items() if not torch.equal(one, whole_of(expected[name]))]
+    return {
+        "losses": losses, "right": right, "alone": train(alone, ids), "wrong": wrong,
+        "unchanged": [name for name, one in ends.items() if torch.equal(one, before[name])],
+        "names": sorted(ends) == sorted(expected),
+    }  # fmt: skip
+
+
+def saved(case: Mapping[str, Any], folder: Path, wholes: Mapping[str, Any]) -> dict[str, Any]:
+    """Change a placed model by a step of AdamW, save it with its optimizer, and by `save_pretrained` as well."""
+    store, place_to = folder / "stores" / case["model"], folder / "saved" / case["name"]
+    model: Any = build_model(store)
+    load_sharded(model, store, **place(model, case["placement"]))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, foreach=False)
+    for parameter in model.parameters():
+        parameter.grad = parameter.detach().clone()
+    optimizer.step()
+    if case["form"] == "safetensors":
+        writer = dcp.HuggingFaceStorageWriter(str(place_to), save_distributed=True)
+        dcp.save(model.state_dict(), storage_writer=writer)
+    else:
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": 1}
+        dcp.save(state if case["form"] == "model" else {"app": state}, checkpoint_id=place_to)
+    whole = copy.deepcopy(wholes[case["model"]])
+    ends = {name: whole_of(one) for name, one in model.state_dict().items()}
+    whole.load_state_dict(ends)
+    if dist.get_rank() == 0:
+        whole.save_pretrained(folder / "saved" / f"{case['name']}-plain")
+    return {}
+
+
+KINDS = {
+    "placed": placed, "failing": failing, "staged": staged, "pipelined": pipelined, "trained": trained, "saved": saved,
+}  # fmt: skip
 
 
 def run_rank(job: int, rank: int, count: int, cases: list[Any], folder: Path, out: Path, wholes: Any) -> None:

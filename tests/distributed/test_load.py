@@ -14,6 +14,7 @@ from surfw import ModelChunker, WeightClient
 from surfw.config import BLOCK_BYTES
 from tests.checkpoints import save_llama
 from tests.cli.run import surfw
+from tests.distributed.job import run_jobs
 from tests.exactness.families import FAMILIES
 
 MODELS = ("llama", "llama-tied", "gpt2", "t5")
@@ -66,16 +67,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def results(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> list[list[list[dict[str, Any]]]]:
     """What the ranks of each job saw, case by case; a rank that was killed has seen nothing."""
     out = tmp_path_factory.mktemp("results")
-    command = [sys.executable, "-m", "tests.distributed.job", json.dumps(JOBS), str(checkpoints), str(out)]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-4000:]
-    found = []
-    for at, job in enumerate(JOBS):
-        files = [out / f"{at}-{rank}.json" for rank in range(job["ranks"])]
-        ranks = [json.loads(file.read_text()) for file in files if file.exists()]
-        assert len(ranks) == job["ranks"] - (at == KILLED), done.stderr[-4000:]
-        found.append([list(case) for case in zip(*ranks, strict=True)])
-    return found
+    return run_jobs(JOBS, checkpoints, out, with_killed=KILLED)
 
 
 ALL = [

@@ -28,8 +28,8 @@ from tests.services.s3 import S3Service
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 TESTED = {
-    "custom_backend", "custom_model", "fastapi_app", "image_and_sound", "inference_example", "llama_example",
-    "llama_s3_example", "lora_training", "mixture", "openai_server",
+    "custom_backend", "custom_model", "fastapi_app", "fsdp_training", "image_and_sound", "inference_example",
+    "llama_example", "llama_s3_example", "lora_training", "mixture", "openai_server",
 }  # fmt: skip
 START = """
 import runpy, sys, transformers
@@ -83,6 +83,20 @@ def test_a_llama_of_ones_own(tmp_path: Path) -> None:
     from tests.checkpoints import save_llama
 
     assert run(tmp_path, "llama_example", str(save_llama(tmp_path / "mine"))).startswith("mine: 4 layers, ")
+
+
+def test_a_model_that_two_ranks_train(tmp_path: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, str(EXAMPLES / "fsdp_training.py")]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=200, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
+    losses = [float(loss) for loss in re.findall(r"step \d+: loss ([\d.]+)\n", done.stdout)]
+    assert len(losses) == 20
+    assert losses[-1] < losses[0] / 5
+    assert re.search(r"rank 0 read [\d.]+ MB of 3\.\d MB\n", done.stdout)
+    assert "Weights come by sea." in done.stdout
+    assert (tmp_path / "trained" / ".metadata").exists()
 
 
 def test_a_mixture(tmp_path: Path) -> None:

@@ -1,0 +1,294 @@
+"""The tensors of a checkpoint of `torch.distributed.checkpoint`, put together from what each rank has saved.
+
+Of what is read, so many rows are in memory at a time as a read needs; of a tensor whose elements do not lie one after
+another, all of it. Archives of `torch.save` are not loaded: their elements are read where they lie, once the pickle in
+them (read as inert data, too) says of which type and order they are.
+
+Reading is not safe from several threads.
+"""
+
+import io
+import os
+import zipfile
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from surfw.checkpoint.distributed_table import Part, Parted, Place, contiguous, read_table
+from surfw.checkpoint.layout import DISTRIBUTED_FILE
+from surfw.checkpoint.plain_pickle import ForeignNameError, Made, Named, read_pickle
+from surfw.checkpoint.shard import (
+    TORCH_DTYPES,
+    Identity,
+    SourceTensor,
+    check_unchanged,
+    open_weights,
+    translate_errors,
+)
+from surfw.config import KIB, quote
+from surfw.errors import CheckpointError, UnsupportedModelError
+from surfw.manifest import DTYPE_BITS
+
+_PICKLE_BYTES = 64 * KIB
+_MOST_RECORDS = 64
+_LOCAL_HEADER = b"PK\x03\x04"
+_LOCAL_HEADER_BYTES = 30
+
+_STORAGES = {
+    "torch.BoolStorage": "BOOL", "torch.ByteStorage": "U8", "torch.CharStorage": "I8", "torch.ShortStorage": "I16",
+    "torch.HalfStorage": "F16", "torch.BFloat16Storage": "BF16", "torch.IntStorage": "I32", "torch.FloatStorage": "F32",
+    "torch.ComplexFloatStorage": "C64", "torch.LongStorage": "I64", "torch.DoubleStorage": "F64",
+}  # fmt: skip
+_UNTYPED = "torch.storage.UntypedStorage"
+_REBUILD = "torch._utils._rebuild_tensor_v2"
+_REBUILD_UNTYPED = "torch._utils._rebuild_tensor_v3"
+_EXPECTED = {_REBUILD, _REBUILD_UNTYPED, _UNTYPED, "collections.OrderedDict", *_STORAGES, *TORCH_DTYPES}
+"""What the pickle in an archive may name."""
+
+
+class DistributedShard:
+    """All files that ranks have saved of a model, as one; its tensors are in the order of their names.
+
+    Attributes:
+        identity: stands for all its files: the sum of their sizes and of their times.
+    """
+
+    def __init__(self, folder: Path, names: Collection[str]) -> None:
+        """Read the table of a folder with these files.
+
+        Raises:
+            CheckpointError: the checkpoint is damaged or incomplete.
+            UnsupportedModelError: it is of a kind that surfw does not read.
+        """
+        self.path = folder / DISTRIBUTED_FILE if DISTRIBUTED_FILE in names else folder
+        table = read_table(folder, names)
+        self._tensors, self._files = table.tensors, table.files
+        sizes, times = (one.size_bytes for one in self._files.values()), (one.mtime_ns for one in self._files.values())
+        self.identity = Identity(self.path.name, sum(sizes), sum(times))
+        self.tensors = tuple(
+            SourceTensor(name, one.dtype, one.shape, self.path, None) for name, one in sorted(self._tensors.items())
+        )
+        self._rows: tuple[str, int, int, Any] | None = None
+
+    def read_into(self, tensor: SourceTensor, destination: memoryview, start: int) -> None:
+        """Fill `destination` with the tensor's bytes from byte `start` on."""
+        if not len(destination):
+            return
+        one = self._tensors[tensor.name]
+        count = one.shape[0] if one.shape else 1
+        row_bytes = tensor.nbytes // count
+        stop = start + len(destination)
+        first, last = start // row_bytes, -(-stop // row_bytes)
+        for part in one.parts:
+            self._locate(part, one.dtype)
+        if any(part.place and part.place.strides != contiguous(part.sizes) for part in one.parts):
+            first, last = 0, count  # no rows can be read alone
+        if (first * row_bytes, last * row_bytes) == (start, stop):
+            self._rows = None
+            self._read_rows(one, first, last, np.frombuffer(destination, np.uint8))
+            return
+        if self._rows is None or self._rows[:3] != (tensor.name, first, last):
+            self._rows = None
+            rows = np.empty((last - first) * row_bytes, np.uint8)
+            self._read_rows(one, first, last, rows)
+            self._rows = tensor.name, first, last, rows
+        begin = start - first * row_bytes
+        np.frombuffer(destination, np.uint8)[:] = self._rows[3][begin : begin + len(destination)]
+
+    def close(self) -> None:
+        """Release the rows that are kept; no file stays open."""
+        self._rows = None
+
+    def _read_rows(self, tensor: Parted, first: int, last: int, into: Any) -> None:
+        """Read some indices of a tensor's first dimension into uint8 of shape (their bytes,)."""
+        item = DTYPE_BITS[tensor.dtype] // 8
+        shape = tensor.shape or (1,)
+        rows = into.reshape(last - first, *shape[1:], item)
+        for part in tensor.parts:
+            assert part.place is not None, "it was located"
+            offsets, sizes = part.offsets or (0,), part.sizes or (1,)
+            low, high = max(first, offsets[0]), min(last, offsets[0] + sizes[0])
+            if low >= high:
+                continue
+            strides = part.place.strides or (1,)
+            place = part.place.start + (low - offsets[0]) * strides[0] * item
+            held = high - low, *sizes[1:]
+            inner = tuple(slice(at, at + size) for at, size in zip(offsets[1:], sizes[1:], strict=True))
+            there = rows[(slice(low - first, high - first), *inner)]
+            if there.flags.c_contiguous and strides == contiguous(sizes):
+                self._read(part.file, place, there.reshape(-1))
+                continue
+            stored = np.empty(_span(held, strides) * item, np.uint8)
+            self._read(part.file, place, stored)
+            steps = (*(stride * item for stride in strides), 1)
+            there[...] = np.lib.stride_tricks.as_strided(stored, (*held, item), steps)
+
+    def _read(self, file: Path, position: int, into: Any) -> None:
+        """Fill uint8 of shape (bytes,) from a file."""
+        fd = open_weights(file)
+        try:
+            check_unchanged(file, fd, self._files[file])
+            with translate_errors(file):
+                _fill(fd, position, memoryview(into), file)
+        finally:
+            os.close(fd)
+
+    def _locate(self, part: Part, dtype: str) -> None:
+        """Learn where in its archive the elements of a part lie.
+
+        Raises:
+            CheckpointError: the archive is damaged, or has another tensor.
+            UnsupportedModelError: it is of a kind that surfw does not read.
+        """
+        if part.place is not None:
+            return
+        where = f"{part.file} at byte {part.start}"
+        fd = open_weights(part.file)
+        try:
+            check_unchanged(part.file, fd, self._files[part.file])
+            part.place = _find_elements(fd, part, dtype)
+        except ForeignNameError as exc:
+            raise UnsupportedModelError(
+                f"{where} has a pickle that names {exc}, which is no part of a plain tensor; surfw loads nothing that "
+                "a pickle names: save plain tensors"
+            ) from exc
+        except CheckpointError:
+            raise
+        except Exception as exc:
+            seen = " ".join(str(exc).split())[:200]
+            raise CheckpointError(
+                f"{where} is no tensor as torch.distributed.checkpoint saves one ({type(exc).__name__}: {seen}); copy "
+                "the file again"
+            ) from exc
+        finally:
+            os.close(fd)
+
+
+class _Archive:
+    """An archive of `torch.save` in a file, of which records are found, and not unpacked."""
+
+    def __init__(self, fd: int, part: Part) -> None:
+        self._fd, self._part = fd, part
+        with zipfile.ZipFile(io.BufferedReader(_Window(fd, part.start, part.length))) as archive:
+            self._records = {record.filename: record for record in archive.infolist()}
+        tables = [name for name in self._records if name.endswith("/data.pkl")]
+        if len(tables) != 1 or len(self._records) > _MOST_RECORDS:
+            raise ValueError(f"{len(tables)} tables, and {len(self._records)} records")
+        self._prefix = tables[0].removesuffix("data.pkl")
+
+    def __contains__(self, name: str) -> bool:
+        return self._prefix + name in self._records
+
+    def find(self, name: str) -> tuple[int, int]:
+        """Where a record's bytes are in the file, and how many."""
+        record, length = self._records[self._prefix + name], self._part.length
+        if record.compress_type != zipfile.ZIP_STORED:
+            raise ValueError("its records are compressed")
+        header, at = bytearray(_LOCAL_HEADER_BYTES), record.header_offset
+        if at < 0 or at + len(header) > length:
+            raise ValueError("a record lies outside of it")
+        _fill(self._fd, self._part.start + at, memoryview(header), self._part.file)
+        at += len(header) + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+        if header[:4] != _LOCAL_HEADER or at + record.file_size > length:
+            raise ValueError("a record lies outside of it")
+        return self._part.start + at, record.file_size
+
+    def read(self, name: str) -> bytes:
+        """The bytes of a small record."""
+        at, size = self.find(name)
+        if size > _PICKLE_BYTES:
+            raise ValueError(f"its {name} has {size} bytes")
+        data = bytearray(size)
+        _fill(self._fd, at, memoryview(data), self._part.file)
+        return bytes(data)
+
+
+def _find_elements(fd: int, part: Part, dtype: str) -> Place:
+    """Where in an archive of `torch.save` the elements of its one tensor lie."""
+    archive = _Archive(fd, part)
+    if "byteorder" in archive and archive.read("byteorder") != b"little":
+        raise ValueError("its bytes are in another order")
+    key, first, sizes, strides, found = _read_tensor(read_pickle(archive.read("data.pkl"), _EXPECTED))
+    if (found, sizes) != (dtype, part.sizes):
+        raise ValueError(f"{found} of shape {quote(sizes)}, expected {dtype} of shape {part.sizes}")
+    start, size = archive.find(f"data/{key}")
+    item = DTYPE_BITS[dtype] // 8
+    if (first + _span(sizes, strides)) * item > size:
+        raise ValueError("it has more elements than bytes")
+    return Place(start + first * item, strides)
+
+
+def _read_tensor(made: Any) -> tuple[str, int, tuple[int, ...], tuple[int, ...], str]:
+    """Of a tensor in a pickle: its storage's key, its first element there, sizes, strides and dtype."""
+    if not isinstance(made, Made) or made.name not in {_REBUILD, _REBUILD_UNTYPED}:
+        raise TypeError("it holds something else than a tensor")
+    storage, first, sizes, strides, _, _, *more = made.args
+    if not isinstance(storage, Made) or storage.name:
+        raise TypeError("its tensor has no storage")
+    kind, named, key, _, _ = storage.args
+    if kind != "storage" or not isinstance(named, Named) or not isinstance(key, str):
+        raise TypeError("its tensor has no storage")
+    if made.name == _REBUILD:
+        dtype = _STORAGES[named.name]
+    elif more and isinstance(typed := more.pop(0), Named):
+        dtype = TORCH_DTYPES[typed.name]
+    else:
+        raise TypeError("its tensor has no dtype")
+    if any(more):
+        raise ValueError("its tensor is conjugated or negated")
+    numbers = (first, *sizes, *strides)
+    if not isinstance(sizes, tuple) or len(sizes) != len(strides) or any(type(one) is not int for one in numbers):
+        raise TypeError("its tensor has no sizes")
+    if min(numbers) < 0:
+        raise ValueError("its tensor has negative sizes")
+    return key, first, sizes, tuple(strides), dtype
+
+
+def _span(sizes: Collection[int], strides: Collection[int]) -> int:
+    """How many elements there are from the first to the last one, both included."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
+
+
+def _fill(fd: int, position: int, into: memoryview, file: Path) -> None:
+    done = 0
+    while done < len(into):
+        count = os.preadv(fd, [into[done:]], position + done)
+        if count == 0:
+            raise CheckpointError(f"{file} shrank while it was read; run again when nothing writes to it")
+        done += count
+
+
+class _Window(io.RawIOBase):
+    """Some bytes of a file, as a file."""
+
+    def __init__(self, fd: int, start: int, length: int) -> None:
+        self._fd, self._start, self._length = fd, start, length
+        self._at = 0
+
+    def readable(self) -> bool:
+        """It can be read."""
+        return True
+
+    def seekable(self) -> bool:
+        """It can be sought in."""
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Go somewhere."""
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence]
+        if self._at < 0:
+            raise ValueError("a place before the first byte")
+        return self._at
+
+    def tell(self) -> int:
+        """Where it is read next."""
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        """Read on."""
+        view = memoryview(buffer)[: max(0, self._length - self._at)]
+        count = os.preadv(self._fd, [view], self._start + self._at) if len(view) else 0
+        self._at += count
+        return count
