@@ -5,7 +5,8 @@ imported. Then it reads on: the files of the tokenizer, and, where the whole mod
 they run. `ReadAhead` is the source with what was read; it hands each chunk out once, as a view.
 
 Invariants: what is kept is verified, and bounded: mapped chunks are page cache, all others take a small part of the
-memory that there is. Chunks are read in the order they run, two at a time, so that the first are there early.
+memory that there is. Chunks are read in the order they run, two at a time, so that the first are there early; what was
+brought to a disk cache is verified beside that, so that the run has its first layers while later ones arrive.
 Nothing is kept twice: a chunk that was handed out belongs to the one who asked. The first `fetch` lets go of all that
 is kept in memory: whoever has weights fetched does not want them as views. What is on its way to a disk cache goes on,
 where there is memory for that.
@@ -83,6 +84,7 @@ class ReadAhead(SourceInFront):
         self._kept: list[asyncio.Task[bool]] = []  # what is on its way to a place near by
         self._free_bytes = 0
         self._turns = asyncio.Semaphore(_AT_A_TIME)
+        self._keep_turns = asyncio.Semaphore(_AT_A_TIME)  # others: what is near is verified while the rest arrives
 
     async def begin(self, *, memory_bytes: int, check: Callable[[Manifest], None] = lambda _: None) -> None:
         """Have `check` look at the manifest. Then begin to read the files, and the chunks if they fit into memory."""
@@ -109,7 +111,7 @@ class ReadAhead(SourceInFront):
 
     async def _keep(self, chunk: Chunk, form: Form, priority: int) -> bool:
         """Have the form near by, where the source has such a place; it takes little memory."""
-        async with self._turns:
+        async with self._keep_turns:
             return await self._source.keep(self._manifest, chunk, form, priority=priority)
 
     async def _read(self, chunk: Chunk, form: Form, priority: int) -> View | None:

@@ -65,10 +65,13 @@ class DiskCache(SourceInFront):
         self.folder = folder
         self._local = LocalReader()
         self._writable = True
-        self._keys: dict[str, Manifest] = {}  # the manifests as they are kept, by the names of models
+        self._seen: dict[str, Manifest] = {}  # the manifests as the source has them, by their digests
+        self._accepted: set[str] = set()  # digests of those that are kept
+        self._accepting = asyncio.Lock()
         self._digests: dict[str, Digests] = {}  # of chunks that lack them, by their provisional ids
         self._held: dict[str, bytearray] = {}  # flags of blocks, by the digests of forms: what is near, as last seen
         self._keeping = asyncio.Semaphore(_KEPT_AT_A_TIME)
+        self._spare: list[memoryview] = []  # what is kept went through it; nobody has it now
 
     async def open(self) -> None:
         """Make the folder, or go on without it.
@@ -105,20 +108,37 @@ class DiskCache(SourceInFront):
             )  # fmt: skip
 
     async def manifest(self, model: str) -> Manifest:
-        """The manifest of a model, which is kept."""
+        """The manifest of a model, which is kept once something of the model is asked for."""
         manifest = await self._source.manifest(model)
-        await in_thread(self._enter, manifest)
+        await in_thread(self._look, manifest)
+        self._seen[manifest.digest] = manifest
         return manifest
 
+    async def _accept(self, manifest: Manifest) -> None:
+        """Keep the manifest: whoever asks for something of the model has accepted it, by its pin and its signature."""
+        kept = self._as_seen(manifest)
+        if kept is None or kept.digest in self._accepted:
+            return
+        async with self._accepting:
+            if kept.digest not in self._accepted:
+                await in_thread(self._enter, kept)
+                self._accepted.add(kept.digest)
+
+    def _as_seen(self, manifest: Manifest) -> Manifest | None:
+        """A manifest as the source has it: a run leaves out forms that it does not read."""
+        return next((one for one in reversed(self._seen.values()) if _are_one_model(one, manifest)), None)
+
     def _enter(self, manifest: Manifest) -> None:
-        """Keep a manifest, and see what is there of its chunks."""
+        """Keep a manifest, and note that the model is used."""
         try:
             if self._writable:
                 self.folder.keep_model(manifest, self.url)
         except OSError as exc:
             self._give_up(exc)
         self.folder.use(manifest)
-        self._keys[manifest.name] = manifest
+
+    def _look(self, manifest: Manifest) -> None:
+        """See what is there of a model's chunks."""
         self._digests |= self.folder.digests(manifest)
         for chunk in manifest.chunks:
             known = with_digests(chunk, self._digests.get(chunk.id))
@@ -129,6 +149,7 @@ class DiskCache(SourceInFront):
     async def file(self, manifest: Manifest, path: str) -> bytes:
         """A tokenizer file, from the folder if it is there as it should be."""
         entry = manifest.file(path)
+        await self._accept(manifest)
         data = await in_thread(self.folder.read_file, entry.digest, entry.size)
         if data is not None and payload_digest(data) == entry.digest:
             return data
@@ -144,6 +165,7 @@ class DiskCache(SourceInFront):
 
     async def fetch(self, manifest: Manifest, reads: Sequence[Read], *, priority: int = 0) -> None:
         """Fill every read's destination from the folder, or from the source, and the folder with what that gave."""
+        await self._accept(manifest)
         turns = asyncio.Semaphore(_RUNS_AT_A_TIME)
         # Nobody is told of single blocks: whoever changes them then would change what is written to the folder.
         plain = [replace(read, on_verified=None) for read in reads]
@@ -302,8 +324,8 @@ class DiskCache(SourceInFront):
                 return None
             self._digests[read.chunk.id] = found
             try:
-                if self._writable and manifest.name in self._keys:
-                    await in_thread(self.folder.learn, self._keys[manifest.name], read.chunk.id, found)
+                if self._writable and (seen := self._as_seen(manifest)) is not None:
+                    await in_thread(self.folder.learn, seen, read.chunk.id, found)
             except OSError as exc:
                 self._give_up(exc)
         known = with_digests(read.chunk, self._digests[read.chunk.id])
@@ -315,6 +337,7 @@ class DiskCache(SourceInFront):
 
     async def view(self, manifest: Manifest, chunk: Chunk, form: Form) -> View | None:
         """The form's bytes as mapped pages of the folder, if all of them are there."""
+        await self._accept(manifest)
         if not form.stored_bytes or not self._is_known(chunk, form):
             return None
         form = self._digested(chunk, form)
@@ -352,6 +375,7 @@ class DiskCache(SourceInFront):
 
     async def pin(self, manifest: Manifest) -> None:
         """Have a model stay in the folder, whatever room is needed."""
+        await self._accept(manifest)
         try:
             await in_thread(self.folder.pin, manifest)
         except OSError as exc:
@@ -359,11 +383,13 @@ class DiskCache(SourceInFront):
 
     async def learn(self, manifest: Manifest, chunk: Chunk) -> None:
         """Ask for digests that a chunk lacks; where its source has none either, it cannot be kept."""
+        await self._accept(manifest)
         form = chunk.forms[0]
         await self._with_digests(manifest, Read(chunk, form, 0, 0, memoryview(bytearray())))
 
     async def keep(self, manifest: Manifest, chunk: Chunk, form: Form, *, priority: int = 0) -> bool:
         """Have all of a form in the folder, if there is room; it takes little memory. Returns whether all is there."""
+        await self._accept(manifest)
         if not self._writable or not self._is_known(chunk, form):
             return False
         known = self._digested(chunk, form)
@@ -376,9 +402,12 @@ class DiskCache(SourceInFront):
             async def fill(low: int, high: int) -> None:
                 async with self._keeping:
                     start, stop = low * BLOCK_BYTES, min(high * BLOCK_BYTES, form.stored_bytes)
-                    scratch = memoryview(mmap.mmap(-1, stop - start))
-                    read = Read(chunk, form, start, stop, scratch)
-                    await self._fill(manifest, read, known, blob, priority, keep_pages=True)
+                    scratch = self._spare.pop() if self._spare else memoryview(mmap.mmap(-1, _SCRATCH_BYTES))
+                    read = Read(chunk, form, start, stop, scratch[: stop - start])
+                    try:
+                        await self._fill(manifest, read, known, blob, priority, keep_pages=True)
+                    finally:
+                        self._spare.append(scratch)
 
             await together(fill(low, high) for low, high in _runs(missing, _SCRATCH_BYTES // BLOCK_BYTES))
             return b"\0" not in blob.present()
@@ -416,6 +445,12 @@ class DiskCache(SourceInFront):
         await self._source.close()
         await in_thread(self._local.close)
         await in_thread(self.folder.close)
+
+
+def _are_one_model(one: Manifest, other: Manifest) -> bool:
+    """Whether they differ in forms and locations alone."""
+    names = one.name == other.name and one.weights_key == other.weights_key
+    return names and one.config == other.config and one.files == other.files
 
 
 def _blocks(read: Read) -> tuple[int, int]:

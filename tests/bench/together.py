@@ -37,13 +37,10 @@ BUDGET, DRAFT_BUDGET = "700MB", "1GB"
 NEW = 32
 
 
-def make(folder: Path) -> None:
-    """A model of random weights; a fine-tune of it; one whose greedy decoding walks a cycle; and their store."""
+def save_random(folder: Path) -> None:
+    """The checkpoint of a LLaMA of 1.1B, in bf16: 2.2 GB of random weights, always the same."""
     import torch
-    from safetensors.torch import load_file, save_file
     from transformers import LlamaConfig, LlamaForCausalLM
-
-    from surfw import ModelChunker
 
     torch.manual_seed(0)
     with torch.device("meta"):
@@ -55,7 +52,16 @@ def make(folder: Path) -> None:
         else:
             torch.nn.init.normal_(parameter, std=0.02)
     model.model.rotary_emb.__init__(model.config)  # its buffers are not of the checkpoint
-    model.save_pretrained(folder / "random")
+    model.save_pretrained(folder)
+
+
+def make(folder: Path) -> None:
+    """A model of random weights; a fine-tune of it; one whose greedy decoding walks a cycle; and their store."""
+    from safetensors.torch import load_file, save_file
+
+    from surfw import ModelChunker
+
+    save_random(folder / "random")
     for file in save_llama(folder / "words").glob("tokenizer*"):  # of few words: what it decodes is mostly nothing
         shutil.copy(file, folder / "random")
     weights = load_file(folder / "random/model.safetensors")

@@ -144,6 +144,25 @@ def test_chunks_are_read_in_their_order_two_at_a_time(tmp_path: Path) -> None:
     asyncio.run(run())
 
 
+def test_the_first_chunks_are_there_while_later_ones_are_on_their_way_to_a_place_near_by(tmp_path: Path) -> None:
+    manifest = make_store(tmp_path, sizes=[MIB] * 6)
+
+    class Near(Counting):
+        async def keep(self, manifest: Manifest, chunk: Chunk, form: Form, *, priority: int = 0) -> bool:
+            if priority > 1:
+                await asyncio.Event().wait()
+            return True
+
+    async def run() -> None:
+        ahead = ReadAhead(Near(await open_storage_source(FilesystemBackend(tmp_path))), manifest, None)
+        async with ahead:
+            await ahead.begin(memory_bytes=PLENTY)
+            async with asyncio.timeout(60):
+                assert await view(ahead, manifest, 0) is not None
+
+    asyncio.run(run())
+
+
 def test_a_fetch_lets_go_of_what_is_kept(tmp_path: Path) -> None:
     manifest = make_store(tmp_path)
 

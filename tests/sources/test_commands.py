@@ -21,6 +21,13 @@ def test_a_model_is_pulled_and_runs_when_its_server_is_gone(tmp_path: Path) -> N
         assert f"toy in {server.url} is signed with key" in other
         wrong = complaint(surfw(tmp_path, "pull", "--source", server.url, "--model", f"toy@b3:{'0' * 64}"))
         assert f"expected b3:{'0' * 64}" in wrong
+        infer = ("infer", "--source", server.url, "--prompt", "Weight streaming is", "--max-new-tokens", "3", "-q")
+        kept = ("--disk-cache", "1GB")
+        wrong = complaint(surfw(tmp_path, *infer, *kept, "--model", f"toy@b3:{'0' * 64}", HF_HUB_OFFLINE="0"))
+        assert f"expected b3:{'0' * 64}" in wrong
+        other = complaint(surfw(tmp_path, *infer, *kept, "--verify-key", str(tmp_path / "other"), HF_HUB_OFFLINE="0"))
+        assert f"toy in {server.url} is signed with key" in other
+        assert "0 models" in surfw(tmp_path, "list", "--cached").stdout, "what was refused is not there offline"
         pulled = json.loads(surfw(tmp_path, "pull", server.url, "--json", "--verify-key", public).stdout)
         again = json.loads(surfw(tmp_path, "pull", "--source", server.url, "--model", pin, "--json").stdout)
     assert pulled["model"] == "toy"
@@ -34,7 +41,6 @@ def test_a_model_is_pulled_and_runs_when_its_server_is_gone(tmp_path: Path) -> N
     assert "toy" in shown
     assert "all, pinned" in shown
 
-    infer = ("infer", "--source", server.url, "--prompt", "Weight streaming is", "--max-new-tokens", "3", "-q")
     near = surfw(tmp_path, "infer", "--source", str(tmp_path / "store"), *infer[3:])
     assert near.stdout.strip()
     for offline in ("--offline", "--disk-cache=1GB"):  # HF_HUB_OFFLINE is set here

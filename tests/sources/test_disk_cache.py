@@ -264,6 +264,29 @@ def test_offline_only_what_the_source_had_is_found(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
+def test_offline_a_manifest_of_which_nothing_was_asked_for_is_unknown(tmp_path: Path) -> None:
+    """Who looks at a manifest may refuse it: it has another pin, or no signature."""
+    make_store(tmp_path / "refused", sizes=[MIB])
+    made = make_store(tmp_path / "store", sizes=[3 * MIB])
+
+    async def main() -> None:
+        fresh = CountedSource(tmp_path / "store")
+        async with cached(tmp_path, source=fresh) as cache:
+            accepted = await cache.manifest(made.name)
+            fresh.manifest = CountedSource(tmp_path / "refused").manifest  # type: ignore[method-assign]
+            assert (await cache.manifest(made.name)).digest != made.digest
+            await read_all(cache, accepted)
+        async with cached(tmp_path, source=CountedSource(tmp_path / "store")) as cache:
+            await read_all(cache, await cache.manifest(made.name))
+        async with cached(tmp_path, source=CountedSource(tmp_path / "refused")) as cache:
+            await cache.manifest(made.name)
+        async with cached(tmp_path) as cache:
+            assert (await cache.manifest(made.name)).digest == made.digest
+        assert len(CacheFolder(tmp_path / "cache", None).models()) == 1
+
+    asyncio.run(main())
+
+
 def test_a_model_larger_than_the_budget_is_kept_in_part_and_thrashes_nothing(tmp_path: Path) -> None:
     made = make_store(tmp_path / "store", sizes=[MB] * 22)
 
