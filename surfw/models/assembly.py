@@ -193,6 +193,7 @@ def assemble(
             client.source, manifest, dtypes, forms, keeps_operands=keeps_operands, is_pinned=settings.is_pinned
         )
         if device is None:
+            limit = _with_shared(limit, settings.limit, loader, needs)
             engine = Engine(
                 manifest, needs, limit, loader, io=client.io, metrics=metrics, phases=phases, tables=units,
                 rows_bytes=ROWS_BYTES, prefetch=settings.prefetch,
@@ -207,6 +208,7 @@ def assemble(
         claim = MemoryClaim(
             lambda: engine.claimed_bytes,
             lambda: engine.anonymous_bytes + (adapters.held_bytes if device is None else 0),
+            lambda: engine.mapped,
         )
     plan = engine.plan
     if plan.policy == "lru" and plan.streamed:
@@ -268,6 +270,13 @@ def _decide_limit(limit: Limit, *, is_behind: bool) -> Limit:
     if limit.budget_bytes is not None:
         _warn_beyond_memory(limit.budget_bytes)
     return limit
+
+
+def _with_shared(limit: Limit, given: Limit, loader: Loader, needs: Needs) -> Limit:
+    """The limit with what other models hold of a model already, if its budget is what was free besides."""
+    if given.budget_bytes is not None or limit.budget_bytes is None:
+        return limit
+    return replace(limit, budget_bytes=limit.budget_bytes + loader.shared_bytes(needs.sizes))
 
 
 def _open_device_engine(
