@@ -193,10 +193,9 @@ def assemble(
             client.source, manifest, dtypes, forms, keeps_operands=keeps_operands, is_pinned=settings.is_pinned
         )
         if device is None:
-            limit = _with_shared(limit, settings.limit, loader, needs)
             engine = Engine(
-                manifest, needs, limit, loader, io=client.io, metrics=metrics, phases=phases, tables=units,
-                rows_bytes=ROWS_BYTES, prefetch=settings.prefetch,
+                manifest, needs, _with_shared(limit, settings.limit, loader, needs), loader, io=client.io,
+                metrics=metrics, phases=phases, tables=units, rows_bytes=ROWS_BYTES, prefetch=settings.prefetch,
             )  # fmt: skip
         else:
             _move_rest(skeleton, device)
