@@ -272,10 +272,14 @@ def _decide_limit(limit: Limit, *, is_behind: bool) -> Limit:
 
 
 def _with_shared(limit: Limit, given: Limit, loader: Loader, needs: Needs) -> Limit:
-    """The limit with what other models hold of a model already, if its budget is what was free besides."""
+    """The limit with what other models hold of a model already, if its budget is what was free besides.
+
+    Only where everything fits then: of a part, other chunks may stay than those that are there.
+    """
     if given.budget_bytes is not None or limit.budget_bytes is None:
         return limit
-    return replace(limit, budget_bytes=limit.budget_bytes + loader.shared_bytes(needs.sizes))
+    with_shared = replace(limit, budget_bytes=limit.budget_bytes + loader.shared_bytes(needs.sizes))
+    return with_shared if _everything_fits(needs, with_shared) else limit
 
 
 def _open_device_engine(
@@ -352,6 +356,10 @@ def _fits_well(needs: Needs, limit: Limit) -> bool:
     """
     if limit.budget_bytes is not None:
         limit = replace(limit, budget_bytes=int(limit.budget_bytes * (1 - _FREE_SHARE)))
+    return _everything_fits(needs, limit)
+
+
+def _everything_fits(needs: Needs, limit: Limit) -> bool:
     try:
         return plan_residency(needs, limit).everything_fits
     except ConfigurationError:
