@@ -132,7 +132,7 @@ async def read_again(read: Callable[[], Awaitable[str | None]], seen: list[str])
     return False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
 class View:
     """Stored bytes in memory that is not the caller's: in most cases a mapped file.
 

@@ -194,8 +194,8 @@ def assemble(
         )
         if device is None:
             engine = Engine(
-                manifest, needs, limit, loader, io=client.io, metrics=metrics, phases=phases, tables=units,
-                rows_bytes=ROWS_BYTES, prefetch=settings.prefetch,
+                manifest, needs, _with_shared(limit, settings.limit, loader, needs), loader, io=client.io,
+                metrics=metrics, phases=phases, tables=units, rows_bytes=ROWS_BYTES, prefetch=settings.prefetch,
             )  # fmt: skip
         else:
             _move_rest(skeleton, device)
@@ -207,6 +207,7 @@ def assemble(
         claim = MemoryClaim(
             lambda: engine.claimed_bytes,
             lambda: engine.anonymous_bytes + (adapters.held_bytes if device is None else 0),
+            lambda: engine.mapped,
         )
     plan = engine.plan
     if plan.policy == "lru" and plan.streamed:
@@ -268,6 +269,17 @@ def _decide_limit(limit: Limit, *, is_behind: bool) -> Limit:
     if limit.budget_bytes is not None:
         _warn_beyond_memory(limit.budget_bytes)
     return limit
+
+
+def _with_shared(limit: Limit, given: Limit, loader: Loader, needs: Needs) -> Limit:
+    """The limit with what other models hold of a model already, if its budget is what was free besides.
+
+    Only where everything fits then: of a part, other chunks may stay than those that are there.
+    """
+    if given.budget_bytes is not None or limit.budget_bytes is None:
+        return limit
+    with_shared = replace(limit, budget_bytes=limit.budget_bytes + loader.shared_bytes(needs.sizes))
+    return with_shared if _everything_fits(needs, with_shared) else limit
 
 
 def _open_device_engine(
@@ -344,6 +356,10 @@ def _fits_well(needs: Needs, limit: Limit) -> bool:
     """
     if limit.budget_bytes is not None:
         limit = replace(limit, budget_bytes=int(limit.budget_bytes * (1 - _FREE_SHARE)))
+    return _everything_fits(needs, limit)
+
+
+def _everything_fits(needs: Needs, limit: Limit) -> bool:
     try:
         return plan_residency(needs, limit).everything_fits
     except ConfigurationError:

@@ -43,6 +43,7 @@ def switch_parts(
             if chunk.id in common and chunk.name in parts.engine.plan.pinned:
                 for _, load in parts.engine.fetch([chunk.name]):
                     run.wait_for(load)  # whoever needs it hears of how it ended
+        parts.engine.warm()  # with what differs
     except BaseException:
         parts.close()
         raise

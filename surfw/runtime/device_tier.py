@@ -11,7 +11,7 @@ Invariant: a chunk of the host tier is held from before the copy is issued until
 import asyncio
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 
@@ -204,6 +204,11 @@ class DeviceTier:
     def anonymous_bytes(self) -> int:
         """None: this is not the machine's memory."""
         return 0
+
+    @property
+    def mapped(self) -> Mapping[Hashable, int]:
+        """No file: a device has copies."""
+        return {}
 
     def _is_to_be_coded(self, name: str) -> bool:
         return bool(self._plan.coding_bytes) and not self._coder.gave_up() and self._host.is_to_be_coded(name)

@@ -14,7 +14,7 @@ is not used for another chunk; a failed load is reported to the one who needs th
 
 import logging
 import threading
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -471,6 +471,12 @@ class Engine:
         """Memory of filled buffers that are not mapped files: what the system counts as in use."""
         with self._lock:
             return self.host.anonymous_bytes + self.experts.resident_bytes
+
+    @property
+    def mapped(self) -> Mapping[Hashable, int]:
+        """Files that are mapped: the bytes of each mapping, which other models may have, too."""
+        with self._lock:
+            return self.host.mapped
 
     def _hold(self, module: str, names: Sequence[str]) -> list[tuple[Slot, Any, bool]]:
         """Mark the chunks of a module as used, starting their loads if need be; say of each whether it is ready."""

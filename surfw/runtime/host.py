@@ -7,7 +7,7 @@ Invariant: memory that a load may still write to is not used for another chunk.
 """
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -89,6 +89,10 @@ class Tier(Protocol):
     @property
     def anonymous_bytes(self) -> int:
         """Memory of this machine that is filled, and no mapped file."""
+
+    @property
+    def mapped(self) -> Mapping[Hashable, int]:
+        """Files that are mapped: the bytes of each mapping, which other models may have, too."""
 
 
 class HostTier:
@@ -225,6 +229,12 @@ class HostTier:
         views = sum(one.memory.nbytes for one in filled if isinstance(one, View) and not one.is_mapped)
         return views + sum(one.capacity_bytes for one in filled if isinstance(one, Buffer))
 
+    @property
+    def mapped(self) -> Mapping[Hashable, int]:
+        """Files that are mapped: the bytes of each mapping, which other models may have, too."""
+        found = [one.memory for one in self._contents.values() if one.load.done()]
+        return {id(one): one.memory.nbytes for one in found if isinstance(one, View) and one.is_mapped}
+
     async def _fill(self, contents: Contents, size_bytes: int, priority: int, *, is_shared: bool) -> None:
         """Map the chunk if it has no memory and can be mapped; else fetch it."""
         start = time.perf_counter()
@@ -244,8 +254,8 @@ class HostTier:
                 in_pieces=self._plan.in_pieces,
                 may_map=self._plan.everything_fits and self._device is None,
             )
-            if is_shared:
-                self._loader.share(contents.chunk, buffer)
+        if is_shared:
+            self._loader.share(contents.chunk, contents.memory)
         self._metrics.add("fetched_bytes", stored_bytes)
         self._metrics.latency("fetch").observe(time.perf_counter() - start)
 

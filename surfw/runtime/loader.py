@@ -114,18 +114,24 @@ class Loader:
         self.forms.loaded(chunk.payload_bytes)
         return form.stored_bytes
 
-    def find_shared(self, chunk: Chunk, capacity_bytes: int) -> Buffer | None:
-        """A buffer that another model has filled with this very chunk."""
+    def find_shared(self, chunk: Chunk, capacity_bytes: int) -> Buffer | View | None:
+        """Memory in which another model has this very chunk: a buffer of this capacity, or a view."""
         forms = [form for form in chunk.forms if not self._is_pinned or (chunk.id, form.digest) in self._proven]
-        found = (shared.find(self._identity(chunk, form, capacity_bytes)) for form in forms)
-        return next((buffer for buffer in found if buffer is not None), None)
+        keys = (self._identity(chunk, form, capacity) for form in forms for capacity in (capacity_bytes, None))
+        return next((memory for key in keys if (memory := shared.find(key)) is not None), None)
 
-    def share(self, chunk: Chunk, buffer: Buffer) -> None:
-        """Let other models have a buffer that holds a chunk, and nothing else from now on."""
-        shared.share(self._identity(chunk, self.forms.form(chunk), buffer.capacity_bytes), buffer)
+    def shared_bytes(self, sizes: Mapping[str, int]) -> int:
+        """What of these chunks, with the memory that each takes, other models have in memory."""
+        buffers = {name: buffer_capacity(size) for name, size in sizes.items()}
+        return sum(buffers[name] for name in buffers if self.find_shared(self.manifest.by_name[name], buffers[name]))
 
-    def _identity(self, chunk: Chunk, form: Form, capacity_bytes: int) -> Hashable | None:
-        if self._keeps_operands:  # which are made in the buffer
+    def share(self, chunk: Chunk, memory: Buffer | View) -> None:
+        """Let other models have memory that holds a chunk, and nothing else from now on."""
+        capacity_bytes = memory.capacity_bytes if isinstance(memory, Buffer) else None
+        shared.share(self._identity(chunk, self.forms.form(chunk), capacity_bytes), memory)
+
+    def _identity(self, chunk: Chunk, form: Form, capacity_bytes: int | None) -> Hashable | None:
+        if self._keeps_operands and capacity_bytes is not None:  # which are made in the buffer
             return None
         return shared.identity(chunk, form, self.dtypes, capacity_bytes=capacity_bytes)
 

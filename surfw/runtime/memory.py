@@ -11,7 +11,7 @@ them as cache. Swap does not count as memory.
 import re
 import resource
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -172,21 +172,28 @@ class MemoryClaim:
 
         with deciding:
             plan = make_a_plan(find_default_budget().budget_bytes)
-            claim = MemoryClaim(peak_bytes, held_bytes)
+            claim = MemoryClaim(peak_bytes, held_bytes, mapped)
 
     A claim that is garbage-collected is given up too.
     """
 
-    def __init__(self, peak_bytes: Callable[[], int], held_bytes: Callable[[], int]) -> None:
-        """Lay claim to memory. Both functions are called from any thread; they neither raise nor wait long.
+    def __init__(
+        self,
+        peak_bytes: Callable[[], int],
+        held_bytes: Callable[[], int],
+        mapped: Callable[[], Mapping[Hashable, int]] = dict,
+    ) -> None:
+        """Lay claim to memory. The functions are called from any thread; they neither raise nor wait long.
 
         Args:
             peak_bytes: tells the most memory it may take by its present plan, weights that are mapped from a file
                 included: without them in the page cache, the model is slow.
             held_bytes: tells what it holds of that in anonymous memory now, which the kernel counts as in use.
+            mapped: tells what it has mapped of that, in bytes by what the mapping is: several models may have the same.
         """
         self._peak_bytes = peak_bytes
         self._held_bytes = held_bytes
+        self.mapped = mapped
         with _state:
             _claims.add(self)
 
@@ -202,10 +209,16 @@ class MemoryClaim:
 
 
 def claimed_bytes() -> int:
-    """What all open models of this process may still come to take."""
+    """What all open models of this process may still come to take; what several have mapped is counted once."""
     with _state:
         claims = list(_claims)
-    return sum(claim.open_bytes for claim in claims)
+    mapped: dict[Hashable, int] = {}
+    own_bytes = 0
+    for claim in claims:
+        found = claim.mapped()
+        own_bytes += max(0, claim.open_bytes - sum(found.values()))
+        mapped.update(found)
+    return own_bytes + sum(mapped.values())
 
 
 @dataclass(frozen=True, slots=True)

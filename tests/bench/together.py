@@ -3,7 +3,9 @@
     python -m tests.bench.together make FOLDER        # checkpoints of 1.1B and their store: 10 GB, some minutes
     python -m tests.bench.together many FOLDER        # 16 prompts together, one after another, and accelerate
     python -m tests.bench.together guess FOLDER       # prompt lookup and a draft, on a cycle and on random weights
-    python -m tests.bench.together switch FOLDER      # between two fine-tunes that share 20 of 22 layers
+    python -m tests.bench.together switch FOLDER      # between two fine-tunes that share 20 of 22 layers (--cap 6GB)
+    python -m tests.bench.together adapters FOLDER    # 20 of them over one base: what memory they take (--cap 6GB)
+    python -m tests.bench.together thousand FOLDER    # prompts of mixed lengths for the demo model: memory, and padding
     python -m tests.bench.together sessions FOLDER    # four sessions beside one
     python -m tests.bench.together openai FOLDER      # 16 clients of the OpenAI example beside one
 
@@ -26,6 +28,7 @@ from typing import Any
 
 from surfw.bench.cap import drop_page_cache, memory_group
 from surfw.config import parse_size
+from surfw.runtime.memory import peak_rss_bytes, rss_bytes
 from tests.checkpoints import save_llama
 
 SIZES: dict[str, Any] = {
@@ -33,8 +36,9 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 4, "vocab_size": 32000, "eos_token_id": None, "dtype": "bfloat16",
 }  # fmt: skip
 CYCLE = range(100, 116)
-BUDGET, DRAFT_BUDGET = "700MB", "1GB"
+BUDGET, DRAFT_BUDGET, THOUSAND_BUDGET = "700MB", "1GB", "64MB"
 NEW = 32
+ADAPTERS = 20
 
 
 def save_random(folder: Path) -> None:
@@ -64,6 +68,7 @@ def make(folder: Path) -> None:
     save_random(folder / "random")
     for file in save_llama(folder / "words").glob("tokenizer*"):  # of few words: what it decodes is mostly nothing
         shutil.copy(file, folder / "random")
+    make_adapters(folder, model)
     weights = load_file(folder / "random/model.safetensors")
     tuned = {
         name: one * 1.25 if ".layers.7." in name or ".layers.14." in name else one for name, one in weights.items()
@@ -75,6 +80,25 @@ def make(folder: Path) -> None:
     for name in ("random", "tuned", "cycle"):
         codecs = ("none", "int4") if name != "tuned" else ("none",)
         ModelChunker(folder / name, folder / "store", codecs=codecs).chunk_model_sync()
+    for name in adapter_names():
+        ModelChunker(folder / name, folder / "store", base="random").chunk_model_sync()
+
+
+def adapter_names() -> list[str]:
+    return [f"adapter-{index}" for index in range(ADAPTERS)]
+
+
+def make_adapters(folder: Path, model: Any) -> None:
+    """LoRA adapters over the model of random weights, as peft saves them."""
+    import peft
+    import torch
+
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=8, target_modules=["q_proj", "v_proj"]))
+    for name in adapter_names():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=0.02)
+        adapted.save_pretrained(folder / name)
 
 
 def walk_a_cycle(weights: dict[str, Any]) -> None:
@@ -180,33 +204,144 @@ def guess(folder: Path) -> dict[str, Any]:
     return told
 
 
+COLD = """
+import sys, time
+import torch
+from surfw import StreamingModel
+from tests.bench.together import prompts
+start = time.perf_counter()
+with StreamingModel.open(sys.argv[1], "tuned", memory_budget=sys.argv[2]) as model:
+    model.generate(torch.tensor(prompts(1)), max_new_tokens=1, pad_token_id=0)
+    print(time.perf_counter() - start, model.metrics.count("fetched_bytes"))
+"""
+
+
 def switch(folder: Path) -> dict[str, Any]:
-    """A switch to a fine-tune, up to the first token, against opening it cold."""
+    """A switch to a fine-tune, up to the first token, against opening it in a process of its own.
+
+    Told besides is how long a token takes of the model that is open: no switch can be quicker than that.
+    """
     import torch
 
     from surfw import StreamingModel
 
     ids = torch.tensor(prompts(1))
-    start = time.perf_counter()
-    with StreamingModel.open(folder / "store", "tuned", memory_budget=BUDGET) as model:
-        model.generate(ids, max_new_tokens=1, pad_token_id=0)
-        cold, read = time.perf_counter() - start, model.metrics.count("fetched_bytes")
-    drop_page_cache()
-    told: dict[str, Any] = {"cold_seconds": cold, "cold_bytes": read}
+    told: dict[str, Any] = {}
     for budget in (BUDGET, "3GB"):
+        drop_page_cache()
+        start = time.perf_counter()
+        command = [sys.executable, "-c", COLD, str(folder / "store"), budget]
+        found = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+        process, cold, read = time.perf_counter() - start, float(found[0]), int(found[1])
+        drop_page_cache()
         with StreamingModel.open(folder / "store", "random", memory_budget=budget) as model:
-            model.generate(ids, max_new_tokens=2, pad_token_id=0)
+            model.generate(ids, max_new_tokens=1, pad_token_id=0)
+            start = time.perf_counter()
+            model.generate(ids, max_new_tokens=1, pad_token_id=0)
+            token = time.perf_counter() - start
             start, before = time.perf_counter(), model.metrics.count("fetched_bytes")
             model.switch("tuned")
-            switched, between = time.perf_counter() - start, model.metrics.count("fetched_bytes") - before
+            switched = time.perf_counter() - start
             model.generate(ids, max_new_tokens=1, pad_token_id=0)
             took = time.perf_counter() - start
             told[budget] = {
-                "switch_seconds": switched, "switch_bytes": between, "first_token_seconds": took,
-                "of_cold": took / cold,
+                "cold_process_seconds": process, "cold_seconds": cold, "cold_bytes": read,
+                "switch_seconds": switched, "first_token_seconds": took, "token_seconds": token,
+                "of_cold": took / cold, "of_cold_process": took / process, "least_of_cold": token / cold,
                 "bytes": model.metrics.count("fetched_bytes") - before, "streamed_bytes": model.plan.bytes_per_pass,
             }  # fmt: skip
     return told
+
+
+def memory_now() -> dict[str, int]:
+    """What the kernel says that this process has: resident, and of that what is no file."""
+    lines = (line.split() for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:])
+    return {name.rstrip(":"): int(size) * 1024 for name, size, *_ in lines}
+
+
+def adapters(folder: Path) -> dict[str, Any]:
+    """20 adapters: one after another in the place of each other, all in one model, and each in a model of its own."""
+    import torch
+
+    from surfw import StreamingModel
+    from surfw.runtime.memory import claimed_bytes
+
+    ids, names = torch.tensor(prompts(1)), adapter_names()
+    told: dict[str, Any] = {}
+
+    def grown(before: dict[str, int]) -> dict[str, int]:
+        now = memory_now()
+        return {name: now[name] - before[name] for name in ("Rss", "Pss", "Anonymous")}
+
+    with StreamingModel.open(folder / "store", "random", memory_budget="3GB") as model:
+        model.generate(ids, max_new_tokens=1, pad_token_id=0)
+        base, read, start = memory_now(), model.metrics.count("fetched_bytes"), time.perf_counter()
+        told["base"] = base | {"resident_bytes": model._engine.resident_bytes, "read_bytes": read}
+        for name in names:
+            model.switch(name)
+            model.generate(ids, max_new_tokens=1, pad_token_id=0)
+        told["switched"] = grown(base) | {
+            "base_bytes_read": model.metrics.count("fetched_bytes") - read,
+            "held_bytes": model._open_here().adapters.held_bytes,
+            "seconds_each": (time.perf_counter() - start) / len(names),
+        }
+        before = memory_now()
+        for name in names:
+            model.set_adapter(name)
+            model.generate(ids, max_new_tokens=1, pad_token_id=0)
+        told["all in one model"] = grown(before) | {"held_bytes": model._open_here().adapters.held_bytes}
+    with contextlib.ExitStack() as opened:
+        first = opened.enter_context(StreamingModel.open(folder / "store", "random", memory_budget="3GB"))
+        first.generate(ids, max_new_tokens=1, pad_token_id=0)
+        before, held = memory_now(), 0
+        for name in names:
+            model = opened.enter_context(StreamingModel.open(folder / "store", name, memory_budget="3GB"))
+            model.generate(ids, max_new_tokens=1, pad_token_id=0)
+            held += model._open_here().adapters.held_bytes
+        told["a model for each"] = grown(before) | {"held_bytes": held, "claimed_bytes": claimed_bytes()}
+    return told
+
+
+def thousand(folder: Path) -> dict[str, Any]:
+    """1,000 prompts of mixed lengths: peak memory beside that of a process that has answered two, and padding."""
+    import gc
+
+    import torch
+
+    from surfw import ManyResult, ModelChunker, StreamingModel, demo_checkpoint
+
+    budget = parse_size(THOUSAND_BUDGET)
+    ModelChunker(demo_checkpoint(), folder / "demo").chunk_model_sync()
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 256, (1000,), generator=generator).tolist()
+    asked = [torch.randint(3, 1280, (length,), generator=generator).tolist() for length in lengths]
+    answers: list[ManyResult] = []
+    computed = passes = 0
+
+    def count(_: object, args: tuple[torch.Tensor, ...], _output: object) -> None:
+        nonlocal computed, passes
+        computed, passes = computed + args[0].numel(), passes + 1
+
+    def answer(asked: list[list[int]]) -> None:
+        with StreamingModel.open(folder / "demo", memory_budget=budget) as model:
+            model.model.get_input_embeddings().register_forward_hook(count)
+            model.answer_many(asked, on_result=answers.append, max_new_tokens=NEW, ignore_eos=True)
+
+    answer(asked[:2])
+    answers.clear()
+    gc.collect()
+    computed = passes = 0
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
+    before, start = rss_bytes(), time.perf_counter()
+    answer(asked)
+    seconds, peak = time.perf_counter() - start, peak_rss_bytes() - before
+    tokens = [one.result.token_ids for one in answers if one.result is not None]
+    needed = sum(lengths) + sum(len(one) - 1 for one in tokens)
+    return {
+        "answers": len(tokens), "seconds": seconds, "tokens_per_second": sum(map(len, tokens)) / seconds,
+        "passes": passes, "tokens_per_pass": computed / passes, "padding": 1 - needed / computed,
+        "budget_bytes": budget, "peak_beside_the_process_bytes": peak, "of_budget": peak / budget,
+    }  # fmt: skip
 
 
 def sessions(folder: Path) -> dict[str, Any]:
@@ -275,7 +410,8 @@ def serve_openai(folder: Path, cap: int) -> dict[str, Any]:
 
 
 MEASURED: dict[str, Callable[[Path], dict[str, Any]]] = {
-    "many": many, "guess": guess, "switch": switch, "sessions": sessions,
+    "many": many, "guess": guess, "switch": switch, "adapters": adapters, "thousand": thousand,
+    "sessions": sessions,
 }  # fmt: skip
 
 

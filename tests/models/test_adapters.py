@@ -1,6 +1,7 @@
 """Adapters over a base: the bits of peft over the resident model, and nothing of the base read or stored twice."""
 
 import asyncio
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from surfw.chunking import prepare_adapter, prepare_model, read_base, write_mode
 from surfw.errors import ConfigurationError, ManifestError, UnknownModelError
 from surfw.manifest import Manifest
 from surfw.models.conversation import Conversation
+from surfw.runtime.buffers import buffer_capacity
+from surfw.runtime.memory import claimed_bytes
 from surfw.runtime.plan import least_bytes
 from surfw.storage import open_backend
 from tests.adapters import save_adapter, with_peft
@@ -237,3 +240,52 @@ def test_a_conversation_reads_all_again_with_another_adapter(place: Place) -> No
         turn = conversation.ask("three")
         assert turn.cached_tokens == 0
         assert conversation.ask("four").cached_tokens > 0
+
+
+def test_memory_grows_by_the_adapters_only(tmp_path: Path) -> None:
+    """20 over one base: switched between, loaded into one model, and in as many models that are open together."""
+    settings = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
+    save_llama(tmp_path / "base", hidden=256)
+    store, names = tmp_path / "store", [f"adapter-{index}" for index in range(20)]
+    base_bytes = chunk(tmp_path / "base", store).payload_bytes
+    expected, adapter_bytes = {}, 0
+    for seed, name in enumerate(names):
+        save_adapter(tmp_path / "base", tmp_path / name, seed=seed, **settings)
+        adapter_bytes = chunk_adapter(tmp_path / name, store, "base").payload_bytes  # of each the same
+        if seed in {0, 19}:
+            expected[name] = logits(with_peft(tmp_path / "base", tmp_path / name))
+    most = base_bytes + 7 * 2 * 4096  # each of its chunks is mapped with the header before it, and in whole pages
+    with StreamingModel.open(store, "base", memory_budget="1GB") as model:
+        logits(model)
+        for name in names:
+            before = model._client.source.fetched_bytes
+            model.switch(name)
+            found = logits(model)
+            assert model._client.source.fetched_bytes - before == adapter_bytes
+            assert base_bytes <= mapped_bytes(store) <= most
+            assert torch.equal(found, expected.get(name, found))
+        for name in names:
+            model.load_adapter(name)
+        assert model._client.source.fetched_bytes == base_bytes + 39 * adapter_bytes  # of the last one was there
+        rounded = buffer_capacity(adapter_bytes // 4) * 4  # a chunk for each layer
+        assert model._open_here().adapters.held_bytes == 20 * rounded
+        assert model._open_here().claim.open_bytes + 20 * rounded == model._engine.claimed_bytes
+    with contextlib.ExitStack() as opened:
+        models = [opened.enter_context(StreamingModel.open(store, name)) for name in names]
+        for name, one in zip(names, models, strict=True):
+            found = logits(one)
+            assert torch.equal(found, expected.get(name, found))
+            assert one.plan.everything_fits
+            assert base_bytes <= mapped_bytes(store) <= most
+            assert one._engine.resident_bytes >= base_bytes, "each counts the base in its own budget"
+        claims = [one._open_here().claim for one in models]
+        assert sum(claim.open_bytes for claim in claims) >= 20 * base_bytes
+        assert claimed_bytes() <= sum(claim.open_bytes for claim in claims) - 19 * base_bytes
+    assert mapped_bytes(store) == 0
+
+
+def mapped_bytes(store: Path) -> int:
+    """What this process has mapped of the files of a store."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    spans = [line.split()[0].split("-") for line in lines if str(store) in line]
+    return sum(int(stop, 16) - int(start, 16) for start, stop in spans)

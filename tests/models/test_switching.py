@@ -11,8 +11,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from surfw import ConfigurationError, ModelChunker, ModelClosedError, StreamingModel, UnknownModelError
+from surfw import (
+    ConfigurationError,
+    IntegrityError,
+    ModelChunker,
+    ModelClosedError,
+    StreamingModel,
+    UnknownModelError,
+)
+from surfw.config import CodecChoice
 from surfw.models.lifetime import ModelLifetime
+from surfw.runtime import memory
+from surfw.runtime.memory import MemoryLimit, claimed_bytes, headroom_bytes
 from surfw.runtime.run import Run
 from tests.checkpoints import resident, save_llama
 
@@ -79,6 +89,87 @@ def test_only_what_differs_is_fetched(checkpoints: Path, store: Path) -> None:
         streamed = sum(size for name, size in sizes.items() if name not in pinned)
         assert differs > 0
         assert model.metrics.count("fetched_bytes") - start <= differs + streamed + each
+
+
+@pytest.mark.parametrize("codec", ["none", "lossless", "int4"])
+def test_of_a_store_on_this_disk_only_what_differs_is_read(
+    checkpoints: Path, tmp_path: Path, codec: CodecChoice
+) -> None:
+    """Plain and packed weights are mapped there, others are in buffers."""
+    for name in ("base", "tuned"):
+        ModelChunker(checkpoints / name, tmp_path, codecs=(codec,)).chunk_model_sync()
+    with StreamingModel.open(tmp_path, "tuned", memory_budget="1GB", codec=codec) as model:
+        tuned = read(model)[0]
+    with StreamingModel.open(tmp_path, "base", memory_budget="1GB", codec=codec) as model:
+        read(model)
+        assert model.plan.everything_fits
+        assert bool(model._engine.mapped) == (codec != "lossless")
+        before = memory_of(model)
+        stored = {chunk.id: chunk.forms[0].stored_bytes for chunk in model.manifest.chunks}
+        read_bytes = model._client.source.fetched_bytes
+        model.switch("tuned")
+        found = read(model)[0]
+        differs = {chunk.name: chunk for chunk in model.manifest.chunks if chunk.id not in stored}
+        assert set(differs) == {"model.layers.2", "model.layers.5"}
+        differs_bytes = sum(chunk.forms[0].stored_bytes for chunk in differs.values())
+        assert model._client.source.fetched_bytes - read_bytes == differs_bytes
+        assert model.metrics.count("fetched_bytes") == sum(stored.values()) + differs_bytes
+        after = memory_of(model)
+        assert {name for name in after if after[name] is not before[name]} == set(differs)
+        assert torch.equal(found, tuned)
+        model.switch("base")
+        model.switch("tuned")
+        assert torch.equal(read(model)[0], tuned)
+
+
+def memory_of(model: StreamingModel) -> dict[str, Any]:
+    """The memory of each chunk that stays."""
+    engine = model._engine
+    return {name: engine.host[name].memory for name in engine.resident() if name in engine.plan.pinned}
+
+
+def test_models_that_are_open_together_map_equal_layers_once(
+    checkpoints: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A budget that nobody gave has room for what is there already."""
+    with StreamingModel.open(store, "base") as base:
+        read(base)
+        common = sum(size for name, size in base.plan.sizes.items() if not name.endswith((".2", ".5")))
+        spare = 2 * base._engine.claimed_bytes - common  # for both, with their KV caches
+        machine = MemoryLimit(Path("/proc/meminfo"), 2**31, 2**31 - headroom_bytes(2**31) - spare)
+        monkeypatch.setattr(memory, "read_limits", lambda _: [machine])
+        alone = claimed_bytes()
+        with StreamingModel.open(store, "tuned") as tuned:
+            assert torch.equal(read(tuned)[0], expected(checkpoints, "tuned"))
+            assert tuned.plan.everything_fits
+            both = [memory_of(one) for one in (base, tuned)]
+            differs = {name for name in both[0] if both[0][name] is not both[1][name]}
+            assert differs == {"model.layers.2", "model.layers.5"}
+            assert base._engine.resident_bytes == tuned._engine.resident_bytes, "each counts all that it has"
+            assert base._engine.anonymous_bytes == tuned._engine.anonymous_bytes == 0
+            mapped_twice = sum(both[0][name].memory.nbytes for name in set(both[0]) - differs)
+            assert claimed_bytes() == alone + tuned._engine.claimed_bytes - mapped_twice
+            base.close()
+            assert claimed_bytes() == tuned._engine.claimed_bytes
+            assert torch.equal(read(tuned)[0], expected(checkpoints, "tuned"))
+
+
+def test_what_was_changed_in_its_file_is_not_taken_over(checkpoints: Path, store: Path, tmp_path: Path) -> None:
+    shutil.copytree(store, tmp_path / "store")
+    with StreamingModel.open(tmp_path / "store", "base", memory_budget="1GB") as base:
+        read(base)
+        (location,) = base.manifest.by_name["model.layers.0"].forms[0].locations
+        blob = tmp_path / "store" / location.object
+        right = blob.read_bytes()
+        with blob.open("r+b") as file:
+            file.seek(location.start)
+            file.write(bytes(byte ^ 1 for byte in right[location.start :][:64]))
+        (tmp_path / "right").write_bytes(right)
+        (tmp_path / "right").replace(blob)
+        with StreamingModel.open(tmp_path / "store", "tuned", memory_budget="1GB") as tuned:
+            assert torch.equal(read(tuned)[0], expected(checkpoints, "tuned"))
+            with pytest.raises(IntegrityError, match=r"model\.layers\.0 was changed in"):
+                read(base)
 
 
 def test_models_that_are_open_together_hold_equal_layers_once(checkpoints: Path, store: Path) -> None:

@@ -126,6 +126,17 @@ def test_other_models_claim_what_they_do_not_hold_yet(tmp_path: Path) -> None:
     assert claimed_bytes() == 0
 
 
+def test_what_several_models_have_mapped_is_claimed_once() -> None:
+    mapped = {"one": {1: 300, 2: 100}, "two": {1: 300, 3: 50}}
+    with closing(MemoryClaim(lambda: 1000, lambda: 0, lambda: mapped["one"])) as one:
+        assert claimed_bytes() == 1000
+        with closing(MemoryClaim(lambda: 400, lambda: 20, lambda: mapped["two"])):
+            assert claimed_bytes() == 1000 + 380 - 300
+            one.close()
+            assert claimed_bytes() == 380
+    assert claimed_bytes() == 0
+
+
 def test_a_claim_that_nobody_refers_to_is_given_up() -> None:
     claim = MemoryClaim(lambda: 1000, lambda: 0)
     assert claimed_bytes() == 1000
