@@ -76,11 +76,11 @@ class Outbox:
             return
         loop = asyncio.get_running_loop()
         self._sent = loop.create_future()
-        loop.add_writer(self._watched, self._send)
+        loop.add_writer(self._watched.fileno(), self._send)  # the selector takes longer over a socket
 
     def _done(self) -> None:
         if self._sent is not None and self._watched is not None:
-            asyncio.get_running_loop().remove_writer(self._watched)
+            asyncio.get_running_loop().remove_writer(self._watched.fileno())
             if not self._sent.done():
                 self._sent.set_result(None)
             self._sent = None

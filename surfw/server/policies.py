@@ -17,9 +17,10 @@ class ScheduledCache(ProvingCache[Key, Value]):
     Where all uses of a value were announced, as its next one is, it goes by that. Otherwise it is taken to be needed
     again as long after its last use as that is ago; so of those, the least recently used goes first, as in `LruCache`.
 
-    A decision looks a few values up, not all: the times of next uses are kept in a heap, and what is at its top is
-    looked up again. What is needed later than the heap says is found when all are looked up again, whenever half as
-    many decisions were made as there are values.
+    A decision looks a few values up, not all: those that were used since the last one, so that a use costs nothing
+    while everything fits. The times of next uses are kept in a heap, and what is at its top is looked up again. What is
+    needed later than the heap says is found when all are looked up again, whenever half as many decisions were made as
+    there are values.
     """
 
     policy = "schedule"
@@ -45,6 +46,7 @@ class ScheduledCache(ProvingCache[Key, Value]):
         self._unforeseen: OrderedDict[Key, float] = OrderedDict()  # times of last uses, the longest ago first
         self._foreseen: list[tuple[float, int, Key]] = []  # a heap: minus the next use, the entry's number, the key
         self._latest: dict[Key, int] = {}  # the entry of each key that counts
+        self._fresh: dict[Key, None] = {}  # foreseen, but not looked up before the next decision, in order of use
         self._entries = 0
         self._until_refresh = 0
 
@@ -56,6 +58,7 @@ class ScheduledCache(ProvingCache[Key, Value]):
     def __delitem__(self, key: Key) -> None:
         super().__delitem__(key)
         self._latest.pop(key, None)
+        self._fresh.pop(key, None)
         self._unforeseen.pop(key, None)
 
     def note_use(self, key: Key, used_bytes: int, *, foreseen: bool = False) -> None:
@@ -63,15 +66,19 @@ class ScheduledCache(ProvingCache[Key, Value]):
         super().note_use(key, used_bytes, foreseen=foreseen)
         if key not in self._proven:
             return
+        self._fresh.pop(key, None)
         if not foreseen:
             self._unforeseen[key] = self._clock()
             self._unforeseen.move_to_end(key)
             self._latest.pop(key, None)
         elif key not in self._unforeseen:
-            self._foresee(key)
+            self._fresh[key] = None
 
     def proven_victim(self) -> Key:
         """Return the proven value that is needed last, as far as that is known; there is at least one."""
+        for key in self._fresh:
+            self._foresee(key)
+        self._fresh.clear()
         self._until_refresh -= 1
         if self._until_refresh < 0:
             self._refresh()

@@ -3,8 +3,11 @@
 import asyncio
 import json
 import random
+import select
+import socket
 import struct
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -110,10 +113,10 @@ BEHIND = {
 
 
 class Wire(asyncio.Transport):
-    """A transport to nowhere."""
+    """A transport to nowhere, of a socket if there is one."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, near: socket.socket | None = None) -> None:
+        super().__init__({"socket": near})
         self.ended = 0
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
@@ -180,23 +183,40 @@ def receive(connection: WireConnection, sent: bytes, cuts: Sequence[int] = ()) -
         at = end
 
 
+def receive_from(near: socket.socket, far: socket.socket, connection: WireConnection, sent: bytes) -> None:
+    """Have bytes arrive at a socket, and hand over what the transport reads; the rest is read on."""
+    far.sendall(sent)
+    while select.select([near], [], [], 0)[0]:
+        connection.buffer_updated(near.recv_into(connection.get_buffer(-1)))
+
+
 @pytest.mark.parametrize("name", REFUSED)
 @settings(max_examples=12)
 @given(
+    reads_on=st.booleans(),
     kind=st.sampled_from(sorted(BEHIND)),
     size=st.sampled_from([0, 1, 125, 4095, 4096, 5000, 20_000, 70_000, 600 * KIB]),
     cuts=st.lists(st.integers(1, 620 * KIB), max_size=6),
 )
-def test_a_refused_message_ends_in_one_error_whatever_follows(name: str, kind: str, size: int, cuts: list[int]) -> None:
-    async def main() -> None:
-        wire, transfer = Wire(), Memory()
+def test_a_refused_message_ends_in_one_error_whatever_follows(
+    name: str, reads_on: bool, kind: str, size: int, cuts: list[int]
+) -> None:
+    async def main(near: socket.socket, far: socket.socket) -> None:
+        near.setblocking(False)
+        far.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * MIB)  # for all that is sent
+        wire, transfer = Wire(near if reads_on else None), Memory()
         link, connection = linked(wire)
         asking = asyncio.create_task(
             link.receive(lambda number: Get(number, "model", "chunk", "none", 0, MIB), transfer)
         )
         await asyncio.sleep(0)
         refused = REFUSED[name] + (bytes(1 << 19) if name == "a huge frame" else b"")
-        receive(connection, refused + BEHIND[kind](size), cuts)
+        sent = refused + BEHIND[kind](size)
+        if reads_on:
+            for start, stop in pairwise([0, *sorted(cut for cut in cuts if cut < len(sent)), len(sent)]):
+                receive_from(near, far, connection, sent[start:stop])
+        else:
+            receive(connection, sent, cuts)
         with pytest.raises(ConnectionFailedError, match="the server at ws://raw broke the protocol: ") as caught:
             await asking
         assert not caught.value.transient
@@ -209,7 +229,42 @@ def test_a_refused_message_ends_in_one_error_whatever_follows(name: str, kind: s
         with pytest.raises(ConnectionFailedError, match="broke the protocol"):
             await link.receive(ListModels)
 
-    asyncio.run(main())
+    near, far = socket.socketpair()
+    with near, far:
+        asyncio.run(main(near, far))
+
+
+@settings(max_examples=20)
+@given(cuts=st.lists(st.integers(1, MIB), max_size=6), sizes=st.lists(st.integers(1, 300 * KIB), max_size=4))
+def test_what_has_arrived_is_read_in_one_turn_into_its_place(cuts: list[int], sizes: list[int]) -> None:
+    payload = random.Random(len(cuts)).randbytes(MIB)
+
+    async def main(near: socket.socket, far: socket.socket) -> None:
+        near.setblocking(False)
+        far.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * MIB)
+        transfer = Memory()
+        link, connection = linked(Wire(near))
+        asking = asyncio.create_task(
+            link.receive(lambda number: Get(number, "model", "chunk", "none", 0, MIB), transfer)
+        )
+        await asyncio.sleep(0)
+        sent, at = b"", 0
+        for size in [*sizes, MIB]:
+            stop = min(at + size, MIB)
+            sent += data(at, stop) if stop > at else b""
+            while at < stop:
+                end = min(at + MAX_FRAME_BYTES, stop)
+                sent += frame(Opcode.BINARY, payload[at:end])
+                at = end
+        for start, stop in pairwise([0, *sorted(cuts), len(sent)]):
+            receive_from(near, far, connection, sent[start:stop])
+        assert await asking is None
+        assert transfer.memory == payload
+        assert transfer.received == MIB
+
+    near, far = socket.socketpair()
+    with near, far:
+        asyncio.run(main(near, far))
 
 
 async def upgrade(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -290,6 +290,44 @@ def test_a_full_redis_is_only_read(store: tuple[Path, Manifest], own_redis: str,
     asyncio.run(main())
 
 
+def test_wrong_values_and_a_full_redis_while_many_read(
+    store: tuple[Path, Manifest], own_redis: str, redis: Redis
+) -> None:
+    async def main() -> None:
+        async with sharing(store) as shared:
+            servers = [await shared.server(own_redis) for _ in range(2)]
+            _, wrong, missing, *_ = (f"surfw:1:{chunk.id}:0" for chunk in shared.manifest.chunks)
+            right = shared.right[shared.manifest.chunks[1].id]
+            is_over = asyncio.Event()
+
+            async def read_on(pages: PageCache) -> None:
+                while not is_over.is_set():
+                    await shared.read(pages)  # which compares every byte
+
+            async def until(true: Callable[[], bool]) -> None:
+                async with asyncio.timeout(LONG_SECONDS):
+                    while not true():
+                        assert not any(reader.done() for reader in readers)
+                        await asyncio.sleep(0.01)
+
+            readers = [asyncio.create_task(read_on(pages)) for pages in servers * 3]
+            await until(lambda: min(tier(pages).state["hits"] for pages in servers) >= SEGMENTS)
+            redis.set(wrong, bytes(MIB))
+            await until(lambda: sum(tier(pages).state["poisoned"] for pages in servers) > 0)
+            await until(lambda: redis.get(wrong) == right)
+            redis.config_set("maxmemory", 1)  # less than it has: it takes nothing any more
+            redis.delete(missing)
+            await until(lambda: any(event.endswith("and is only read") for event in shared.events()))
+            before = tier(servers[0]).state["hits"]
+            await until(lambda: tier(servers[0]).state["hits"] > before)
+            is_over.set()
+            await asyncio.gather(*readers)
+            assert not redis.exists(missing)
+            assert redis.get(wrong) == right
+
+    asyncio.run(main())
+
+
 def test_a_user_with_few_rights_over_tls(store: tuple[Path, Manifest], tmp_path: Path) -> None:
     require_redis()
     certificate = str(make_certificate(tmp_path))
