@@ -31,6 +31,7 @@ from surfw.metrics import Metrics
 from surfw.runtime.experts import ExpertPool
 from surfw.runtime.host import HostTier, Tier
 from surfw.runtime.loader import Loader
+from surfw.runtime.memory import bound_kernels
 from surfw.runtime.packed import values_of
 from surfw.runtime.plan import Limit, Needs, ResidencyPlan, least_bytes, plan_residency
 from surfw.runtime.rows import RowReader, TableUnit
@@ -94,6 +95,7 @@ class Engine:
         Raises:
             ConfigurationError: the limit is too small for the model.
         """
+        bound_kernels()
         self.manifest = manifest
         self.metrics = metrics
         self.limit = limit
