@@ -233,6 +233,9 @@ INSIDES = [
         "distributed/place.py",
         "which styles there are",
     ),
+    Inside(
+        "pickle", "_Unpickler", "checkpoint/plain_pickle.py", "Python's unpickler with fewer operations; none is public"
+    ),
     Inside("torch", "_weight_int8pack_mm", "runtime/matrices.py", PACKED),
     Inside("torch", "_weight_int4pack_mm_for_cpu", "runtime/matrices.py", PACKED),
     Inside("torch.nn", "Module._parameters", "skeleton/units.py", REGISTRY),

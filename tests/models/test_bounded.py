@@ -238,12 +238,12 @@ def test_a_prompt_in_pieces_is_transformers_own_and_reads_the_weights_once_for_e
     reference, read = resident(checkpoints, "llama"), []
     with StreamingModel.open(str(store), "llama", cache_size=1) as model:
         model.generate(PROMPT[:1], **asked)
-        for pieces in ({}, {"prefill_chunk_size": 5}):
+        for pieces in ({}, {"prefill_chunk_size": 2}):
             before = model.metrics.count("fetched_bytes")
             found = model.generate(PROMPT[:1], **asked, **pieces)
             read.append(model.metrics.count("fetched_bytes") - before)
             assert torch.equal(found, reference.generate(PROMPT[:1], **asked, **pieces))
-    assert read[1] > 3 * read[0] > 0
+    assert read[1] > 4 * read[0] > 0
 
 
 def test_a_quantised_cache_has_room_where_another_has_none(store: Path, checkpoints: Path) -> None:
