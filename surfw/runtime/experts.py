@@ -389,9 +389,9 @@ class ExpertPool:
         stacks = self._stacks[key[0]]
         chunk, place = stacks.experts.chunks[key[1]], stacks.arena.place(key[1])
         start = time.perf_counter()
-        read_bytes = await self._loader.load(chunk, place, priority=priority, in_pieces=self._in_pieces)
-        self._metrics.add("fetched_bytes", read_bytes)
-        self._metrics.add("expert_bytes", read_bytes)
+        form = await self._loader.load(chunk, place, priority=priority, in_pieces=self._in_pieces)
+        self._metrics.add("fetched_bytes", form.stored_bytes)
+        self._metrics.add("expert_bytes", form.stored_bytes)
         self._metrics.latency("fetch").observe(time.perf_counter() - start)
 
     def _wait(self, loads: Mapping[Job[None], None]) -> None:

@@ -241,13 +241,13 @@ class HostTier:
         if contents.memory is None and self._device is None:
             contents.memory = await self._loader.map(contents.chunk)
         if isinstance(contents.memory, View):
-            form = packed_form(contents.chunk)
-            stored_bytes = form.stored_bytes if form else contents.chunk.payload_bytes
+            form = packed_form(contents.chunk) or contents.chunk.form("none")
+            assert form is not None, "no other is mapped"
         else:
             contents.memory = buffer = contents.memory or Buffer(size_bytes)
             if self._device is not None and not buffer.is_locked:
                 await in_thread(self._device.page_lock, buffer)
-            stored_bytes = await self._loader.load(
+            form = await self._loader.load(
                 contents.chunk,
                 buffer,
                 priority=priority,
@@ -255,8 +255,8 @@ class HostTier:
                 may_map=self._plan.everything_fits and self._device is None,
             )
         if is_shared:
-            self._loader.share(contents.chunk, contents.memory)
-        self._metrics.add("fetched_bytes", stored_bytes)
+            self._loader.share(contents.chunk, form, contents.memory)
+        self._metrics.add("fetched_bytes", form.stored_bytes)
         self._metrics.latency("fetch").observe(time.perf_counter() - start)
 
 

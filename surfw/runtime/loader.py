@@ -82,7 +82,7 @@ class Loader:
 
     async def load(
         self, chunk: Chunk, buffer: Buffer, *, priority: int, in_pieces: bool = False, may_map: bool = False
-    ) -> int:
+    ) -> Form:
         """Fill the buffer with the chunk's tensors.
 
         Args:
@@ -93,7 +93,7 @@ class Loader:
             may_map: whether coded bytes may be mapped where the source can do that.
 
         Returns:
-            How many stored bytes were fetched for it.
+            The form that was fetched for it; another one may be chosen next time.
 
         Raises:
             IntegrityError: bytes are not what the manifest promises; the buffer holds nothing usable.
@@ -112,7 +112,7 @@ class Loader:
                 await self._read(chunk, form, scratch, priority, in_pieces=in_pieces, may_map=may_map)
                 await in_thread(self._cast, chunk, scratch, buffer)
         self.forms.loaded(chunk.payload_bytes)
-        return form.stored_bytes
+        return form
 
     def find_shared(self, chunk: Chunk, capacity_bytes: int) -> Buffer | View | None:
         """Memory in which another model has this very chunk: a buffer of this capacity, or a view."""
@@ -125,10 +125,10 @@ class Loader:
         buffers = {name: buffer_capacity(size) for name, size in sizes.items()}
         return sum(buffers[name] for name in buffers if self.find_shared(self.manifest.by_name[name], buffers[name]))
 
-    def share(self, chunk: Chunk, memory: Buffer | View) -> None:
-        """Let other models have memory that holds a chunk, and nothing else from now on."""
+    def share(self, chunk: Chunk, form: Form, memory: Buffer | View) -> None:
+        """Let other models have memory that holds a chunk as it was read in a form, and nothing else from now on."""
         capacity_bytes = memory.capacity_bytes if isinstance(memory, Buffer) else None
-        shared.share(self._identity(chunk, self.forms.form(chunk), capacity_bytes), memory)
+        shared.share(self._identity(chunk, form, capacity_bytes), memory)
 
     def _identity(self, chunk: Chunk, form: Form, capacity_bytes: int | None) -> Hashable | None:
         if self._keeps_operands and capacity_bytes is not None:  # which are made in the buffer

@@ -66,6 +66,7 @@ class DiskCache(SourceInFront):
         self._local = LocalReader()
         self._writable = True
         self._seen: dict[str, Manifest] = {}  # the manifests as the source has them, by their digests
+        self._meant: dict[str, Manifest] = {}  # the same, by the digests of what a run makes of them
         self._accepted: set[str] = set()  # digests of those that are kept
         self._accepting = asyncio.Lock()
         self._digests: dict[str, Digests] = {}  # of chunks that lack them, by their provisional ids
@@ -111,6 +112,7 @@ class DiskCache(SourceInFront):
         """The manifest of a model, which is kept once something of the model is asked for."""
         manifest = await self._source.manifest(model)
         await in_thread(self._look, manifest)
+        self._seen.pop(manifest.digest, None)  # it is the last one now
         self._seen[manifest.digest] = manifest
         return manifest
 
@@ -125,8 +127,13 @@ class DiskCache(SourceInFront):
                 self._accepted.add(kept.digest)
 
     def _as_seen(self, manifest: Manifest) -> Manifest | None:
-        """A manifest as the source has it: a run leaves out forms that it does not read."""
-        return next((one for one in reversed(self._seen.values()) if _are_one_model(one, manifest)), None)
+        """A manifest as the source has it: a run leaves out forms and chunks that it does not read."""
+        if manifest.digest not in self._meant:
+            found = next((one for one in reversed(self._seen.values()) if _is_of(manifest, one)), None)
+            if found is None:
+                return None
+            self._meant[manifest.digest] = found
+        return self._meant[manifest.digest]
 
     def _enter(self, manifest: Manifest) -> None:
         """Keep a manifest, and note that the model is used."""
@@ -447,10 +454,21 @@ class DiskCache(SourceInFront):
         await in_thread(self.folder.close)
 
 
-def _are_one_model(one: Manifest, other: Manifest) -> bool:
-    """Whether they differ in forms and locations alone."""
-    names = one.name == other.name and one.weights_key == other.weights_key
-    return names and one.config == other.config and one.files == other.files
+def _is_of(part: Manifest, whole: Manifest) -> bool:
+    """Whether a manifest is another one, or has some of its chunks and forms, or digests that it lacks."""
+    about = [(one.name, one.config, one.files, one.signature) for one in (part, whole)]
+    if about[0] != about[1] or any(chunk.name not in whole.by_name for chunk in part.chunks):
+        return False
+    pairs = [(chunk, whole.by_name[chunk.name]) for chunk in part.chunks]
+    return all(
+        not there.forms[0].is_known or (chunk.id == there.id and {*_digests_of(chunk)} <= {*_digests_of(there)})
+        for chunk, there in pairs
+    )
+
+
+def _digests_of(chunk: Chunk) -> Iterator[tuple[str, str, bytes]]:
+    """Which bytes each form of a chunk is."""
+    return ((form.codec, form.digest, form.blocks) for form in chunk.forms)
 
 
 def _blocks(read: Read) -> tuple[int, int]:

@@ -41,8 +41,8 @@ NEW = 32
 ADAPTERS = 20
 
 
-def save_random(folder: Path) -> None:
-    """The checkpoint of a LLaMA of 1.1B, in bf16: 2.2 GB of random weights, always the same."""
+def save_random(folder: Path) -> Any:
+    """Save a LLaMA of 1.1B, in bf16: 2.2 GB of random weights, always the same. Returns the model."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -57,6 +57,7 @@ def save_random(folder: Path) -> None:
             torch.nn.init.normal_(parameter, std=0.02)
     model.model.rotary_emb.__init__(model.config)  # its buffers are not of the checkpoint
     model.save_pretrained(folder)
+    return model
 
 
 def make(folder: Path) -> None:
@@ -65,7 +66,7 @@ def make(folder: Path) -> None:
 
     from surfw import ModelChunker
 
-    save_random(folder / "random")
+    model = save_random(folder / "random")
     for file in save_llama(folder / "words").glob("tokenizer*"):  # of few words: what it decodes is mostly nothing
         shutil.copy(file, folder / "random")
     make_adapters(folder, folder / "random")

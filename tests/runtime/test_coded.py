@@ -19,6 +19,7 @@ from surfw.runtime.buffers import Buffer
 from surfw.runtime.forms import FormChoice
 from surfw.runtime.loader import Loader, buffer_bytes
 from surfw.source import View
+from tests.runtime.engines import running
 from tests.runtime.test_loader import cancel_within
 from tests.toys import ToySource, code, coded_model, toy_chunk
 
@@ -66,8 +67,9 @@ def test_a_coded_chunk_is_loaded_as_the_plain_one(
     loader = new_loader(source, manifest, forms=FormChoice("lossless"))
     (stored,) = manifest.chunks
     buffer = Buffer(buffer_bytes(chunk, {}))
-    count = asyncio.run(loader.load(stored, buffer, priority=0, in_pieces=in_pieces))
-    assert count == stored.forms[-1].stored_bytes < 0.75 * len(payload)
+    form = asyncio.run(loader.load(stored, buffer, priority=0, in_pieces=in_pieces))
+    assert form == stored.forms[-1]
+    assert form.stored_bytes < 0.75 * len(payload)
     expected = {one.name: payload[one.offset : one.offset + one.nbytes] for one in chunk.tensors}
     tensors = loader.tensors(chunk, buffer)
     assert raw(tensors) == expected
@@ -243,3 +245,18 @@ def test_a_rate_counts_the_time_in_which_anything_went_on() -> None:
         now = 100.25
         raise RuntimeError
     assert (made.bytes, made.seconds) == (30 * MIB, 1.75)
+
+
+def test_a_chunk_is_shared_as_what_it_was_read_in() -> None:
+    """Not as the form that is chosen once it is there: of that, nothing was verified."""
+    made = chunk, payload = weights("c", 5 * MIB)
+    honest, right = coded_model([made], plain=False)
+    forged = bytes(len(payload))
+    plain = replace(chunk.forms[0], blocks=digest_blocks([forged])[1])
+    mixed = replace(honest.chunks[0], forms=(plain, *honest.chunks[0].forms))
+    foreign = replace(honest, chunks=(mixed,))
+    with running(foreign, ToySource({"toy": foreign}, {chunk.id: forged}), budget_bytes=64 * MIB) as first:
+        (module,) = {use.module for use in foreign.order}
+        assert not any(raw(first.acquire(module))["c.w"]), "the first chunk of a near source is read as it is"
+        with running(honest, right, budget_bytes=64 * MIB) as second:
+            assert raw(second.acquire(module))["c.w"] == payload[: 10 * MIB]

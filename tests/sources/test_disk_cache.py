@@ -13,13 +13,14 @@ import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from surfw.config import MB, MIB
 from surfw.errors import ConfigurationError, IntegrityError, NotFoundError, UnknownModelError
-from surfw.manifest import Manifest, count_blocks
+from surfw.manifest import Manifest, Signature, count_blocks
 from surfw.models.read_ahead import ReadAhead
 from surfw.source import Read
 from surfw.sources.disk import CacheFolder
@@ -283,6 +284,50 @@ def test_offline_a_manifest_of_which_nothing_was_asked_for_is_unknown(tmp_path: 
         async with cached(tmp_path) as cache:
             assert (await cache.manifest(made.name)).digest == made.digest
         assert len(CacheFolder(tmp_path / "cache", None).models()) == 1
+
+    asyncio.run(main())
+
+
+def test_what_reads_a_part_of_a_model_keeps_its_manifest(tmp_path: Path) -> None:
+    """As a stage of a pipeline does; what was refused meanwhile is not kept for that."""
+    made = make_store(tmp_path / "store", sizes=[MIB] * 3)
+    forged = replace(made, signature=Signature("0" * 32, {}, bytes(64)))
+
+    async def main() -> None:
+        source = CountedSource(tmp_path / "store")
+        async with cached(tmp_path, source=source) as cache:
+            whole = await cache.manifest(made.name)
+
+            async def forge(_: str) -> Manifest:
+                return forged
+
+            source.manifest = forge  # type: ignore[method-assign]
+            await cache.manifest(made.name)
+            await read_all(cache, replace(whole, chunks=whole.chunks[:1]))
+            assert [cache.folder.in_use(one.manifest.digest) for one in cache.folder.models()] == [True]
+        async with cached(tmp_path) as cache:
+            assert (await cache.manifest(made.name)).digest == made.digest
+
+    asyncio.run(main())
+
+
+def test_what_learns_the_digests_of_a_model_keeps_its_manifest(tmp_path: Path) -> None:
+    """As the ranks of a job do with a checkpoint that is where it is."""
+    made = make_store(tmp_path / "store", sizes=[MIB] * 2)
+    chunks = [replace(one, id="0" * 64, forms=(replace(one.forms[0], digest="", blocks=b""),)) for one in made.chunks]
+    unknown = replace(made, chunks=tuple(chunks))
+
+    async def main() -> None:
+        source = CountedSource(tmp_path / "store")
+
+        async def manifest(_: str) -> Manifest:
+            return unknown
+
+        source.manifest = manifest  # type: ignore[method-assign]
+        async with cached(tmp_path, source=source) as cache:
+            await cache.manifest(made.name)
+            await read_all(cache, made)
+            assert cache.folder.in_use(unknown.digest)
 
     asyncio.run(main())
 
