@@ -6,7 +6,8 @@ import random
 import select
 import socket
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from typing import Any
 
@@ -183,11 +184,28 @@ def receive(connection: WireConnection, sent: bytes, cuts: Sequence[int] = ()) -
         at = end
 
 
-def receive_from(near: socket.socket, far: socket.socket, connection: WireConnection, sent: bytes) -> None:
-    """Have bytes arrive at a socket, and hand over what the transport reads; the rest is read on."""
-    far.sendall(sent)
-    while select.select([near], [], [], 0)[0]:
+def receive_from(near: socket.socket, far: socket.socket, connection: WireConnection, sent: bytes) -> int:
+    """Have bytes arrive at a socket, as many as it has room for, and hand over what the transport reads.
+
+    The rest is read on. Returns how often the transport has read.
+    """
+    rest, turns = memoryview(sent), 0
+    while rest or select.select([near], [], [], 0)[0]:
+        with suppress(BlockingIOError):
+            rest = rest[far.send(rest) :]
         connection.buffer_updated(near.recv_into(connection.get_buffer(-1)))
+        turns += 1
+    return turns
+
+
+@contextmanager
+def ends() -> Iterator[tuple[socket.socket, socket.socket]]:
+    """Two sockets that are connected, and never waited for."""
+    near, far = socket.socketpair()
+    with near, far:
+        near.setblocking(False)
+        far.setblocking(False)
+        yield near, far
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -202,8 +220,6 @@ def test_a_refused_message_ends_in_one_error_whatever_follows(
     name: str, reads_on: bool, kind: str, size: int, cuts: list[int]
 ) -> None:
     async def main(near: socket.socket, far: socket.socket) -> None:
-        near.setblocking(False)
-        far.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * MIB)  # for all that is sent
         wire, transfer = Wire(near if reads_on else None), Memory()
         link, connection = linked(wire)
         asking = asyncio.create_task(
@@ -229,19 +245,16 @@ def test_a_refused_message_ends_in_one_error_whatever_follows(
         with pytest.raises(ConnectionFailedError, match="broke the protocol"):
             await link.receive(ListModels)
 
-    near, far = socket.socketpair()
-    with near, far:
+    with ends() as (near, far):
         asyncio.run(main(near, far))
 
 
 @settings(max_examples=20)
 @given(cuts=st.lists(st.integers(1, MIB), max_size=6), sizes=st.lists(st.integers(1, 300 * KIB), max_size=4))
-def test_what_has_arrived_is_read_in_one_turn_into_its_place(cuts: list[int], sizes: list[int]) -> None:
+def test_what_has_arrived_is_read_on_into_its_place(cuts: list[int], sizes: list[int]) -> None:
     payload = random.Random(len(cuts)).randbytes(MIB)
 
     async def main(near: socket.socket, far: socket.socket) -> None:
-        near.setblocking(False)
-        far.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * MIB)
         transfer = Memory()
         link, connection = linked(Wire(near))
         asking = asyncio.create_task(
@@ -262,9 +275,27 @@ def test_what_has_arrived_is_read_in_one_turn_into_its_place(cuts: list[int], si
         assert transfer.memory == payload
         assert transfer.received == MIB
 
-    near, far = socket.socketpair()
-    with near, far:
+    with ends() as (near, far):
         asyncio.run(main(near, far))
+
+
+def test_frames_that_have_arrived_are_read_in_one_turn() -> None:
+    async def main(near: socket.socket, far: socket.socket) -> int:
+        transfer = Memory()
+        link, connection = linked(Wire(near))
+        asking = asyncio.create_task(
+            link.receive(lambda number: Get(number, "model", "chunk", "none", 0, MIB), transfer)
+        )
+        await asyncio.sleep(0)
+        frames = [frame(Opcode.BINARY, bytes([part]) * 64 * KIB) for part in range(3)]
+        turns = receive_from(near, far, connection, data(0, 192 * KIB) + b"".join(frames))
+        assert transfer.memory[: 192 * KIB] == b"".join(bytes([part]) * 64 * KIB for part in range(3))
+        asking.cancel()
+        await asyncio.wait([asking])
+        return turns
+
+    with ends() as (near, far):
+        assert asyncio.run(main(near, far)) == 1
 
 
 async def upgrade(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
