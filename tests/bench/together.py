@@ -69,7 +69,7 @@ def make(folder: Path) -> None:
     model = save_random(folder / "random")
     for file in save_llama(folder / "words").glob("tokenizer*"):  # of few words: what it decodes is mostly nothing
         shutil.copy(file, folder / "random")
-    make_adapters(folder, folder / "random")
+    make_adapters(folder, model)
     weights = load_file(folder / "random/model.safetensors")
     tuned = {
         name: one * 1.25 if ".layers.7." in name or ".layers.14." in name else one for name, one in weights.items()
