@@ -79,7 +79,7 @@ def answer_each(
                 streaming = _go_on(streaming, client, replace(settings, model=name), view, opened)
                 guessing.begin(streaming, client, settings, view.phase)
                 took = time.perf_counter() - start
-                view.heading(streaming.manifest.name)
+                view.heading(streaming.adapter or streaming.manifest.name)
                 one = Opened(streaming, source, took, queued, lambda: ask_server(chosen, settings))
                 report, _ = answer_request(one, make_request(), configuration, view, explain=False, json=json)
                 if json:
