@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Self
 from surfw.checkpoint import Checkpoint, open_checkpoint
 from surfw.checkpoint.companions import is_of_sentences
 from surfw.checkpoint.layout import quantisation_of, read_small, without_quantisation
-from surfw.checkpoint.reader import has_own_config
+from surfw.checkpoint.reader import not_distributed
 from surfw.checkpoint.shard import refuse_pointer
 from surfw.chunking.plan import ChunkPlan, PlannedChunk, PlannedTensor, UnitFacts, plan_chunks, with_exact_rest
 from surfw.chunking.remote import open_remote_checkpoint
@@ -182,7 +182,7 @@ def prepare_model(
     file = Path(address.removeprefix("file://")).expanduser()
     is_file = is_local_url(address) and file.suffix.lower() == ".gguf" and file.is_file()
     if config_from is not None and (is_file or not is_local_url(address)):
-        raise has_own_config(display_url(address))
+        raise not_distributed(display_url(address))
     if is_file:
         from surfw.chunking.gguf_file import prepare_gguf
 
