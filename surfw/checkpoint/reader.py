@@ -198,8 +198,8 @@ def _config_folder(config_from: str) -> Path:
         if config_from and (folder / CONFIG_FILE).is_file():
             return folder
     raise CheckpointError(
-        f"--config-from (config_from=) is {config_from[:200]!a}, and there is no {CONFIG_FILE} that can be read in such "
-        "a folder here; name the folder on this machine that has the model's, and its tokenizer"
+        f"--config-from (config_from=) is {config_from[:200]!a}, and there is no {CONFIG_FILE} that can be read in "
+        "such a folder here; name the folder on this machine that has the model's, and its tokenizer"
     )
 
 

@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,6 +19,7 @@ from surfw.cli import options, signals
 from surfw.cli.streams import expect_utf8
 from surfw.config import display_url, surfw_home
 from surfw.errors import ConfigurationError, ModelClosedError, SurfwError
+from surfw.files import expand_home
 
 if TYPE_CHECKING:
     from surfw.cli.chat_prompt import LineEditor
@@ -271,7 +271,7 @@ class _Session:
     def _save(self, name: str) -> None:
         if not name:
             raise ConfigurationError("/save wants the name of a new file, such as chat.txt or chat.json")
-        path = Path(name).expanduser()
+        path = expand_home(name)
         is_json = path.suffix == ".json"
         text = _as_json(self._name, self._conversation) if is_json else _as_text(self._conversation)
         try:
