@@ -91,7 +91,7 @@ def answer_each(
 
 
 def _find_manifest(client: "WeightClient", name: str) -> "Manifest":
-    """The manifest of a model, before anything is computed: it is there, and it is the one that its name is pinned to."""
+    """The manifest of a model, before anything is computed: it is there, and is what its name is pinned to."""
     from surfw.source import ChunkSource, check_pin, split_pin
 
     wanted, pin = split_pin(name)
