@@ -13,6 +13,7 @@ from types import UnionType
 from typing import Literal, get_args
 
 from surfw.errors import ConfigurationError
+from surfw.files import expand_home
 
 KB, MB, GB = 1000, 1000**2, 1000**3
 KIB, MIB, GIB = 1024, 1024**2, 1024**3
@@ -340,7 +341,7 @@ def _without_secrets(url: str) -> str:
 def surfw_home() -> Path:
     """The folder for everything surfw keeps: `$SURFW_HOME`, else `surfw` in the user's cache folder."""
     if home := os.environ.get("SURFW_HOME"):
-        return Path(home).expanduser()
+        return expand_home(home)
     from platformdirs import user_cache_path
 
     return user_cache_path("surfw")

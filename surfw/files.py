@@ -10,6 +10,8 @@ import pwd
 import stat
 from pathlib import Path
 
+from surfw.errors import ConfigurationError
+
 
 def open_regular(path: str | os.PathLike[str], flags: int = 0) -> int:
     """A descriptor of a regular file, open for reading; a link to one is followed.
@@ -50,6 +52,21 @@ def describe_file(path: Path) -> str:
     if any((folder / settings).exists() for settings in ("config.json", "adapter_config.json")):
         return f"{path} is a file of weights, expected the folder that holds it: {folder}"
     return f"{path} is a file of weights, expected the folder of a checkpoint; {folder} has no config.json"
+
+
+def expand_home(path: str | os.PathLike[str]) -> Path:
+    """The path with the home folder that `~` or `~user` at its beginning stands for.
+
+    Raises:
+        ConfigurationError: nobody of that name has a home here.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ConfigurationError(
+            f"{path}: there is no home folder of {Path(path).parts[0]} on this machine; write the path in full, or ./ "
+            "before a name that begins with ~"
+        ) from None
 
 
 def user_name() -> str:

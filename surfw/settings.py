@@ -36,6 +36,7 @@ from surfw.config import (
     is_size,
 )
 from surfw.errors import ConfigurationError
+from surfw.files import expand_home
 from surfw.retry import RetryPolicy
 from surfw.setting import Setting
 from surfw.storage_options import is_options
@@ -393,7 +394,7 @@ def trace_settings(
         if name not in SETTINGS:
             raise ConfigurationError(f"there is no setting {name}{_closest(name, SETTINGS)}")
     file = config or os.environ.get(CONFIG_VARIABLE)
-    path = Path(file).expanduser() if file else None
+    path = expand_home(file) if file else None
     table = read_settings_file(path) if path is not None else {}
     places = {name: _places_of(setting, arguments, table, path) for name, setting in SETTINGS.items()}
     yielding = _decide_between(places)
@@ -523,7 +524,7 @@ def read_token(token_file: str | None) -> str | None:
     if token_file is None:
         given = os.environ.get(TOKEN_VARIABLE)
         return _check_token(given, TOKEN_VARIABLE) if given else None
-    path = Path(token_file).expanduser()
+    path = expand_home(token_file)
     try:
         with path.open("rb") as file:
             text = file.read(_MOST_TOKEN_BYTES).decode(errors="replace")

@@ -10,12 +10,11 @@ import re
 import shlex
 import stat
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surfw.config import printable
 from surfw.errors import ConfigurationError, IntegrityError
-from surfw.files import open_regular
+from surfw.files import expand_home, open_regular
 from surfw.manifest import Manifest, Signature, payload_digest, state
 from surfw.source import ChunkSource, SourceInFront
 from surfw.threads import in_thread
@@ -199,7 +198,7 @@ def read_verify_keys(file: str | os.PathLike[str]) -> VerifyKeys:
 
 def _read(file: str | os.PathLike[str], kind: str, make: str) -> tuple[str, bytes, int]:
     """Name a file of a key for errors; its contents, and its mode."""
-    path = Path(file).expanduser()
+    path = expand_home(file)
     where = f"{kind} {printable(str(path))}"
     try:
         with os.fdopen(open_regular(path), "rb") as opened:

@@ -177,7 +177,8 @@ def split_pin(name: str | None) -> tuple[str | None, str | None]:
     name, mark, pin = (name or "").rpartition(_PIN) if _PIN in (name or "") else (name, "", "")
     if mark and not is_digest(pin):
         raise ConfigurationError(
-            f"{name} is pinned to {pin[:80]!a}, expected 64 hexadecimal digits, as 'surfw show' has them"
+            f"{name} is pinned to {pin[:80]!a}, expected 64 hexadecimal digits in lower case, as "
+            "'surfw show' has them (pin)"
         )
     return name or None, pin or None
 
@@ -196,9 +197,12 @@ def check_pin(manifest: Manifest, pin: str | None, *, where: str) -> None:
             "pinned; chunk it, or leave out the pin"
         )
     if manifest.identity != pin:
+        advice = "take another source, or leave out the pin if the change is meant"
+        if pin == manifest.digest:
+            advice = "that is its digest, which 'surfw show' prints above its pin; take the pin"
         raise IntegrityError(
             f"{manifest.name} in {where} is not the model that is wanted: its identity is b3:{manifest.identity}, "
-            f"expected b3:{pin}; take another source, or leave out the pin if the change is meant"
+            f"expected b3:{pin}; {advice}"
         )
 
 

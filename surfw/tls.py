@@ -9,7 +9,7 @@ from pathlib import Path
 
 from surfw.config import TlsFiles
 from surfw.errors import ConfigurationError
-from surfw.files import read_regular
+from surfw.files import expand_home, read_regular
 
 _MOST_BYTES = 4 << 20
 _CERTIFICATE, _KEY = b"-----BEGIN CERTIFICATE-----", b"PRIVATE KEY-----"
@@ -79,7 +79,7 @@ def _show_certificate(files: TlsFiles, context: ssl.SSLContext) -> None:
         )
 
     try:
-        context.load_cert_chain(Path(files.certfile).expanduser(), Path(key_path).expanduser(), refuse_passphrase)
+        context.load_cert_chain(expand_home(files.certfile), expand_home(key_path), refuse_passphrase)
     except OSError as exc:  # of which ssl.SSLError is one
         if getattr(exc, "reason", None) in {"KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH"}:
             why = "is not that of the certificate"
@@ -109,7 +109,7 @@ def _not_trustworthy(files: TlsFiles, why: str) -> ConfigurationError:
 
 def _read(what: str, path: str | Path) -> bytes:
     try:
-        return read_regular(Path(path).expanduser(), _MOST_BYTES)
+        return read_regular(expand_home(path), _MOST_BYTES)
     except (OSError, ValueError) as exc:
         reason = getattr(exc, "strerror", None) or type(exc).__name__
         raise ConfigurationError(f"{what} {path} cannot be read: {reason}; name a file that can") from exc

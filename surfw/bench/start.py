@@ -18,6 +18,7 @@ from surfw.bench.result import Result, Row, describe_machine, summarise
 from surfw.codec import DEFAULT_CODECS
 from surfw.config import CodecChoice
 from surfw.errors import ConfigurationError, SurfwError
+from surfw.files import expand_home
 from surfw.timeline import read_run
 
 CODECS: Sequence[str] = get_args(CodecChoice)
@@ -65,7 +66,7 @@ def bench_start(
     peer = [sys.executable, "-m", "surfw.bench.peers.download"]
     if download is not None:
         commands[_DOWNLOAD] = [*peer, download if "://" in download else Path(download).resolve().as_uri(), _PROMPT_IDS]
-    elif (folder := Path(source).expanduser() / "config.json").is_file():
+    elif (folder := expand_home(source) / "config.json").is_file():
         commands[_LOCAL] = [*peer, str(folder.parent), _PROMPT_IDS]
     else:
         on_progress("without the checkpoint's own files (--download), nothing is compared with transformers")

@@ -4,6 +4,7 @@ What is in a shard counts, not what the index says: like transformers, every ten
 with the same name the one of the later shard. A tensor that the index promises and its shard lacks draws a warning.
 """
 
+import contextlib
 import logging
 import os
 from collections.abc import Callable, Collection, Mapping
@@ -149,7 +150,7 @@ def open_checkpoint(
     folder = local_directory(model, "a checkpoint")
     if folder is None:
         if config_from is not None:
-            raise has_own_config(model)
+            raise not_distributed(model)
         from surfw.checkpoint.hub import download_model
 
         folder = download_model(
@@ -162,7 +163,7 @@ def open_checkpoint(
     if is_distributed(names):
         return _open_distributed(folder, names, config_from, may_be_quantised=may_be_quantised)
     if config_from is not None:
-        raise has_own_config(model)
+        raise not_distributed(model)
     return open_directory(folder, names=names, variant=variant, may_be_quantised=may_be_quantised)
 
 
@@ -178,11 +179,27 @@ def refuse_revision(revision: str | None, model: str) -> None:
         )
 
 
-def has_own_config(model: str) -> ConfigurationError:
-    """The error for a configuration that is named for weights which have their own."""
+def not_distributed(model: str) -> ConfigurationError:
+    """The error for a configuration that is named for what `torch.distributed.checkpoint` did not save."""
     return ConfigurationError(
-        f"{model} is no folder here with weights of torch.distributed.checkpoint alone, and has its own configuration; "
-        "leave --config-from (config_from=) out"
+        f"{model} is no folder here that torch.distributed.checkpoint saved (with .metadata, or one safetensors file "
+        "of each rank); name such a folder, or leave --config-from (config_from=) out"
+    )
+
+
+def _config_folder(config_from: str) -> Path:
+    """The folder that a configuration is to be taken from.
+
+    Raises:
+        CheckpointError: there is none of that name here, or none that can be read.
+    """
+    with contextlib.suppress(OSError, RuntimeError):  # such as a name that is too long, or the home of nobody
+        folder = Path(config_from).expanduser()
+        if config_from and (folder / CONFIG_FILE).is_file():
+            return folder
+    raise CheckpointError(
+        f"--config-from (config_from=) is {config_from[:200]!a}, and there is no {CONFIG_FILE} that can be read in "
+        "such a folder here; name the folder on this machine that has the model's, and its tokenizer"
     )
 
 
@@ -190,7 +207,7 @@ def _open_distributed(
     folder: Path, names: Collection[str], config_from: str | None, *, may_be_quantised: bool
 ) -> Checkpoint:
     """Open what `torch.distributed.checkpoint` saved in a folder with these files; see `open_checkpoint`."""
-    settings = folder if config_from is None else Path(config_from).expanduser()
+    settings = folder if config_from is None else _config_folder(config_from)
     if config_from is None and CONFIG_FILE not in names:
         raise CheckpointError(
             f"{folder} has weights that torch.distributed.checkpoint saved, and no {CONFIG_FILE}; name the folder that "

@@ -11,13 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from surfw.checkpoint import Checkpoint, open_checkpoint
 from surfw.checkpoint.companions import is_of_sentences
 from surfw.checkpoint.layout import quantisation_of, read_small, without_quantisation
-from surfw.checkpoint.reader import has_own_config
+from surfw.checkpoint.reader import not_distributed
 from surfw.checkpoint.shard import refuse_pointer
 from surfw.chunking.plan import ChunkPlan, PlannedChunk, PlannedTensor, UnitFacts, plan_chunks, with_exact_rest
 from surfw.chunking.remote import open_remote_checkpoint
@@ -32,6 +31,7 @@ from surfw.config import (
     quote,
 )
 from surfw.errors import CheckpointError, ConfigurationError, UninitializedWeightsWarning, UnsupportedModelError
+from surfw.files import expand_home
 from surfw.manifest import Base, Chunk, Form, Manifest, ModelFile, Origin, TensorInfo, check_model_name, payload_digest
 from surfw.skeleton.sanitise import (
     refuse_kernels,
@@ -179,10 +179,10 @@ def prepare_model(
 
         check_model_class(model_class)
     address = read_address(model)
-    file = Path(address.removeprefix("file://")).expanduser()
+    file = expand_home(address.removeprefix("file://"))
     is_file = is_local_url(address) and file.suffix.lower() == ".gguf" and file.is_file()
     if config_from is not None and (is_file or not is_local_url(address)):
-        raise has_own_config(display_url(address))
+        raise not_distributed(display_url(address))
     if is_file:
         from surfw.chunking.gguf_file import prepare_gguf
 

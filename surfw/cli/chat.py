@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,6 +19,7 @@ from surfw.cli import options, signals
 from surfw.cli.streams import expect_utf8
 from surfw.config import display_url, surfw_home
 from surfw.errors import ConfigurationError, ModelClosedError, SurfwError
+from surfw.files import expand_home
 
 if TYPE_CHECKING:
     from surfw.cli.chat_prompt import LineEditor
@@ -195,10 +195,14 @@ class _Session:
                 return
             self._take(text)
 
+    @property
+    def _name(self) -> str:
+        """What the model is asked for by: the name of the adapter that is applied, or its own."""
+        return self._streaming.adapter or self._streaming.manifest.name
+
     def _greet(self) -> None:
-        name = self._streaming.manifest.name
         how = "" if self._conversation.has_template else ", which has no chat template: all goes on as one text"
-        self._view.note(f"{name}{how} · /help · Ctrl-C stops an answer, Ctrl-D ends the session")
+        self._view.note(f"{self._name}{how} · /help · Ctrl-C stops an answer, Ctrl-D ends the session")
 
     def _take(self, text: str) -> None:
         """Answer a message or obey a command; after a `SurfwError` the session goes on, unless the model is closed."""
@@ -247,7 +251,7 @@ class _Session:
 
     def _model(self, name: str) -> None:
         """Go on with another model, or, where there can be no conversation with that, with the one there is."""
-        before = self._streaming.manifest.name
+        before = self._name
         if not name:
             self._view.note(f"this is {before}; /model NAME goes on with another model of the source")
             return
@@ -267,9 +271,9 @@ class _Session:
     def _save(self, name: str) -> None:
         if not name:
             raise ConfigurationError("/save wants the name of a new file, such as chat.txt or chat.json")
-        path = Path(name).expanduser()
+        path = expand_home(name)
         is_json = path.suffix == ".json"
-        text = _as_json(self._streaming.manifest.name, self._conversation) if is_json else _as_text(self._conversation)
+        text = _as_json(self._name, self._conversation) if is_json else _as_text(self._conversation)
         try:
             with path.open("x", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(text)

@@ -79,7 +79,7 @@ def answer_each(
                 streaming = _go_on(streaming, client, replace(settings, model=name), view, opened)
                 guessing.begin(streaming, client, settings, view.phase)
                 took = time.perf_counter() - start
-                view.heading(streaming.manifest.name)
+                view.heading(streaming.adapter or streaming.manifest.name)
                 one = Opened(streaming, source, took, queued, lambda: ask_server(chosen, settings))
                 report, _ = answer_request(one, make_request(), configuration, view, explain=False, json=json)
                 if json:
@@ -91,13 +91,14 @@ def answer_each(
 
 
 def _find_manifest(client: "WeightClient", name: str) -> "Manifest":
-    """The manifest of a model, which says before anything is computed that there is one of this name."""
-    from surfw.source import ChunkSource, split_pin
+    """The manifest of a model, before anything is computed: it is there, and is what its name is pinned to."""
+    from surfw.source import ChunkSource, check_pin, split_pin
 
-    wanted, _ = split_pin(name)
+    wanted, pin = split_pin(name)
 
     async def find(source: ChunkSource) -> "Manifest":
         manifest = await source.manifest(await source.resolve(wanted))
+        check_pin(manifest, pin, where=client.url)
         source.expect_readable(manifest)
         return manifest
 

@@ -390,11 +390,11 @@ def _open_output(many: Many) -> Iterator[tuple[set[str], Callable[[Mapping[str, 
         yield set(), write
         return
     done, whole = _read_answers(many.output) if many.resume else (set(), 0)
-    if not many.resume and many.output.is_file() and many.output.stat().st_size:
-        raise ConfigurationError(
-            f"{many.output} holds something already; add --resume to go on with it, or name another file"
-        )
     try:
+        if not many.resume and many.output.is_file() and many.output.stat().st_size:
+            raise ConfigurationError(
+                f"{many.output} holds something already; add --resume to go on with it, or name another file"
+            )
         file = os.open(many.output, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
     except OSError as exc:
         raise ConfigurationError(f"the answers cannot be written to {many.output}: {exc.strerror}") from exc

@@ -64,9 +64,15 @@ def _prepare(save: Path | None, compare: Path | None, report: Path | None, bench
     if report is not None and report.suffix not in _REPORTS:
         raise typer.BadParameter(f"{report.name!r} is neither a .html nor a .md file", param_hint="--report")
     for option, path in (("--save", save), ("--report", report)):
-        if path is not None and not path.absolute().parent.is_dir():
+        if path is None:
+            continue
+        try:
+            is_folder, has_parent = path.is_dir(), path.absolute().parent.is_dir()
+        except OSError as exc:  # such as a name that is too long
+            raise ConfigurationError(f"{path} ({option}) cannot be written: {exc.strerror}; name another file") from exc
+        if not has_parent:
             raise ConfigurationError(f"{path} ({option}) cannot be written: there is no folder {path.parent}; make it")
-        if path is not None and path.is_dir():
+        if is_folder:
             raise ConfigurationError(f"{path} ({option}) cannot be written: it is a folder; name a file in it")
     if compare is None:
         return {}

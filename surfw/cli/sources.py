@@ -26,6 +26,7 @@ from surfw.cli.addresses import Mistake, is_here, is_host, is_path, read_address
 from surfw.cli.options import Configuration, tls_for
 from surfw.config import DEFAULT_HOST, DEFAULT_PORT, TlsFiles, display_url, is_server_url, parse_size, surfw_home
 from surfw.errors import ConfigurationError, StorageError, SurfwError, WireError
+from surfw.files import expand_home
 from surfw.manifest import VERSION
 from surfw.settings import SettingOrigin, Settings
 
@@ -203,7 +204,7 @@ def _has_model(configuration: Configuration, name: str) -> bool:
 def _holds_models(configuration: Configuration) -> bool:
     """Whether the store is to be looked into: it was set, or the default one has models."""
     is_default = configuration.origins["store"].kind == "default"
-    return not is_default or any((Path(configuration.settings.store).expanduser() / "models").rglob("*.json"))
+    return not is_default or any((expand_home(configuration.settings.store) / "models").rglob("*.json"))
 
 
 @contextlib.contextmanager

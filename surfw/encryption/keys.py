@@ -25,14 +25,13 @@ import shlex
 import stat
 from collections.abc import Iterator
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blake3 import blake3
 
 from surfw.config import BLOCK_BYTES, printable
 from surfw.errors import ConfigurationError
-from surfw.files import open_regular
+from surfw.files import expand_home, open_regular
 from surfw.manifest import SEAL_BYTES
 
 if TYPE_CHECKING:
@@ -179,7 +178,7 @@ def read_key(file: str | os.PathLike[str]) -> EncryptionKey:
         ConfigurationError: there is no such file, others can read it, or it holds no key; or `cryptography` is not
             installed. Nothing of what the file holds is shown.
     """
-    path = Path(file).expanduser()
+    path = expand_home(file)
     where = f"key file {printable(str(path))}"
     try:
         with os.fdopen(open_regular(path), "rb") as opened:

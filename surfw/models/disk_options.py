@@ -9,6 +9,7 @@ from typing import Any
 
 from surfw.config import expect, is_size, parse_size, suggest_size, surfw_home
 from surfw.errors import ConfigurationError
+from surfw.files import expand_home
 from surfw.source import ChunkSource
 from surfw.sources.disk import CacheFolder
 from surfw.sources.disk_cache import DiskCache
@@ -81,7 +82,7 @@ def disk_options(
         )
     if offline is None:
         offline = size is not None and os.environ.get("HF_HUB_OFFLINE", "").upper() in _YES
-    folder = None if cache_dir is None else Path(cache_dir).expanduser()
+    folder = None if cache_dir is None else expand_home(cache_dir)
     return DiskOptions(budget_bytes=size, folder=folder, offline=offline)
 
 

@@ -26,7 +26,7 @@ from typing import Any
 
 from surfw.config import count, expect, printable
 from surfw.errors import ConfigurationError, RefusedError
-from surfw.files import read_regular
+from surfw.files import expand_home, read_regular
 from surfw.server.journal import Journal
 from surfw.server.reloading import FromFiles
 from surfw.wire import ServerStats, check_token, shown_token
@@ -109,7 +109,7 @@ class Access:
         if token is not None and token_file is not None:
             raise ConfigurationError("token and token_file exclude each other; give one of them")
         self.is_open = token is None and token_file is None
-        self.file = None if token_file is None else _TokenFile(Path(token_file).expanduser(), self._replace, journal)
+        self.file = None if token_file is None else _TokenFile(expand_home(token_file), self._replace, journal)
         self._grants: Mapping[bytes, Grant] = {}
         if token is not None:
             self._replace([_grant(check_token(token))])

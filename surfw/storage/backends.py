@@ -19,7 +19,7 @@ from typing import Any
 
 from surfw.config import DEFAULT_SILENCE_SECONDS, display_text, display_url, is_server_url
 from surfw.errors import ConfigurationError, StorageError, SurfwError
-from surfw.files import describe_file
+from surfw.files import describe_file, expand_home
 from surfw.storage.base import StorageBackend
 from surfw.storage.filesystem import FilesystemBackend
 from surfw.storage.fsspec_backend import FsspecBackend
@@ -94,7 +94,7 @@ def refuse_file(url: str | Path) -> None:
         ConfigurationError: it is a file, or looks like a mistyped URL.
     """
     path = _local_path(read_address(str(url)))
-    full = None if path is None else Path(path).expanduser().absolute()
+    full = None if path is None else expand_home(path).absolute()
     if full and os.path.isfile(full):  # noqa: PTH113 - it is False for an impossible path, which fails where it is used
         raise ConfigurationError(describe_file(full))
 

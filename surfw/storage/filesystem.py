@@ -14,7 +14,7 @@ import fsspec
 
 from surfw.config import PIECE_BYTES, display_url
 from surfw.errors import ConfigurationError, NotFoundError, StorageError
-from surfw.files import open_regular, read_regular
+from surfw.files import expand_home, open_regular, read_regular
 from surfw.storage.base import ChangedObjectError, check_key, check_prefix
 from surfw.storage.fsspec_backend import FsspecBackend, translate_errors
 from surfw.threads import in_thread
@@ -38,7 +38,7 @@ class FilesystemBackend(FsspecBackend):
                 f"{display_url(os.fspath(base_dir))} is a URL, expected a folder; S3Backend is for S3, and whatever "
                 "takes a store takes its URL"
             )
-        self.base = Path(base_dir).expanduser().absolute()
+        self.base = expand_home(base_dir).absolute()
         if os.path.isfile(self.base):  # noqa: PTH113 - it is False for an impossible path, which fails where it is used
             raise ConfigurationError(f"{self.base} is a file, expected a folder; name another")
         super().__init__(str(self.base))

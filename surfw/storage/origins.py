@@ -25,6 +25,7 @@ from blake3 import blake3
 
 from surfw.config import surfw_home
 from surfw.errors import ManifestError, StorageError
+from surfw.files import expand_home
 from surfw.manifest import Form, Manifest, Origin
 from surfw.storage.backends import open_backend
 from surfw.storage.base import ChangedObjectError, RangedBackend, refuse_size
@@ -263,7 +264,7 @@ def private_store(place: str, options: Mapping[str, Any], stores: Path | None = 
         options: storage options: the same URL at another endpoint is another place.
         stores: the folder of all private stores; default: `private_stores()`.
     """
-    address = place if "://" in place else str(Path(place).expanduser().absolute())
+    address = place if "://" in place else str(expand_home(place).absolute())
     identity = identify_place(address.rstrip("/"), options)
     return (stores or private_stores()) / blake3(identity.encode()).hexdigest()[:32]
 

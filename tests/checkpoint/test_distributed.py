@@ -389,10 +389,14 @@ def test_a_configuration_is_taken_from_elsewhere(tmp_path: Path) -> None:
     with open_checkpoint(str(tmp_path / "weights"), config_from=str(tmp_path / "other")) as checkpoint:
         assert checkpoint.config["vocab_size"] == 7
         assert list(checkpoint.files) == ["tokenizer.json"]
-    with pytest.raises(CheckpointError, match=r"nowhere is not a checkpoint: no config\.json"):
-        open_checkpoint(str(tmp_path / "weights"), config_from=str(tmp_path / "nowhere"))
-    for other in (str(tmp_path / "other"), "org/name"):
-        with pytest.raises(ConfigurationError, match=r"leave --config-from \(config_from=\) out"):
+    for nowhere in (str(tmp_path / "nowhere"), "", "org/name", "s3://bucket/other", "~nobody-here/x", "x" * 5000):
+        said = rf"\(config_from=\) is '{nowhere[:200]}', and there is no config\.json that can be read"
+        with pytest.raises(CheckpointError, match=said):
+            open_checkpoint(str(tmp_path / "weights"), config_from=nowhere)
+    (tmp_path / "weights" / ".metadata").unlink()  # nobody else knows what the ranks' files hold
+    for other in (str(tmp_path / "other"), str(tmp_path / "weights"), "org/name"):
+        said = r"no folder here that torch\.distributed\.checkpoint saved \(with \.metadata.*config_from=\) out"
+        with pytest.raises(ConfigurationError, match=said):
             open_checkpoint(other, config_from=str(tmp_path / "other"))
 
 

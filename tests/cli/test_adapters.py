@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from tests.adapters import save_adapter, with_peft
-from tests.checkpoints import save_llama
-from tests.cli.run import complaint, surfw
+from tests.checkpoints import save_bert, save_llama
+from tests.cli.run import SURFW, complaint, surfw
+from tests.cli.terminal import terminal
 
 
 @pytest.fixture(scope="module")
@@ -69,3 +70,25 @@ def test_chunk_and_serve_and_infer_explain_an_adapter_alike(home: Path) -> None:
 def test_options_of_whole_models_do_not_go_with_a_base(home: Path, arguments: tuple[str, ...], said: str) -> None:
     done = surfw(home, "chunk", str(home / "lora"), "--base", "base", *arguments)
     assert (done.returncode, said in done.stderr) == (2, True), done.stderr
+
+
+def test_an_answer_and_a_conversation_bear_the_name_of_the_adapter(home: Path) -> None:
+    done = surfw(
+        home, "infer", "--model", "base", "--model", "lora", "--model", "base", "--prompt", "Weights",
+        "--max-new-tokens", "2",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    names = [line for line in done.stdout.splitlines() if line in {"base:", "lora:"}]
+    assert names == ["base:", "lora:", "base:"]
+    save_bert(home / "encoder")
+    assert surfw(home, "chunk", str(home / "encoder")).returncode == 0
+    with terminal(home, [SURFW, "chat", "base", "--no-live"], columns=200) as (it, process):
+        it.read_to("base, which has no chat template")
+        it.type("/model lora\r")
+        it.read_to("lora, which has no chat template")
+        it.type("/model encoder\r")  # which holds no conversation: it goes on with the adapter, not with its base
+        it.read_to("so there is no conversation with it")
+        it.type("/model\r")
+        it.read_to("this is lora")
+        it.type("/quit\r")
+        assert process.wait(60) == 0

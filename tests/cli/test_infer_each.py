@@ -49,6 +49,7 @@ def test_each_answer_stands_under_its_name(home: Path) -> None:
     ("options", "complaint"),
     [
         (("--model", "third"), "third"),
+        (("--model", f"one@b3:{'0' * 64}"), "is not the model that is wanted"),
         (("--model", ""), "--model is ''"),
         (("--trace", "trace.json"), "--trace is for one model, and 2 are given"),
         (("--explain",), "--explain is for one model, and 2 are given"),

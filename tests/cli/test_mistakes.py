@@ -42,6 +42,18 @@ MISTAKES = [
     ("chat --system b --raw", 2, "--system does not go with --raw: a system message is part of the chat"),
     ("infer --prompt-ids 1 --system b", 2, "--system does not go with --prompt-ids, which are taken as they are"),
     ("infer --prompt a --live --json", 2, "--live does not go with --json; give one of them"),
+    *(
+        (line, 1, "~nobody-here/x: there is no home folder of ~nobody-here on this machine; write the path in full")
+        for line in (
+            "chunk ~nobody-here/x",
+            "chunk . --encrypt ~nobody-here/x",
+            "list --store ~nobody-here/x",
+            "list --cached --cache-dir ~nobody-here/x",
+            "serve --token-file ~nobody-here/x --port 0",
+        )
+    ),
+    (f"bench codec --save {'x' * 300}", 1, "(--save) cannot be written: File name too long; name another file"),
+    (f"infer my-model --prompts store/surfw.json --output {'x' * 300}", 1, "cannot be written to xxx"),
     ("infer --prompt a --live half", 2, "--live is 'half', expected full, or nothing; a name or a prompt goes before"),
     ("infer --live half --prompt a", 2, "--live is 'half', expected full, or nothing; a name or a prompt goes before"),
     ("serve --live=half", 2, "Error: --live is 'half', expected full, or nothing"),

@@ -34,7 +34,9 @@ def test_a_pin_is_split_from_the_name() -> None:
     assert split_pin(f"org/name@b3:{digest}") == ("org/name", digest)
     assert split_pin(f"@b3:{digest}") == (None, digest)
     for wrong in ("", digest[:-1], digest.upper(), f"{digest}0"):
-        with pytest.raises(ConfigurationError, match=r"name is pinned to .*, expected 64 hexadecimal digits"):
+        with pytest.raises(
+            ConfigurationError, match=r"name is pinned to .*, expected 64 hexadecimal digits in lower case"
+        ):
             split_pin(f"name@b3:{wrong}")
 
 
@@ -117,3 +119,8 @@ def test_digests_of_blocks_that_do_not_belong_to_the_payload_are_found_out(
         pytest.raises(IntegrityError, match=rf"chunk {re.escape(name)} from .* is a payload with BLAKE3"),
     ):
         model(input_ids=ids)
+
+
+def test_the_digest_that_stands_above_the_pin_is_told_from_it(made: Manifest) -> None:
+    with pytest.raises(IntegrityError, match=r"that is its digest, .*; take the pin"):
+        check_pin(made, made.digest, where="here")
