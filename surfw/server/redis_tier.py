@@ -177,9 +177,8 @@ class RedisTier:
         """Disconnect. Closing twice is fine."""
         await cancel_all(self._tasks)
         async with self._checking:
-            link, self._link, self._reachable, self._bypassed = self._link, None, None, ""
-        if link is not None:
-            await link.close()
+            self._link, self._reachable, self._bypassed = None, None, ""
+        await self._known.close()  # all links have its client, also one whose own closing was cancelled just now
         self._poisonings.flush()
         self._denials.flush()
 

@@ -224,6 +224,7 @@ class Model:
     def __init__(self, clock: Clock) -> None:
         self.model = Mock(can_generate=lambda: True)
         self.manifest = SimpleNamespace(name="org/model")
+        self.adapter = None
         self._clock = clock
         self._read_bytes = 0
 

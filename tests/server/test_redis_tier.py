@@ -14,6 +14,7 @@ from redis import Redis
 from surfw.client import open_wire_source, read_stats
 from surfw.errors import ConfigurationError, NotAStoreError
 from surfw.server import AdvancedWeightServer
+from surfw.server.journal import Journal
 from surfw.server.redis_tier import RedisTier
 from tests.peers import tcp_server, whole
 from tests.services.processes import answers, free_port, running, wait_until
@@ -42,6 +43,23 @@ def connections(redis_url: str) -> int:
     """How many clients a Redis has, this one left out."""
     with Redis.from_url(redis_url) as redis:
         return int(redis.info("clients")["connected_clients"]) - 1  # type: ignore[index]
+
+
+def test_closing_right_after_redis_was_left_closes_its_connection(redis_url: str) -> None:
+    before = connections(redis_url)
+
+    async def main() -> None:
+        tier = RedisTier(redis_url)
+        await tier.open(Journal())
+        assert tier._link is not None
+        assert await asyncio.to_thread(connections, redis_url) == before + 1
+        tier._leave(tier._link, "slower than the storage", is_away=False)  # which begins to close the connection
+        await tier.close()
+        async with asyncio.timeout(10):
+            while await asyncio.to_thread(connections, redis_url) != before:
+                await asyncio.sleep(0.01)
+
+    asyncio.run(main())
 
 
 def test_a_redis_that_answers_is_told_and_left_again(tmp_path: Path, redis_url: str) -> None:
