@@ -25,7 +25,7 @@ from surfw.checkpoint.shard import (
     SourceTensor,
     check_unchanged,
     open_weights,
-    translate_errors,
+    read_weights,
 )
 from surfw.config import KIB, quote
 from surfw.errors import CheckpointError, UnsupportedModelError
@@ -130,8 +130,7 @@ class DistributedShard:
         fd = open_weights(file)
         try:
             check_unchanged(file, fd, self._files[file])
-            with translate_errors(file):
-                _fill(fd, position, memoryview(into), file)
+            read_weights(file, fd, position, memoryview(into))
         finally:
             os.close(fd)
 
@@ -189,7 +188,7 @@ class _Archive:
         header, at = bytearray(_LOCAL_HEADER_BYTES), record.header_offset
         if at < 0 or at + len(header) > length:
             raise ValueError("a record lies outside of it")
-        _fill(self._fd, self._part.start + at, memoryview(header), self._part.file)
+        read_weights(self._part.file, self._fd, self._part.start + at, memoryview(header))
         at += len(header) + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
         if header[:4] != _LOCAL_HEADER or at + record.file_size > length:
             raise ValueError("a record lies outside of it")
@@ -201,7 +200,7 @@ class _Archive:
         if size > _PICKLE_BYTES:
             raise ValueError(f"its {name} has {size} bytes")
         data = bytearray(size)
-        _fill(self._fd, at, memoryview(data), self._part.file)
+        read_weights(self._part.file, self._fd, at, memoryview(data))
         return bytes(data)
 
 
@@ -249,15 +248,6 @@ def _read_tensor(made: Any) -> tuple[str, int, tuple[int, ...], tuple[int, ...],
 def _span(sizes: Collection[int], strides: Collection[int]) -> int:
     """How many elements there are from the first to the last one, both included."""
     return 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
-
-
-def _fill(fd: int, position: int, into: memoryview, file: Path) -> None:
-    done = 0
-    while done < len(into):
-        count = os.preadv(fd, [into[done:]], position + done)
-        if count == 0:
-            raise CheckpointError(f"{file} shrank while it was read; run again when nothing writes to it")
-        done += count
 
 
 class _Window(io.RawIOBase):

@@ -17,7 +17,7 @@ from typing import Any, TypeGuard
 
 from surfw.checkpoint.layout import DISTRIBUTED_FILE, is_plain, ranks_files, read_small
 from surfw.checkpoint.plain_pickle import ForeignNameError, Made, Named, read_pickle
-from surfw.checkpoint.shard import TORCH_DTYPES, Identity, identify, open_weights, read_header
+from surfw.checkpoint.shard import TORCH_DTYPES, Identity, identify, open_weights, read_header, read_weights
 from surfw.config import MIB, quote
 from surfw.errors import CheckpointError, UnsupportedModelError
 from surfw.manifest import nbytes
@@ -301,7 +301,7 @@ def _read_headers(folder: Path, names: Iterable[str]) -> dict[str, Parted]:
         path = folder / name
         fd = open_weights(path)
         try:
-            header = read_header(identify(path, fd).size_bytes, partial(_read_at, fd), where=str(path))
+            header = read_header(identify(path, fd).size_bytes, partial(read_weights, path, fd), where=str(path))
         finally:
             os.close(fd)
         try:
@@ -332,10 +332,6 @@ def _read_headers(folder: Path, names: Iterable[str]) -> dict[str, Parted]:
         kept = sorted((part for part in parts if 0 not in part.sizes), key=lambda part: part.offsets)
         tensors[name] = Parted(dtype, shape, tuple(kept))
     return tensors
-
-
-def _read_at(fd: int, position: int, into: memoryview) -> None:
-    os.preadv(fd, [into], position)
 
 
 def _find_fault(tensor: Parted) -> str | None:

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from surfw.checkpoint.shard import SourceTensor, check_unchanged, identify, open_weights, translate_errors
+from surfw.checkpoint.shard import SourceTensor, check_unchanged, identify, open_weights, read_weights
 from surfw.errors import CheckpointError, UnsupportedModelError
 
 SUFFIX = ".gguf"
@@ -56,13 +56,7 @@ class GgufShard:
         """Fill `destination` with the tensor's stored bytes from byte `start` on."""
         assert tensor.start is not None, "it is of this file"
         check_unchanged(self.path, self._fd, self.identity)
-        done = 0
-        with translate_errors(self.path):
-            while done < len(destination):
-                count = os.preadv(self._fd, [destination[done:]], tensor.start + start + done)
-                if count == 0:
-                    raise CheckpointError(f"{self.path} shrank while it was read; run again when nothing writes to it")
-                done += count
+        read_weights(self.path, self._fd, tensor.start + start, destination)
 
     def close(self) -> None:
         """Close the file; a second time does nothing."""

@@ -117,16 +117,25 @@ class SafetensorsShard:
             self._fd = -1
 
     def _fill(self, position: int, destination: memoryview) -> None:
-        done = 0
-        with translate_errors(self.path):
-            while done < len(destination):
-                count = os.preadv(self._fd, [destination[done:]], position + done)
-                if count == 0:
-                    raise CheckpointError(
-                        f"{self.path} ends at byte {position + done}, expected {position + len(destination)} bytes: "
-                        "it shrank while it was read; run again when nothing writes to it"
-                    )
-                done += count
+        read_weights(self.path, self._fd, position, destination)
+
+
+def read_weights(path: Path, fd: int, position: int, destination: memoryview) -> None:
+    """Fill uint8 memory from an open file, from byte `position` on.
+
+    Raises:
+        CheckpointError: it ends early, or cannot be read.
+    """
+    done = 0
+    with translate_errors(path):
+        while done < len(destination):
+            count = os.preadv(fd, [destination[done:]], position + done)
+            if count == 0:
+                raise CheckpointError(
+                    f"{path} ends at byte {position + done}, expected {position + len(destination)} bytes: it shrank "
+                    "while it was read; run again when nothing writes to it"
+                )
+            done += count
 
 
 def read_tensors(

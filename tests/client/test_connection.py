@@ -172,6 +172,14 @@ def linked(wire: Wire) -> tuple[Link, WireConnection]:
     return link, connection
 
 
+async def ask_for_a_mib(link: Link) -> tuple[Memory, asyncio.Task[Any]]:
+    """Where the bytes of a form will be, and the task that has just asked for it."""
+    transfer = Memory()
+    asking = asyncio.create_task(link.receive(lambda number: Get(number, "model", "chunk", "none", 0, MIB), transfer))
+    await asyncio.sleep(0)
+    return transfer, asking
+
+
 def receive(connection: WireConnection, sent: bytes, cuts: Sequence[int] = ()) -> None:
     """Hand over bytes as a transport does, in pieces that end at the cuts at the latest."""
     rest, ends = memoryview(sent), sorted(cut for cut in cuts if cut < len(sent))
@@ -220,12 +228,9 @@ def test_a_refused_message_ends_in_one_error_whatever_follows(
     name: str, reads_on: bool, kind: str, size: int, cuts: list[int]
 ) -> None:
     async def main(near: socket.socket, far: socket.socket) -> None:
-        wire, transfer = Wire(near if reads_on else None), Memory()
+        wire = Wire(near if reads_on else None)
         link, connection = linked(wire)
-        asking = asyncio.create_task(
-            link.receive(lambda number: Get(number, "model", "chunk", "none", 0, MIB), transfer)
-        )
-        await asyncio.sleep(0)
+        transfer, asking = await ask_for_a_mib(link)
         refused = REFUSED[name] + (bytes(1 << 19) if name == "a huge frame" else b"")
         sent = refused + BEHIND[kind](size)
         if reads_on:
@@ -255,12 +260,8 @@ def test_what_has_arrived_is_read_on_into_its_place(cuts: list[int], sizes: list
     payload = random.Random(len(cuts)).randbytes(MIB)
 
     async def main(near: socket.socket, far: socket.socket) -> None:
-        transfer = Memory()
         link, connection = linked(Wire(near))
-        asking = asyncio.create_task(
-            link.receive(lambda number: Get(number, "model", "chunk", "none", 0, MIB), transfer)
-        )
-        await asyncio.sleep(0)
+        transfer, asking = await ask_for_a_mib(link)
         sent, at = b"", 0
         for size in [*sizes, MIB]:
             stop = min(at + size, MIB)
@@ -281,12 +282,8 @@ def test_what_has_arrived_is_read_on_into_its_place(cuts: list[int], sizes: list
 
 def test_frames_that_have_arrived_are_read_in_one_turn() -> None:
     async def main(near: socket.socket, far: socket.socket) -> int:
-        transfer = Memory()
         link, connection = linked(Wire(near))
-        asking = asyncio.create_task(
-            link.receive(lambda number: Get(number, "model", "chunk", "none", 0, MIB), transfer)
-        )
-        await asyncio.sleep(0)
+        transfer, asking = await ask_for_a_mib(link)
         frames = [frame(Opcode.BINARY, bytes([part]) * 64 * KIB) for part in range(3)]
         turns = receive_from(near, far, connection, data(0, 192 * KIB) + b"".join(frames))
         assert transfer.memory[: 192 * KIB] == b"".join(bytes([part]) * 64 * KIB for part in range(3))
