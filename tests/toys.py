@@ -94,11 +94,13 @@ class ToySource(ChunkSource):
 class Gate:
     """Lets fetches through one by one, from another thread, so that their order is the test's.
 
-    One that is `stubborn` lets no fetch end before it is opened, not even one that is cancelled.
+    One that is `stubborn` lets no fetch end before it is opened, not even one that is cancelled; `cancelled` says that
+    one was.
     """
 
     def __init__(self, *, stubborn: bool = False) -> None:
         self._stubborn = stubborn
+        self.cancelled = threading.Event()
         self._arrived: dict[str, Future[None]] = {}
         self._opened: dict[str, Future[None]] = {}
         self._lock = threading.Lock()
@@ -116,6 +118,7 @@ class Gate:
         try:
             await asyncio.wrap_future(opened)
         except asyncio.CancelledError:
+            self.cancelled.set()
             if self._stubborn:
                 await asyncio.wrap_future(opened)
             raise

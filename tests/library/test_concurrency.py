@@ -484,7 +484,7 @@ def test_clearing_and_closing_while_layers_are_fetched(store: Path) -> None:
         warming = asyncio.create_task(model.warmup([0, 1]))
         await asyncio.to_thread(backend.gate.wait_for, "any")
         closing = asyncio.create_task(model.close_async())
-        await asyncio.sleep(0)
+        assert await asyncio.to_thread(backend.gate.cancelled.wait, 60)
         backend.gate.open("any")
         await closing
         with pytest.raises(ModelClosedError, match="llama was closed while its layers were fetched"):
