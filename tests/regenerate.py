@@ -16,8 +16,8 @@ import click
 import typer
 
 from surfw import __version__, errors
+from surfw.cli import options
 from surfw.cli.app import app
-from surfw.cli.options import commands_with
 from surfw.settings import SETTINGS
 from tests import pages
 from tests.pages import ROOT
@@ -27,9 +27,17 @@ COMMANDS = "surfw/cli/COMMANDS.md"
 CHECKPOINTS = "surfw/models/CHECKPOINTS.md"
 
 
+def root_command() -> options.Group:
+    """The command line, with all its commands imported."""
+    root = typer.main.get_command(app)
+    assert isinstance(root, options.Group)
+    root.commands |= {name: one.load() for name, one in root.commands.items() if isinstance(one, options.Deferred)}
+    return root
+
+
 def commands() -> list[str]:
     """Every command that `surfw --help` leads to, such as `bench wire`."""
-    return list(_commands(typer.main.get_command(app), ""))
+    return list(_commands(root_command(), ""))
 
 
 def _commands(group: click.Command, path: str) -> Iterator[str]:
@@ -44,7 +52,7 @@ def _commands(group: click.Command, path: str) -> Iterator[str]:
 
 def options_of(command: str) -> list[str]:
     """The options of a command, such as `--json`."""
-    found = typer.main.get_command(app)
+    found = root_command()
     for word in command.split():
         found = found.commands[word]  # type: ignore[attr-defined]
     return [name for one in found.params for name in one.opts if name.startswith("--")]
@@ -62,7 +70,7 @@ def completions() -> dict[Path, str]:
 def man_page() -> dict[Path, str]:
     """The man page, from the help of all commands, by its file."""
     lines = [f'.TH SURFW 1 "" "surfw {__version__}"', ".SH NAME", "surfw \\- run models whose weights are elsewhere"]
-    root = typer.main.get_command(app)
+    root = root_command()
     lines += [".SH SYNOPSIS", ".B surfw", "COMMAND [OPTIONS]", ".SH DESCRIPTION", _roff(root.help or "")]
     lines += [
         "Exit codes: 0 done, 1 failed, 2 wrong usage or a wrong setting, 3 a benchmark is worse than the one it was"
@@ -158,7 +166,7 @@ def settings_table() -> str:
     """Every setting, from the registry."""
     rows = ["| key | variable | option | default | meaning |", "|---|---|---|---|---|"]
     for name, setting in SETTINGS.items():
-        commands = ", ".join(commands_with(name))
+        commands = ", ".join(options.commands_with(name))
         expected = f"{setting.expected}, in the variable as JSON" if setting.kind is dict else setting.expected
         bounds = f" ({expected})" if setting.choices or setting.form or setting.least is not None else ""
         default = setting.default_text or ("false" if setting.kind is bool else "none")

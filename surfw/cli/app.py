@@ -14,52 +14,57 @@ from typing import Annotated, Any, TextIO
 import typer
 
 from surfw import __version__
-from surfw.cli import (
-    bench,
-    cached,
-    chat,
-    chunk,
-    config,
-    infer,
-    options,
-    schema,
-    serve,
-    signals,
-    stats,
-    store,
-    streams,
-)  # fmt: skip
+from surfw.cli import options, signals, streams
 from surfw.cli.addresses import Mistake
 from surfw.cli.wording import with_options
 from surfw.errors import SurfwError, UninitializedWeightsWarning
+
+_COMMANDS = {
+    "chunk": ("chunk:chunk", "Cut a checkpoint into chunks by layer, and store them."),
+    "serve": ("serve:serve", "Serve a store, or a plain checkpoint, to clients, through a cache."),
+    "infer": ("infer:infer", "Run a model while its layers arrive, and print what it says."),
+    "stats": ("stats:stats", "Show what a server does: its counters, its cache, its clients and what happened lately."),
+    "bench": ("bench:app", "Measure surfw against a baseline in the same run."),
+    "chat": ("chat:chat", "Talk with a model that stays open."),
+    "pull": ("cached:pull", "Fetch a model into the disk cache, where it stays until 'surfw rm --cached'."),
+    "list": ("store:list_", "List the models in a store, and what else lies there."),
+    "show": ("store:show", "Show one model of a store: its chunks, sizes and files."),
+    "rm": ("store:rm", "Remove a model from a store. Its blobs stay until 'surfw prune'."),
+    "prune": ("store:prune", "Remove the blobs that no model needs."),
+    "verify": (
+        "store:verify",
+        "Read every byte of the models in a store, and check them; with a key, also who signed them.",
+    ),
+    "config": ("config:config", "Show every setting, its value, and where it comes from."),
+    "schema": ("schema:schema", "Print the JSON Schema of what a command prints with --json."),
+}
+"""Where each command is, and its summary: `surfw --help` imports none of them."""
+_EVERYDAY = ("chunk", "serve", "infer", "stats", "bench")
+
+
+class _Commands(options.Group):
+    """All commands, each imported when it is asked for."""
+
+    def __init__(self, **given: Any) -> None:
+        """Know them by name."""
+        super().__init__(**given)
+        known = {
+            name: options.Deferred(name, where, summary, panel=None if name in _EVERYDAY else options.MORE)
+            for name, (where, summary) in _COMMANDS.items()
+        }
+        self.commands = known | dict(self.commands)
+
 
 app = typer.Typer(
     name="surfw",
     help="Run transformer models whose weights are somewhere else, or are bigger than memory.",
     epilog="Start with:  surfw infer --prompt 'Weight streaming is'",
-    cls=options.Group,
+    cls=_Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("chunk", cls=options.Command, epilog=chunk.EXAMPLES)(chunk.chunk)
-app.command("serve", cls=options.Command, epilog=serve.EXAMPLES)(serve.serve)
-app.command("infer", cls=options.Command, epilog=infer.EXAMPLES)(infer.infer)
-app.command("stats", cls=options.Command, epilog=stats.EXAMPLES)(stats.stats)
-app.add_typer(bench.app, name="bench")
-for name, command, examples in (
-    ("chat", chat.chat, chat.EXAMPLES),
-    ("pull", cached.pull, cached.EXAMPLES),
-    ("list", store.list_, store.LIST_EXAMPLES),
-    ("show", store.show, store.SHOW_EXAMPLES),
-    ("rm", store.rm, store.RM_EXAMPLES),
-    ("prune", store.prune, store.PRUNE_EXAMPLES),
-    ("verify", store.verify, store.VERIFY_EXAMPLES),
-    ("config", config.config, config.EXAMPLES),
-    ("schema", schema.schema, schema.EXAMPLES),
-):
-    app.command(name, cls=options.Command, epilog=examples, rich_help_panel=options.MORE)(command)
 
 
 @app.command("help", cls=options.Command, rich_help_panel=options.MORE)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import wraps
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -163,7 +164,10 @@ class Group(TyperGroup):
         """Return the command that was named; if there is none, say which one may have been meant."""
         if args and args[0] not in self.commands and (meant := _OTHER_WORDS.get(args[0])) in self.commands:
             ctx.fail(f"No such command {args[0]!r}. Did you mean {meant!r}?")
-        return super().resolve_command(ctx, args)
+        name, command, args = super().resolve_command(ctx, args)
+        if isinstance(command, Deferred):
+            command = self.commands[command.name] = command.load()
+        return name, command, args
 
 
 class Command(TyperCommand):
@@ -191,6 +195,35 @@ class Command(TyperCommand):
                 raise
             signals.say()  # whatever fails from then on fails because of that
             raise KeyboardInterrupt from exc
+
+
+class Deferred(Command):
+    """The name and the summary of a command whose module is not imported yet.
+
+    `where` names the module in this package, and its function, or its application of several commands: `store:rm`. The
+    examples are the module's `EXAMPLES`, or those of the command, such as `RM_EXAMPLES`.
+    """
+
+    name: str
+
+    def __init__(self, name: str, where: str, summary: str, *, panel: str | None = None) -> None:
+        """Remember what there is to know."""
+        super().__init__(name, help=summary, rich_help_panel=panel)
+        self._where = where
+
+    def load(self) -> Any:
+        """Import it, and return the command itself."""
+        module_name, _, function = self._where.partition(":")
+        module = import_module(f"surfw.cli.{module_name}")
+        found = getattr(module, function)
+        if not isinstance(found, typer.Typer):
+            examples = getattr(module, f"{self.name.upper()}_EXAMPLES", None) or module.EXAMPLES
+            made = typer.Typer(rich_markup_mode=None, add_completion=False)
+            made.command(self.name, cls=Command, epilog=examples, rich_help_panel=self.rich_help_panel)(found)
+            found = made
+        command = typer.main.get_command(found)
+        command.name = self.name
+        return command
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 
+from surfw.cli import options
+from surfw.cli.app import app
 from surfw.storage import FilesystemBackend, Store
 from tests import pages, regenerate
 from tests.cli.run import environment, surfw
@@ -29,6 +32,29 @@ def test_help_imports_neither_torch_nor_transformers(command: list[str]) -> None
     shown, _, heavy = done.stdout.strip().rpartition("\n")
     assert json.loads(heavy) == []
     assert "Usage:" in shown
+
+
+def test_the_list_of_commands_says_what_each_says_of_itself_and_imports_none() -> None:
+    code = (
+        "import sys\n"
+        "from surfw.cli.app import app\n"
+        "try: app(['--help'])\n"
+        "except SystemExit as end: assert end.code == 0, end.code\n"
+        "print(*(name for name in sys.modules if name.startswith('surfw.cli.')))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {f"surfw.cli.{name}" for name in ("bench", "chat", "chunk", "infer", "serve", "stats", "store")} & set(
+        done.stdout.split()
+    )
+    listed = typer.main.get_command(app)
+    assert isinstance(listed, options.Group)
+    loaded = regenerate.root_command().commands
+    assert list(listed.commands) == list(loaded)
+    for name, one in listed.commands.items():
+        assert one.get_short_help_str(1000) == loaded[name].get_short_help_str(1000)
+        assert (
+            getattr(one, "rich_help_panel", None) == getattr(loaded[name], "rich_help_panel", None) or name == "bench"
+        )
 
 
 def test_sources_of_weights_are_opened_without_torch(tmp_path: Path) -> None:
