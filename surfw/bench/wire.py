@@ -2,8 +2,9 @@
 
 Both have two processes and loopback between them, and move the same chunks one after the other into the same memory.
 Each round measures the raw socket, surfw without verification (for this comparison only) and surfw as users run it, so
-that whatever else the machine does falls on all of them. It has servers, connections and memory of its own, because a
-process is faster or slower all its life by where its memory lies: rounds in one process agree more than runs do.
+that whatever else the machine does falls on all of them, several times in turn, of which it keeps the medians. It has
+servers, connections and memory of its own, because a process is faster or slower all its life by where its memory lies:
+rounds in one process agree more than runs do.
 """
 
 import asyncio
@@ -11,6 +12,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -36,6 +38,7 @@ SIZES = tuple(range(8 * MB, 89 * MB, 16 * MB // 3))
 
 BENCH_MODEL = "bench"
 _SPARE_BYTES = 64 * MB
+_TURNS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +59,14 @@ class _Peer:
 
 @dataclass(slots=True)
 class _Series:
-    """Measurements of one way to move the bytes: wall clock, and the CPU time of both processes."""
+    """Measurements of one way to move the bytes: wall clock of each round, and of the turns of the round that goes on;
+    wall clock and the CPU time of both processes over all turns.
+    """
 
     seconds: list[float] = field(default_factory=list)
+    turns: list[float] = field(default_factory=list)
+    total_turns: int = 0
+    total_seconds: float = 0.0
     client_cpu: float = 0.0
     server_cpu: float = 0.0
 
@@ -67,16 +75,23 @@ class _Series:
         """Time the body."""
         client_cpu, server_cpu, start = time.process_time(), server.cpu_seconds(), time.perf_counter()
         yield
-        self.seconds.append(time.perf_counter() - start)
+        self.turns.append(time.perf_counter() - start)
+        self.total_turns += 1
+        self.total_seconds += self.turns[-1]
         self.client_cpu += time.process_time() - client_cpu
         self.server_cpu += server.cpu_seconds() - server_cpu
+
+    def end_round(self) -> None:
+        """Keep the median of its turns."""
+        self.seconds.append(statistics.median(self.turns))
+        self.turns.clear()
 
 
 def bench_wire(*, rounds: int = 9, sizes: Sequence[int] = SIZES) -> Result:
     """Measure.
 
     Args:
-        rounds: how often each way is measured; medians are reported.
+        rounds: how often each way is measured, with new processes; medians are reported.
         sizes: bytes of each chunk; all of them are held in memory by each server and by the client.
     """
     raw, unverified, verified = _Series(), _Series(), _Series()
@@ -104,12 +119,15 @@ async def _measure(
             await fetch_chunks(source, manifest, memory)
             _receive_raw(connection, memory)
             misses = await asyncio.to_thread(server.cache_misses)
-            with raw.measure(raw_server):
-                _receive_raw(connection, memory)
-            with unverified.measure(server):
-                await fetch_chunks(blind, manifest, memory)
-            with verified.measure(server):
-                await fetch_chunks(source, manifest, memory)
+            for _ in range(_TURNS):
+                with raw.measure(raw_server):
+                    _receive_raw(connection, memory)
+                with unverified.measure(server):
+                    await fetch_chunks(blind, manifest, memory)
+                with verified.measure(server):
+                    await fetch_chunks(source, manifest, memory)
+            for series in (raw, unverified, verified):
+                series.end_round()
             if await asyncio.to_thread(server.cache_misses) != misses:
                 raise RuntimeError("the server's cache did not hold the chunks; nothing was measured")
 
@@ -142,8 +160,8 @@ def _rows(size: int, raw: _Series, unverified: _Series, verified: _Series) -> tu
     rows = [rate_row("raw TCP socket", base)]
     for name, series, checked in (("unverified", unverified, False), ("verified", verified, True)):
         rate = summarise_rates(size, series.seconds)
-        busy = (series.client_cpu + series.server_cpu) / sum(series.seconds)
-        ceiling = size * len(series.seconds) * cores / (series.client_cpu + series.server_cpu) / GB
+        busy = (series.client_cpu + series.server_cpu) / series.total_seconds
+        ceiling = size * series.total_turns * cores / (series.client_cpu + series.server_cpu) / GB
         note = f"both sides keep {busy:.1f} of {cores} cores busy"
         rows.append(rate_row(name, rate, base, ceiling=ceiling, verified=checked, note=note))
     return tuple(rows)

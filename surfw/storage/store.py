@@ -56,7 +56,7 @@ MODELS, BLOBS = "models/", "blobs/"
 LEASES, PRUNES = "leases/", "prunes/"
 OR_SERVER = ", or a server's address, which begins with ws:// or wss://"
 _PARTIAL = "partial/"
-_CONFIG, _ADAPTER_CONFIG = "config.json", "adapter_config.json"
+_CONFIG, _ADAPTER_CONFIG, _DISTRIBUTED = "config.json", "adapter_config.json", ".metadata"
 _IN_PROGRESS = (_PARTIAL, LEASES, PRUNES)
 _BLOB = re.compile(r"blobs/([0-9a-f]{2})/\1[0-9a-f]{62}(\.[A-Za-z0-9._-]+)?")
 
@@ -341,6 +341,11 @@ async def is_checkpoint(backend: StorageBackend) -> bool:
         raise NotAStoreError(
             f"there is no folder {url}; name that of a checkpoint, or of a store, which 'surfw chunk MODEL' makes; "
             "a model of the hub is hf://org/name"
+        )
+    if file is not None and await asyncio.to_thread((file.parent / _DISTRIBUTED).is_file):
+        raise NotAStoreError(
+            f"{url} has weights that torch.distributed.checkpoint saved, and no {_CONFIG}; put the model's there, with "
+            "its tokenizer, or chunk it: surfw chunk FOLDER --config-from MODEL_FOLDER"
         )
     raise NotAStoreError(
         f"{url} is neither a surfw store ({MARKER}) nor a checkpoint ({_CONFIG}): both files are missing; name "

@@ -262,6 +262,9 @@ def test_a_store_is_a_source(store: Path, tmp_path: Path) -> None:
             assert model.manifest.name == "bert"
     with pytest.raises(NotAStoreError, match=r"is neither a surfw store .* nor a checkpoint"):
         StreamingModel.open(tmp_path)
+    (tmp_path / ".metadata").touch()
+    with pytest.raises(NotAStoreError, match=r"saved, and no config\.json; .* surfw chunk FOLDER --config-from"):
+        StreamingModel.open(tmp_path)
 
 
 def test_opening_never_blocks_a_running_loop(server: Served) -> None:
