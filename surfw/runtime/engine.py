@@ -394,6 +394,8 @@ class Engine:
     def reserve(self, size_bytes: int, *, or_less: bool = False) -> None:
         """Leave so much of the budget free from now on, instead of what was left free before.
 
+        It is free at the return, but for what is in use: loads of chunks that have to make way are cancelled.
+
         Args:
             size_bytes: how much.
             or_less: leave less where the model needs it to run.
@@ -405,8 +407,12 @@ class Engine:
             if or_less and self.limit.budget_bytes is not None:
                 least = least_bytes(self._schedule.apply_to(self._needs).in_pieces())
                 size_bytes = max(0, min(size_bytes, self.limit.budget_bytes - least))
-            if size_bytes != self.limit.reserved_bytes:
-                self._replan(self._needs, replace(self.limit, reserved_bytes=size_bytes))
+            if size_bytes == self.limit.reserved_bytes:
+                return
+            is_less, limit = size_bytes < self.limit.reserved_bytes, replace(self.limit, reserved_bytes=size_bytes)
+            self._replan(self._needs, limit)
+        if not is_less:
+            self._make_way()
 
     def hold_beside(self, size_bytes: int) -> None:
         """Count so much memory beside the weights where the model computes, instead of what was counted before.
@@ -507,6 +513,20 @@ class Engine:
                 else:
                     ending = loads[0]  # cancelled by a run that was interrupted before this load had ended
             self._wait(ending)
+
+    def _make_way(self) -> None:
+        """Cancel the loads that the plan has no memory for any more, and wait until their memory is free."""
+        while True:
+            with self._lock:
+                self._sync()
+                self._obey(self.table.trim())
+                ending = [self.host[slot.name].load for slot in self.table.misplaced()]
+                for load in ending:
+                    load.cancel()
+            if not ending:
+                return
+            for load in ending:
+                self._wait(load)
 
     def _stay(self, module: str) -> bool:
         """As `stay`, where the chunks of the module are pinned, and in memory of their own."""

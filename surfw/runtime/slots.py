@@ -220,6 +220,16 @@ class SlotTable:
         """Evict what has no place, without letting anything go."""
         return Decision() if self._everything_fits and self._is_settled else self._trim(Decision())
 
+    def misplaced(self) -> list[Slot]:
+        """The slots that are still loading, and not in use, where the plan has no memory for all that there are."""
+        loading = [slot for slot in self if slot.state is SlotState.LOADING and not slot.users]
+        own = [slot for slot in loading if not slot.in_ring and slot.name not in self.plan.pinned]
+        in_ring, ring = [slot for slot in loading if slot.in_ring], self._ring()
+        found = own if self._excess_bytes() > 0 else []
+        if len(ring) > self.plan.ring_buffers or any(slot.size_bytes > self.plan.ring_bytes for slot in in_ring):
+            found = found + in_ring
+        return found
+
     def prefetch(self, upcoming: Iterable[str], in_use: Collection[str] = ()) -> Decision:
         """Load what is used next, as far as there are slots for it, and a bounded number of bytes at a time.
 

@@ -12,7 +12,7 @@ from surfw.runtime.plan import Limit
 from surfw.runtime.rows import TableUnit
 from surfw.runtime.run import Run
 from tests.runtime.engines import PAGE, counts, data, running, settle, spare_bytes, use
-from tests.toys import toy_model
+from tests.toys import Gate, toy_model
 
 
 def test_what_is_reserved_is_given_up_by_the_weights_and_comes_back() -> None:
@@ -35,6 +35,20 @@ def test_what_is_reserved_is_given_up_by_the_weights_and_comes_back() -> None:
             data(engine.acquire(name)) == {f"{name}.t0": source.payloads[manifest.by_name[name].id]}
             for name in cycle[:2]
         )
+
+
+def test_what_is_reserved_is_free_though_all_weights_were_on_their_way() -> None:
+    manifest, source = toy_model([100] * 10)
+    source.gate = Gate()
+    with running(manifest, source, budget_bytes=10 * PAGE) as engine:
+        engine.warm()
+        source.gate.wait_for("c9")
+        engine.reserve(3 * PAGE)
+        assert engine.resident_bytes <= 7 * PAGE
+        for index in range(10):
+            source.gate.open(f"c{index}")
+        use(engine, [f"c{index}" for index in range(10)] * 2)
+        assert engine.resident_bytes <= 7 * PAGE
 
 
 def test_every_plan_is_announced_to_the_source() -> None:
