@@ -59,8 +59,12 @@ class _Peer:
 
 @dataclass(slots=True)
 class _Series:
-    """Measurements of one way to move the bytes: wall clock of each round, and of the turns of the round that goes on;
-    wall clock and the CPU time of both processes over all turns.
+    """Measurements of one way to move the bytes: wall clock, and the CPU time of both processes.
+
+    Attributes:
+        seconds: the median turn of each round that has ended.
+        turns: the seconds of each turn of the round that goes on.
+        total_turns, total_seconds, client_cpu, server_cpu: over all turns of all rounds.
     """
 
     seconds: list[float] = field(default_factory=list)
