@@ -5,6 +5,7 @@ import contextlib
 import errno
 import fcntl
 import logging
+import mmap
 import os
 import random
 import subprocess
@@ -488,6 +489,22 @@ def test_processes_at_once_fetch_each_block_once(tmp_path: Path) -> None:
     outputs = [process.communicate(timeout=60)[0] for process in processes]
     assert [process.returncode for process in processes] == [0] * 4
     assert sum(map(int, outputs)) == sum(chunk.payload_bytes for chunk in made.chunks)
+
+
+def test_blocks_are_written_from_wherever_they_lie_in_memory(tmp_path: Path) -> None:
+    made = make_store(tmp_path / "store", sizes=[3 * MIB + 4096 + 5])
+    form, data = made.chunks[0].forms[0], payload(tmp_path / "store", made.chunks[0])
+    folder = CacheFolder(tmp_path / "cache", None)
+    folder.create()
+    for skipped in (0, 1, 512):  # from a boundary of a page, the page cache is passed by where the file system can
+        memory = memoryview(mmap.mmap(-1, 4 * MIB))[skipped : skipped + len(data)]
+        memory[:] = data
+        with contextlib.closing(folder.open_blob(form, create=True)) as blob:
+            blob.write(1, memory[MIB:], keep_pages=False)
+            blob.write(0, memory[:MIB], keep_pages=True)
+            assert blob.present() == b"\1" * 4
+        assert blob.path.read_bytes() == data + b"\1" * 4
+        blob.path.unlink()
 
 
 def test_a_process_that_is_killed_while_it_writes_leaves_nothing_wrong(tmp_path: Path) -> None:
