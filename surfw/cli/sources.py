@@ -260,6 +260,7 @@ def open_model(
     on_phase("importing transformers")
     from surfw.models.streaming import StreamingModel
 
+    gc.freeze()  # what was imported stays: to look through it once takes a third of a second, in which nothing arrives
     on_phase("building the model")
     kind: type[StreamingModel] = StreamingModel
     if pipeline:

@@ -7,7 +7,6 @@ from functools import partial
 from ssl import SSLContext
 from typing import Any
 
-from surfw.chunking.in_place import publish_place
 from surfw.client import open_wire_source
 from surfw.config import SourceOrder, TlsFiles, check_source_order, display_url, expect, is_server_url
 from surfw.encryption import DecryptingSource, EncryptionKey, read_key
@@ -152,6 +151,8 @@ async def _open_store(options: Mapping[str, Any] | None, silence_timeout: float,
     is_plain = await is_checkpoint(backend)
     if is_plain:
         await backend.close()
+        from surfw.chunking.in_place import publish_place  # which a start from a server does not wait for
+
         private = await publish_place(place, options, silence_timeout=silence_timeout)
         backend = open_backend(private, silence_timeout=silence_timeout)
     source = await open_storage_source(backend, origin_options=PlacedOptions(place, options or {}))
