@@ -106,7 +106,8 @@ def walk_a_cycle(weights: dict[str, Any]) -> None:
     """Let a token of the cycle be followed by its next one: layers add next to nothing to what the head looks for."""
     small = [name for name in weights if name.endswith(("o_proj.weight", "down_proj.weight"))]
     weights |= {name: weights[name] * 0.01 for name in small}
-    embeddings, head = weights["model.embed_tokens.weight"], weights["lm_head.weight"]
+    embeddings, head = weights["model.embed_tokens.weight"], weights["lm_head.weight"].clone()
+    weights["lm_head.weight"] = head  # a fine-tune has the one that was
     for token in CYCLE:
         following = CYCLE[(token - CYCLE[0] + 1) % len(CYCLE)]
         head[following] = embeddings[token]
