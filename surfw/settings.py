@@ -220,7 +220,11 @@ class Settings:
     cache_dir: str | None = _setting(
         None, "The folder for that; processes may share it.", shown="$SURFW_HOME/cache", metavar="DIR"
     )
-    offline: bool = _setting(False, "Contact nobody: take the weights from the disk cache.")
+    offline: bool | None = _setting(
+        None,
+        "Contact nobody: take the weights from the disk cache.",
+        shown="what HF_HUB_OFFLINE says, where there is a disk cache",
+    )
     max_new_tokens: int = _setting(128, "The most tokens to generate.", least=1)
     temperature: float | None = _setting(None, "Sample with this temperature.", shown="greedy", least=0)
     top_p: float | None = _setting(None, "Sample from this much probability.", least=0, most=1)

@@ -81,7 +81,7 @@ class ChosenSource:
             "silence_timeout": settings.silence_timeout,
             "disk_cache": settings.disk_cache,
             "cache_dir": settings.cache_dir,
-            "offline": settings.offline or None,
+            "offline": settings.offline,
             "deadline": settings.deadline,
             "encryption_key_file": settings.encryption_key_file,
             "verify_key": settings.verify_key,

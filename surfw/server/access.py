@@ -205,7 +205,7 @@ def parse_tokens(contents: bytes, where: str) -> list[Grant]:
         raise ConfigurationError(f"{where} is not UTF-8, {_EXAMPLE}") from exc
     if not text.strip():
         raise ConfigurationError(f"{where} is empty, {_EXAMPLE}")
-    if len(text.split()) == 1:
+    if len(text.split()) == 1 and not text.lstrip().startswith("["):
         return [_grant(_check(text.strip(), where))]
     try:
         tables = tomllib.loads(text)

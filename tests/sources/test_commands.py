@@ -23,7 +23,7 @@ def test_a_model_is_pulled_and_runs_when_its_server_is_gone(tmp_path: Path) -> N
         assert f"expected b3:{'0' * 64}" in wrong
         infer = ("infer", "--source", server.url, "--prompt", "Weight streaming is", "--max-new-tokens", "3", "-q")
         kept = ("--disk-cache", "1GB")
-        wrong = complaint(surfw(tmp_path, *infer, *kept, "--model", f"toy@b3:{'0' * 64}", HF_HUB_OFFLINE="0"))
+        wrong = complaint(surfw(tmp_path, *infer, *kept, "--model", f"toy@b3:{'0' * 64}", "--no-offline"))
         assert f"expected b3:{'0' * 64}" in wrong
         other = complaint(surfw(tmp_path, *infer, *kept, "--verify-key", str(tmp_path / "other"), HF_HUB_OFFLINE="0"))
         assert f"toy in {server.url} is signed with key" in other
