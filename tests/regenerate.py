@@ -164,6 +164,7 @@ def error_tree() -> str:
 
 def settings_table() -> str:
     """Every setting, from the registry."""
+    root_command()  # the options of a command are known once it is imported
     rows = ["| key | variable | option | default | meaning |", "|---|---|---|---|---|"]
     for name, setting in SETTINGS.items():
         commands = ", ".join(options.commands_with(name))

@@ -1,10 +1,10 @@
 """From a server's cache into a client's memory, against a raw TCP socket that moves the same bytes.
 
 Both have two processes and loopback between them, and move the same chunks one after the other into the same memory.
-Each round measures the raw socket, surfw without verification (for this comparison only) and surfw as users run it, so
-that whatever else the machine does falls on all of them, several times in turn, of which it keeps the medians. It has
-servers, connections and memory of its own, because a process is faster or slower all its life by where its memory lies:
-rounds in one process agree more than runs do.
+Each round measures the raw socket, surfw without verification (for this comparison only) and surfw as users run it,
+each of them five times in turn, so that whatever else the machine does falls on all of them, and keeps the median of
+each. It has servers, connections and memory of its own, because a process is faster or slower all its life by where its
+memory lies: rounds in one process agree more than runs do.
 """
 
 import asyncio

@@ -27,18 +27,18 @@ _COMMANDS = {
     "bench": ("bench:app", "Measure surfw against a baseline in the same run."),
     "chat": ("chat:chat", "Talk with a model that stays open."),
     "pull": ("cached:pull", "Fetch a model into the disk cache, where it stays until 'surfw rm --cached'."),
-    "list": ("store:list_", "List the models in a store, and what else lies there."),
-    "show": ("store:show", "Show one model of a store: its chunks, sizes and files."),
-    "rm": ("store:rm", "Remove a model from a store. Its blobs stay until 'surfw prune'."),
-    "prune": ("store:prune", "Remove the blobs that no model needs."),
+    "list": ("store:list_:LIST_EXAMPLES", "List the models in a store, and what else lies there."),
+    "show": ("store:show:SHOW_EXAMPLES", "Show one model of a store: its chunks, sizes and files."),
+    "rm": ("store:rm:RM_EXAMPLES", "Remove a model from a store. Its blobs stay until 'surfw prune'."),
+    "prune": ("store:prune:PRUNE_EXAMPLES", "Remove the blobs that no model needs."),
     "verify": (
-        "store:verify",
+        "store:verify:VERIFY_EXAMPLES",
         "Read every byte of the models in a store, and check them; with a key, also who signed them.",
     ),
     "config": ("config:config", "Show every setting, its value, and where it comes from."),
     "schema": ("schema:schema", "Print the JSON Schema of what a command prints with --json."),
 }
-"""Where each command is, and its summary: `surfw --help` imports none of them."""
+"""Where each command and its examples are, and its summary: `surfw --help` imports none of them."""
 _EVERYDAY = ("chunk", "serve", "infer", "stats", "bench")
 
 

@@ -80,7 +80,9 @@ app = typer.Typer(
 @app.command("wire", cls=options.Command, epilog="Example:  surfw bench wire --rounds 7 --json")
 @keeps_results
 def wire(
-    rounds: Annotated[int, typer.Option(min=1, help="Alternations with the baseline; medians are shown.")] = 7,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="Each has new processes, and five turns with the baseline; medians are shown.")
+    ] = 7,
     json: options.Json = False,  # noqa: ARG001 - read by what shows the result
     quiet: options.Quiet = False,
 ) -> "Result":

@@ -200,8 +200,8 @@ class Command(TyperCommand):
 class Deferred(Command):
     """The name and the summary of a command whose module is not imported yet.
 
-    `where` names the module in this package, and its function, or its application of several commands: `store:rm`. The
-    examples are the module's `EXAMPLES`, or those of the command, such as `RM_EXAMPLES`.
+    `where` names the module in this package, its function, or its application of several commands, and what the
+    examples are called there, if that is not `EXAMPLES`: `chunk:chunk`, `store:rm:RM_EXAMPLES`.
     """
 
     name: str
@@ -213,11 +213,11 @@ class Deferred(Command):
 
     def load(self) -> Any:
         """Import it, and return the command itself."""
-        module_name, _, function = self._where.partition(":")
+        module_name, function, *examples_name = self._where.split(":")
         module = import_module(f"surfw.cli.{module_name}")
         found = getattr(module, function)
         if not isinstance(found, typer.Typer):
-            examples = getattr(module, f"{self.name.upper()}_EXAMPLES", None) or module.EXAMPLES
+            examples = getattr(module, *examples_name or ("EXAMPLES",))
             made = typer.Typer(rich_markup_mode=None, add_completion=False)
             made.command(self.name, cls=Command, epilog=examples, rich_help_panel=self.rich_help_panel)(found)
             found = made

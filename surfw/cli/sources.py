@@ -260,7 +260,10 @@ def open_model(
     on_phase("importing transformers")
     from surfw.models.streaming import StreamingModel
 
-    gc.freeze()  # what was imported stays: to look through it once takes a third of a second, in which nothing arrives
+    if (
+        not gc.get_freeze_count()
+    ):  # to look through all that was imported takes a third of a second: nothing arrives then
+        gc.freeze()
     on_phase("building the model")
     kind: type[StreamingModel] = StreamingModel
     if pipeline:

@@ -35,7 +35,7 @@ from surfw.runtime.memory import bound_kernels
 from surfw.runtime.packed import values_of
 from surfw.runtime.plan import Limit, Needs, ResidencyPlan, least_bytes, plan_residency
 from surfw.runtime.rows import RowReader, TableUnit
-from surfw.runtime.run import IoThread, Run
+from surfw.runtime.run import IoThread, Run, current_run
 from surfw.runtime.schedule import Phases, Schedule
 from surfw.runtime.slots import Decision, Slot, SlotState, SlotTable
 from surfw.skeleton.default_dtype import runs
@@ -407,11 +407,10 @@ class Engine:
             if or_less and self.limit.budget_bytes is not None:
                 least = least_bytes(self._schedule.apply_to(self._needs).in_pieces())
                 size_bytes = max(0, min(size_bytes, self.limit.budget_bytes - least))
-            if size_bytes == self.limit.reserved_bytes:
-                return
-            is_less, limit = size_bytes < self.limit.reserved_bytes, replace(self.limit, reserved_bytes=size_bytes)
-            self._replan(self._needs, limit)
-        if not is_less:
+            is_less = size_bytes < self.limit.reserved_bytes
+            if size_bytes != self.limit.reserved_bytes:
+                self._replan(self._needs, replace(self.limit, reserved_bytes=size_bytes))
+        if not is_less:  # where it is the same, an interrupt may have ended the wait before
             self._make_way()
 
     def hold_beside(self, size_bytes: int) -> None:
@@ -515,7 +514,7 @@ class Engine:
             self._wait(ending)
 
     def _make_way(self) -> None:
-        """Cancel the loads that the plan has no memory for any more, and wait until their memory is free."""
+        """Cancel loads until the plan has memory for the rest, and wait until theirs is free."""
         while True:
             with self._lock:
                 self._sync()
@@ -526,7 +525,10 @@ class Engine:
             if not ending:
                 return
             for load in ending:
-                self._wait(load)
+                if self.runs_here():
+                    self._wait(load)
+                else:
+                    (current_run.get() or Run()).wait_for(load)
 
     def _stay(self, module: str) -> bool:
         """As `stay`, where the chunks of the module are pinned, and in memory of their own."""

@@ -297,6 +297,9 @@ class ExpertPool:
                 self.on_cramped()
                 self._aside = 0
             self._obey(self.table.adopt(plan.expert_bytes - self._aside))
+            if self.table.held_bytes > self.table.budget_bytes:
+                for key in self._waiting:  # they have not begun, and take no memory yet
+                    self._loads[key].cancel()
 
     def clear(self) -> None:
         """Let all go that is not in use."""

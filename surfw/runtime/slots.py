@@ -2,8 +2,8 @@
 
 A `SlotTable` keeps to a `ResidencyPlan`. It knows names and sizes in bytes, never what a slot is made of. Its methods
 note what they decide and return it as a `Decision`: what to evict, what to load, what to wait for. The engine carries
-that out, and reports with `ended` how each load ended. A slot goes from loading to ready or failed; a chunk without a
-slot is not in this tier.
+that out, and reports with `ended` how each load ended; `misplaced` says which loads it is to cancel. A slot goes from
+loading to ready or failed; a chunk without a slot is not in this tier.
 
 Pinned chunks have memory of their own and stay. The others pass through the ring: a few slots of one size, which are
 used again and again. Chunks that are needed next are loaded early, into slots of the ring that are not in use; one that
@@ -221,14 +221,21 @@ class SlotTable:
         return Decision() if self._everything_fits and self._is_settled else self._trim(Decision())
 
     def misplaced(self) -> list[Slot]:
-        """The slots that are still loading, and not in use, where the plan has no memory for all that there are."""
-        loading = [slot for slot in self if slot.state is SlotState.LOADING and not slot.users]
-        own = [slot for slot in loading if not slot.in_ring and slot.name not in self.plan.pinned]
-        in_ring, ring = [slot for slot in loading if slot.in_ring], self._ring()
-        found = own if self._excess_bytes() > 0 else []
-        if len(ring) > self.plan.ring_buffers or any(slot.size_bytes > self.plan.ring_bytes for slot in in_ring):
-            found = found + in_ring
-        return found
+        """The slots that are loading, and have to go, as idle ones are too few: the driver is to cancel their loads.
+
+        Of those that have memory of their own, and of those of the ring, the ones that were begun last.
+        """
+        loading = [slot for slot in reversed(self._slots.values()) if slot.state is SlotState.LOADING]
+        excess, found = self._excess_bytes(), list[Slot]()
+        for slot in loading:
+            if excess > 0 and not slot.users and not slot.in_ring and slot.name not in self.plan.pinned:
+                found.append(slot)
+                excess -= slot.size_bytes
+        in_ring = [slot for slot in loading if slot.in_ring and not slot.users]
+        large = [slot for slot in in_ring if slot.size_bytes > self.plan.ring_bytes]  # of a ring that was wider
+        rest = [slot for slot in in_ring if slot.size_bytes <= self.plan.ring_bytes]
+        surplus = max(0, len(self._ring()) - len(large) - self.plan.ring_buffers)
+        return found + large + rest[:surplus]
 
     def prefetch(self, upcoming: Iterable[str], in_use: Collection[str] = ()) -> Decision:
         """Load what is used next, as far as there are slots for it, and a bounded number of bytes at a time.

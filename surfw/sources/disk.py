@@ -22,6 +22,7 @@ import json
 import mmap
 import os
 import struct
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -52,7 +53,6 @@ _TRY_LOCK = getattr(fcntl, "F_OFD_SETLK", None)
 _FLOCK = struct.Struct("hhqqi4x")
 _OLD_SECONDS = 3600
 _TAKEN = {errno.EAGAIN, errno.EACCES}
-_NO_DIRECT = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,11 +79,14 @@ class CachedModel:
 class Blob:
     """The bytes of one form, as far as they are there: an open file."""
 
-    def __init__(self, path: Path, form: Form, fd: int, direct: int = -1) -> None:
-        """Take an open file, and the same past the page cache if it is to be written; both are closed with this."""
+    def __init__(self, path: Path, form: Form, fd: int) -> None:
+        """Take an open file, which is closed with this."""
         self.path = path
         self._form = form
-        self._fd, self._direct = fd, direct
+        self._fd = fd
+        self._direct: int | None = None  # the same past the page cache; -1 where there is none
+        self._takes_direct = True
+        self._lock = threading.Lock()
         self.count = count_blocks(form.stored_bytes)
 
     def present(self, first: int = 0, stop: int | None = None) -> bytes:
@@ -92,7 +95,7 @@ class Blob:
         flags = os.pread(self._fd, stop - first, self._form.stored_bytes + first)
         return flags.ljust(stop - first, b"\0")
 
-    def write(self, first: int, data: memoryview, *, keep_pages: bool) -> None:
+    def write(self, first: int, data: memoryview, *, is_mapped_next: bool) -> None:
         """Write whole blocks from block `first` on, and mark them.
 
         Whole pages go past the page cache, as they are read: a copy of them there took 2 s of the processor for each
@@ -101,30 +104,33 @@ class Blob:
         Args:
             first: the first block.
             data: the blocks.
-            keep_pages: whether they are read again soon; else the system is asked to have no copy of them in memory.
+            is_mapped_next: whether they are to be in the page cache, for a mapping of the file.
 
         Raises:
             OSError: they cannot be written; then they are not marked.
         """
         self._expect_writable()
         start, whole = first * BLOCK_BYTES, len(data) - len(data) % mmap.PAGESIZE
-        done = direct = self._write_direct(data[:whole], start)
+        done = 0 if is_mapped_next else self._write_direct(data[:whole], start)
         while done < len(data):
             done += os.pwrite(self._fd, data[done:], start + done)
         os.pwrite(self._fd, b"\1" * count_blocks(len(data)), self._form.stored_bytes + first)
-        if direct < whole and not keep_pages:
+        if not is_mapped_next:
             os.posix_fadvise(self._fd, 0, start + done, os.POSIX_FADV_DONTNEED)  # begins to write those that are new
 
     def _write_direct(self, data: memoryview, start: int) -> int:
-        """Write past the page cache; returns how many bytes were written before that was refused."""
+        """Write past the page cache; returns how many bytes were written before that was refused, if it was."""
+        with self._lock:
+            if self._direct is None:
+                self._direct = _open_direct(self._fd)
         done = 0
-        while self._direct >= 0 and done < len(data):
+        while self._direct >= 0 and self._takes_direct and done < len(data):
             try:
-                done += os.pwrite(self._direct, data[done:], start + done)
-            except OSError as exc:
-                if exc.errno not in _NO_DIRECT:
-                    raise
-                break
+                written = os.pwrite(self._direct, data[done:], start + done)
+            except OSError:  # if it is more than a refusal, the ordinary write will say so
+                written = 0
+            self._takes_direct = written > 0
+            done += written
         return done
 
     def forget(self, blocks: Iterable[int]) -> None:
@@ -167,7 +173,7 @@ class Blob:
     def close(self) -> None:
         """Close the file, and give up its locks."""
         for fd in (self._fd, self._direct):
-            if fd >= 0:
+            if fd is not None and fd >= 0:
                 os.close(fd)
         self._fd = self._direct = -1
 
@@ -250,7 +256,7 @@ class CacheFolder:
                     path.touch(0o644)
                     os.truncate(path, size)
                     found = _open(path, size)
-        return None if found is None else Blob(path, form, found, _open_direct(found) if create else -1)
+        return None if found is None else Blob(path, form, found)
 
     def _make_room(self, size: int) -> bool:
         """Whether another blob may take so much; blobs of models that were not used for longest go first."""

@@ -220,10 +220,10 @@ class DiskCache(SourceInFront):
         blob = None if digested is None else await self._open_blob(digested.form)
         if digested is not None and blob is not None:
             with closing(blob):
-                await self._write(blob, digested.form, read, keep_pages=False)
+                await self._write(blob, digested.form, read, is_mapped_next=False)
 
     async def _fill(
-        self, manifest: Manifest, read: Read, form: Form, blob: Blob, priority: int, *, keep_pages: bool = False
+        self, manifest: Manifest, read: Read, form: Form, blob: Blob, priority: int, *, is_mapped_next: bool = False
     ) -> None:
         """Fill the destination of a few blocks that are missing, unless somebody else has fetched them by then."""
         first, stop = _blocks(read)
@@ -244,7 +244,7 @@ class DiskCache(SourceInFront):
             ]
             await self._from_source(manifest, parts, priority)
             for part in parts:
-                await self._write(blob, form, part, keep_pages=keep_pages)
+                await self._write(blob, form, part, is_mapped_next=is_mapped_next)
         finally:
             blob.unlock(first, stop)
 
@@ -297,12 +297,12 @@ class DiskCache(SourceInFront):
         if self.is_offline:
             raise missing(f"chunk {chunk.name}", "is damaged", self.folder)
 
-    async def _write(self, blob: Blob, form: Form, read: Read, *, keep_pages: bool) -> None:
+    async def _write(self, blob: Blob, form: Form, read: Read, *, is_mapped_next: bool) -> None:
         if not self._writable:
             return
         first, stop = _blocks(read)
         try:
-            await in_thread(partial(blob.write, first, read.destination, keep_pages=keep_pages))
+            await in_thread(partial(blob.write, first, read.destination, is_mapped_next=is_mapped_next))
         except OSError as exc:
             self._give_up(exc)
             return
@@ -404,6 +404,7 @@ class DiskCache(SourceInFront):
         if blob is None:
             return not known.stored_bytes
         with closing(blob):
+            is_mapped_next = known.codec != "lossless"
             missing = [block for block, there in enumerate(await in_thread(blob.present)) if not there]
 
             async def fill(low: int, high: int) -> None:
@@ -412,7 +413,7 @@ class DiskCache(SourceInFront):
                     scratch = self._spare.pop() if self._spare else memoryview(mmap.mmap(-1, _SCRATCH_BYTES))
                     read = Read(chunk, form, start, stop, scratch[: stop - start])
                     try:
-                        await self._fill(manifest, read, known, blob, priority, keep_pages=True)
+                        await self._fill(manifest, read, known, blob, priority, is_mapped_next=is_mapped_next)
                     finally:
                         self._spare.append(scratch)
 

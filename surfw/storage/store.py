@@ -344,8 +344,8 @@ async def is_checkpoint(backend: StorageBackend) -> bool:
         )
     if file is not None and await asyncio.to_thread((file.parent / _DISTRIBUTED).is_file):
         raise NotAStoreError(
-            f"{url} has weights that torch.distributed.checkpoint saved, and no {_CONFIG}; put the model's there, with "
-            "its tokenizer, or chunk it: surfw chunk FOLDER --config-from MODEL_FOLDER"
+            f"{url} has weights that torch.distributed.checkpoint saved, which are not run or served as they are; "
+            "chunk them: surfw chunk FOLDER --config-from MODEL_FOLDER"
         )
     raise NotAStoreError(
         f"{url} is neither a surfw store ({MARKER}) nor a checkpoint ({_CONFIG}): both files are missing; name "

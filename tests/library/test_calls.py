@@ -263,7 +263,9 @@ def test_a_store_is_a_source(store: Path, tmp_path: Path) -> None:
     with pytest.raises(NotAStoreError, match=r"is neither a surfw store .* nor a checkpoint"):
         StreamingModel.open(tmp_path)
     (tmp_path / ".metadata").touch()
-    with pytest.raises(NotAStoreError, match=r"saved, and no config\.json; .* surfw chunk FOLDER --config-from"):
+    with pytest.raises(
+        NotAStoreError, match=r"saved, which are not run or served as they are; chunk them: surfw chunk FOL"
+    ):
         StreamingModel.open(tmp_path)
 
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from surfw.config import Policy
-from surfw.errors import ConfigurationError
+from surfw.errors import ConfigurationError, StorageError
 from surfw.runtime.plan import Limit
 from surfw.runtime.rows import TableUnit
 from surfw.runtime.run import Run
@@ -48,6 +48,23 @@ def test_what_is_reserved_is_free_though_all_weights_were_on_their_way() -> None
         for index in range(10):
             source.gate.open(f"c{index}")
         use(engine, [f"c{index}" for index in range(10)] * 2)
+        assert engine.resident_bytes <= 7 * PAGE
+
+
+def test_a_reserve_that_was_interrupted_is_made_good_by_the_next() -> None:
+    manifest, source = toy_model([100] * 10)
+    source.gate = Gate(stubborn=True)
+    with running(manifest, source, budget_bytes=10 * PAGE) as engine:
+        engine.warm()
+        source.gate.wait_for("c9")
+        run = Run()
+        run.interrupt(StorageError("enough"))
+        with pytest.raises(StorageError, match="enough"), engine.running(run):
+            engine.reserve(3 * PAGE)
+        assert engine.resident_bytes == 10 * PAGE
+        for index in range(10):
+            source.gate.open(f"c{index}")
+        engine.reserve(3 * PAGE)
         assert engine.resident_bytes <= 7 * PAGE
 
 

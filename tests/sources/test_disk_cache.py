@@ -491,17 +491,37 @@ def test_processes_at_once_fetch_each_block_once(tmp_path: Path) -> None:
     assert sum(map(int, outputs)) == sum(chunk.payload_bytes for chunk in made.chunks)
 
 
-def test_blocks_are_written_from_wherever_they_lie_in_memory(tmp_path: Path) -> None:
+def test_blocks_are_written_from_wherever_they_lie_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = make_store(tmp_path / "store", sizes=[3 * MIB + 4096 + 5])
     form, data = made.chunks[0].forms[0], payload(tmp_path / "store", made.chunks[0])
     folder = CacheFolder(tmp_path / "cache", None)
     folder.create()
-    for skipped in (0, 1, 512):  # from a boundary of a page, the page cache is passed by where the file system can
+    write, direct, most = os.pwrite, list[int](), 0
+
+    def watched(fd: int, piece: memoryview, start: int) -> int:
+        is_direct = bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT)
+        written = write(fd, piece[:most] if is_direct and most is not None else piece, start)
+        direct.extend([written] * is_direct)
+        return written
+
+    monkeypatch.setattr(os, "pwrite", watched)
+    probe = os.open(tmp_path / "probe", os.O_RDWR | os.O_CREAT)
+    try:
+        os.close(os.open(tmp_path / "probe", os.O_WRONLY | os.O_DIRECT))
+        is_allowed = True
+    except OSError:
+        is_allowed = False
+    os.close(probe)
+    for skipped, most in ((0, None), (0, 8192), (0, 0), (1, None)):  # a direct write may do a part, or nothing
+        direct.clear()
         memory = memoryview(mmap.mmap(-1, 4 * MIB))[skipped : skipped + len(data)]
         memory[:] = data
         with contextlib.closing(folder.open_blob(form, create=True)) as blob:
-            blob.write(1, memory[MIB:], keep_pages=False)
-            blob.write(0, memory[:MIB], keep_pages=True)
+            blob.write(1, memory[MIB:], is_mapped_next=False)
+            assert sum(direct) == (2 * MIB + 4096) * (is_allowed and skipped == 0 and most != 0)
+            direct.clear()
+            blob.write(0, memory[:MIB], is_mapped_next=True)
+            assert direct == []
             assert blob.present() == b"\1" * 4
         assert blob.path.read_bytes() == data + b"\1" * 4
         blob.path.unlink()
