@@ -41,7 +41,7 @@ _NEEDS_SECOND = {
 }
 """What the second text is for heads that do not do without one."""
 
-_known: WeakKeyDictionary[StreamingBaseModel, SentenceSettings | None] = WeakKeyDictionary()
+_known: WeakKeyDictionary[Any, SentenceSettings | None] = WeakKeyDictionary()  # by transformers' models
 """What was read of each model's files."""
 
 _NOT_INPUTS = {"offset_mapping", "in_second", "prompt_tokens"}
@@ -55,9 +55,10 @@ def generates(streaming: StreamingBaseModel) -> bool:
 
 def find_sentences(streaming: StreamingBaseModel) -> SentenceSettings | None:
     """How a model embeds sentences; None if its files do not say that it does."""
-    if streaming not in _known:
-        _known[streaming] = read_sentences(streaming.manifest, streaming.read_file)
-    return _known[streaming]
+    model = streaming.model  # another one once it was switched
+    if model not in _known:
+        _known[model] = read_sentences(streaming.manifest, streaming.read_file)
+    return _known[model]
 
 
 def find_head(class_name: str) -> str | None:

@@ -94,6 +94,20 @@ def test_the_real_minilm_is_equal_to_the_last_bit(tmp_path: Path) -> None:
     assert "(mean over tokens, length 1, by modules.json; all with --json)" in (encoder_text(result) or "")
 
 
+def test_each_model_is_read_by_its_own_files_after_a_switch(tmp_path: Path) -> None:
+    for name in ("sentences", "words"):
+        save(tmp_path / name, causal=True)
+    (tmp_path / "words/modules.json").unlink()
+    for name in ("sentences", "words"):
+        with prepare_model(str(tmp_path / name), name=name) as prepared:
+            asyncio.run(write_model(prepared, open_backend(tmp_path / "store")))
+    asked = InferenceRequest(prompt=TEXTS[0], max_new_tokens=2)
+    with StreamingModel.open(opener(tmp_path / "store"), "sentences") as model:
+        for name in ("sentences", "words", "sentences"):
+            model.switch(name)
+            assert (answer(model, model.tokenizer, asked).embedding is not None) == (name == "sentences")
+
+
 PROMPTS = {"prompts": {"query": "who runs in berlin ? ", "passage": "the . "}, "default_prompt_name": "query"}
 
 

@@ -36,7 +36,7 @@ def test_a_port_in_use_is_named(tmp_path: Path) -> None:
             second = WeightServer(FilesystemBackend(tmp_path), port=first.port)
             with pytest.raises(
                 ConfigurationError,
-                match=f"port {first.port} on 127.0.0.1 is in use; 'surfw stats' tells whether",
+                match=f"port {first.port} on 127.0.0.1 is in use; 'surfw stats 127.0.0.1:{first.port}' tells",
             ):
                 await second.start()
             await second.stop()
