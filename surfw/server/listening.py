@@ -148,7 +148,8 @@ class Listening:
             there = f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
             return (
                 f"port {self.port} on {self.host} is in use; 'surfw stats {there}' tells whether a "
-                "surfw server listens there: use that, stop it, or choose another with --port (port=); 0 takes a free one"
+                "surfw server listens there: use that, stop it, or choose another with --port (port=); 0 takes a free "
+                "one"
             )
         reason = exc.strerror or exc
         return f"cannot listen on {self.host} port {self.port}: {reason}; choose others"
