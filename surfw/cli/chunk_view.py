@@ -171,6 +171,11 @@ def show_plan(
     _show_forms(forms)
     for line in _describe_weights(planned.manifest(codecs)):
         render.say(line)
+    if {"none", "lossless"} <= {*codecs} and forms.coded and not forms.coded.stored_bytes:
+        codecs = [codec for codec in codecs if codec != "lossless"]
+        render.say(
+            "lossless is not stored beside none: each chunk is smaller than 1 MiB; --codec lossless stores it alone"
+        )
     least, per_token = format_size(facts["least_budget_bytes"]), facts["kv_token_bytes"]
     for_tokens = f", and {format_size(per_token)} for each token of a generation" if per_token else ""
     render.say(
