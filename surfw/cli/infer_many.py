@@ -75,8 +75,6 @@ def check_together(many: Many, others: Mapping[str, object]) -> None:
     for name, value in others.items():
         if value:
             raise Mistake(f"--prompts does not go with {name}; give one of them")
-    if many.output and many.output.exists() and many.prompts.exists() and many.output.samefile(many.prompts):
-        raise Mistake("--output is the file of --prompts; name another one for the answers")
     if many.resume and many.output is None:
         raise Mistake("--resume needs --output FILE, which holds the answers so far")
 
