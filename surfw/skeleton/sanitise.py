@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
+from surfw.config import printable
 from surfw.errors import UnsupportedModelError
 
 _ATTENTION, _EXPERTS = {"eager", "sdpa"}, {"eager", "batched_mm", "grouped_mm"}
@@ -164,7 +165,7 @@ def refuse_absurd_sizes(config: Mapping[str, Any], *, where: str) -> None:
         most = _MAX_LAYERS if _LAYER_KEY.fullmatch(key) else _MAX_LABELS if key == _LABELS_KEY else _MAX_INTEGER
         if abs(value) > most:
             raise UnsupportedModelError(
-                f"{where} has {key[:80]} = {str(value)[:40]}, expected at most {most}; the file is damaged"
+                f"{where} has {printable(key)[:80]} = {str(value)[:40]}, expected at most {most}; the file is damaged"
             )
 
 
@@ -179,7 +180,7 @@ def refuse_endless_numbers(config: Mapping[str, Any], *, where: str) -> None:
             continue
         if math.isnan(value) or not _BOUND_KEY.fullmatch(key):
             raise UnsupportedModelError(
-                f"{where} has {key[:80]} = {value}, expected a finite number; the file is damaged, or the model "
+                f"{where} has {printable(key)[:80]} = {value}, expected a finite number; the file is damaged, or the model "
                 "computes nothing with it: then remove it from there"
             )
 

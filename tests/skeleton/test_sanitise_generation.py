@@ -1,6 +1,7 @@
 """Which generation settings a file may choose: what asks for code, or for another way to run, is taken out."""
 
 import json
+import math
 from contextlib import suppress
 from typing import Any
 
@@ -10,7 +11,13 @@ from hypothesis import strategies as st
 from transformers import GenerationConfig
 
 from surfw.errors import UnsupportedModelError
-from surfw.skeleton.sanitise import check_generation, sanitise_generation, sanitise_outputs
+from surfw.skeleton.sanitise import (
+    check_generation,
+    refuse_absurd_sizes,
+    refuse_endless_numbers,
+    sanitise_generation,
+    sanitise_outputs,
+)
 
 TAKEN = frozenset(dir(GenerationConfig))
 PUBLISHED: list[dict[str, Any]] = [
@@ -129,3 +136,9 @@ def test_a_configuration_does_not_say_how_it_is_run() -> None:
 def test_what_all_models_share_is_of_the_kind_they_compute_with(config: dict[str, Any]) -> None:
     with pytest.raises(UnsupportedModelError, match=r"^here has \w+ = .*, expected .*; correct config\.json"):
         sanitise_outputs(config, where="here")
+
+
+def test_a_key_from_outside_stays_in_its_line() -> None:
+    for refuse, value in ((refuse_absurd_sizes, 2**46), (refuse_endless_numbers, math.nan)):
+        with pytest.raises(UnsupportedModelError, match=r"^config\.json has \? = "):
+            refuse({"\n": value}, where="config.json")
