@@ -180,8 +180,8 @@ def refuse_endless_numbers(config: Mapping[str, Any], *, where: str) -> None:
             continue
         if math.isnan(value) or not _BOUND_KEY.fullmatch(key):
             raise UnsupportedModelError(
-                f"{where} has {printable(key)[:80]} = {value}, expected a finite number; the file is damaged, or the model "
-                "computes nothing with it: then remove it from there"
+                f"{where} has {printable(key)[:80]} = {value}, expected a finite number; the file is damaged, or the "
+                "model computes nothing with it: then remove it from there"
             )
 
 
