@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -62,15 +63,11 @@ class _Series:
     """Measurements of one way to move the bytes: wall clock, and the CPU time of both processes.
 
     Attributes:
-        seconds: the median turn of each round that has ended.
-        turns: the seconds of each turn of the round that goes on.
-        total_turns, total_seconds, client_cpu, server_cpu: over all turns of all rounds.
+        rounds: the seconds of each turn of each round.
+        client_cpu, server_cpu: over all of them.
     """
 
-    seconds: list[float] = field(default_factory=list)
-    turns: list[float] = field(default_factory=list)
-    total_turns: int = 0
-    total_seconds: float = 0.0
+    rounds: list[list[float]] = field(default_factory=list)
     client_cpu: float = 0.0
     server_cpu: float = 0.0
 
@@ -79,16 +76,19 @@ class _Series:
         """Time the body."""
         client_cpu, server_cpu, start = time.process_time(), server.cpu_seconds(), time.perf_counter()
         yield
-        self.turns.append(time.perf_counter() - start)
-        self.total_turns += 1
-        self.total_seconds += self.turns[-1]
+        self.rounds[-1].append(time.perf_counter() - start)
         self.client_cpu += time.process_time() - client_cpu
         self.server_cpu += server.cpu_seconds() - server_cpu
 
-    def end_round(self) -> None:
-        """Keep the median of its turns."""
-        self.seconds.append(statistics.median(self.turns))
-        self.turns.clear()
+    @property
+    def turns(self) -> list[float]:
+        """The seconds of all turns."""
+        return list(chain.from_iterable(self.rounds))
+
+    @property
+    def medians(self) -> list[float]:
+        """The seconds of the median turn of each round."""
+        return [statistics.median(turns) for turns in self.rounds]
 
 
 def bench_wire(*, rounds: int = 9, sizes: Sequence[int] = SIZES) -> Result:
@@ -123,6 +123,8 @@ async def _measure(
             await fetch_chunks(source, manifest, memory)
             _receive_raw(connection, memory)
             misses = await asyncio.to_thread(server.cache_misses)
+            for series in (raw, unverified, verified):
+                series.rounds.append([])
             for _ in range(_TURNS):
                 with raw.measure(raw_server):
                     _receive_raw(connection, memory)
@@ -130,8 +132,6 @@ async def _measure(
                     await fetch_chunks(blind, manifest, memory)
                 with verified.measure(server):
                     await fetch_chunks(source, manifest, memory)
-            for series in (raw, unverified, verified):
-                series.end_round()
             if await asyncio.to_thread(server.cache_misses) != misses:
                 raise RuntimeError("the server's cache did not hold the chunks; nothing was measured")
 
@@ -159,13 +159,13 @@ def _receive_raw(connection: socket.socket, memory: Sequence[memoryview]) -> Non
 
 def _rows(size: int, raw: _Series, unverified: _Series, verified: _Series) -> tuple[Row, ...]:
     """The rows. What limits surfw is the processor, so the ceiling is the rate at which every core would be busy."""
-    base = summarise_rates(size, raw.seconds)
+    base = summarise_rates(size, raw.medians)
     cores = psutil.cpu_count() or 1
     rows = [rate_row("raw TCP socket", base)]
     for name, series, checked in (("unverified", unverified, False), ("verified", verified, True)):
-        rate = summarise_rates(size, series.seconds)
-        busy = (series.client_cpu + series.server_cpu) / series.total_seconds
-        ceiling = size * series.total_turns * cores / (series.client_cpu + series.server_cpu) / GB
+        rate = summarise_rates(size, series.medians)
+        busy = (series.client_cpu + series.server_cpu) / sum(series.turns)
+        ceiling = size * len(series.turns) * cores / (series.client_cpu + series.server_cpu) / GB
         note = f"both sides keep {busy:.1f} of {cores} cores busy"
         rows.append(rate_row(name, rate, base, ceiling=ceiling, verified=checked, note=note))
     return tuple(rows)

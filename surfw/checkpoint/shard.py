@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -99,7 +100,9 @@ class SafetensorsShard:
         self._fd = open_weights(path)
         try:
             self.identity = identify(path, self._fd)
-            self.tensors = read_tensors(path, self.identity.size_bytes, self._fill, where=str(path))
+            self.tensors = read_tensors(
+                path, self.identity.size_bytes, partial(read_weights, path, self._fd), where=str(path)
+            )
         except BaseException:
             self.close()
             raise
@@ -108,16 +111,13 @@ class SafetensorsShard:
         """Fill `destination` with the tensor's bytes from byte `start` of the tensor on."""
         assert tensor.start is not None, "it is of this file"
         check_unchanged(self.path, self._fd, self.identity)
-        self._fill(tensor.start + start, destination)
+        read_weights(self.path, self._fd, tensor.start + start, destination)
 
     def close(self) -> None:
         """Close the file; a second time does nothing."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-
-    def _fill(self, position: int, destination: memoryview) -> None:
-        read_weights(self.path, self._fd, position, destination)
 
 
 def read_weights(path: Path, fd: int, position: int, destination: memoryview) -> None:

@@ -169,9 +169,10 @@ def show_plan(
     render.print_table(("chunk", "kind", "tensors", "size"), rows, numbers=("tensors", "size"))
     render.say("")
     _show_forms(forms)
-    for line in _describe_weights(planned.manifest(codecs)):
+    manifest = planned.manifest(codecs)
+    for line in _describe_weights(manifest):
         render.say(line)
-    if {"none", "lossless"} <= {*codecs} and forms.coded and not forms.coded.stored_bytes:
+    if "lossless" in codecs and "lossless" not in form_bytes(manifest):
         codecs = [codec for codec in codecs if codec != "lossless"]
         render.say(
             "lossless is not stored beside none: each chunk is smaller than 1 MiB; --codec lossless stores it alone"

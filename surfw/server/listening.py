@@ -16,6 +16,7 @@ from websockets.typing import Subprotocol
 from surfw import __version__
 from surfw.config import WireLimits, expect, is_loopback
 from surfw.errors import ConfigurationError
+from surfw.server.reception import show_address
 from surfw.wire import PROTOCOL
 
 _library_log = logging.getLogger("surfw.server.websocket")
@@ -145,11 +146,10 @@ class Listening:
         if isinstance(exc, UnicodeError):
             return f"{self.host!a} is not a host to listen on; choose another"
         if exc.errno == errno.EADDRINUSE:
-            there = f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+            there = show_address((self.host, self.port))
             return (
-                f"port {self.port} on {self.host} is in use; 'surfw stats {there}' tells whether a "
-                "surfw server listens there: use that, stop it, or choose another with --port (port=); 0 takes a free "
-                "one"
+                f"port {self.port} on {self.host} is in use; 'surfw stats {there}' tells whether a surfw server "
+                "listens there: use that, stop it, or choose another with --port (port=); 0 takes a free one"
             )
         reason = exc.strerror or exc
         return f"cannot listen on {self.host} port {self.port}: {reason}; choose others"

@@ -36,7 +36,7 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 4, "vocab_size": 32000, "eos_token_id": None, "dtype": "bfloat16",
 }  # fmt: skip
 CYCLE = range(100, 116)
-BUDGET, DRAFT_BUDGET, THOUSAND_BUDGET = "700MB", "1GB", "256MB"
+BUDGET, DRAFT_BUDGET, THOUSAND_BUDGET = "700MB", "1GB", "64MB"
 NEW = 32
 ADAPTERS = 20
 
