@@ -36,6 +36,19 @@ MOST_SEQUENCES = 64
 MOST_TOKENS = 512
 """So many tokens are computed in a pass: one of each sequence that generates, and the rest of prompts."""
 
+_LEAST_TOKENS = 32
+"""So many may be computed in a pass, however little memory there is."""
+
+_BESIDE_BYTES = 40 * MIB
+"""What a batch leaves free for compiled kernels, activations, and what the allocator keeps.
+
+Each pass has another number of tokens, for which kernels are compiled: 1,000 prompts kept 36 MB of these and of free
+blocks between others. It is two thirds of the room at most, and less where a sequence would have none.
+"""
+
+_MASK_SHARE = 8
+"""Fewer tokens are computed in a pass, rather than that their mask takes more than this part of what a batch has."""
+
 SHARED = ("temperature", "top_p", "top_k", "seed")
 """What is the same for all prompts of a run, as their tokens are sampled together."""
 
@@ -247,10 +260,35 @@ class _Room:
     Attributes:
         sequences: how many run together.
         pages: of `PAGE_TOKENS` each, for all of them.
+        tokens: how many are computed in a pass.
     """
 
     sequences: int
     pages: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class _Cost:
+    """What a batch takes beside weights, in bytes, with a cache of so many pages and so many tokens in a pass.
+
+    The mask is transformers' own for all sequences together, one for each kind of attention: a row for each token of a
+    pass, with a number for each one of the cache and of the pass.
+    """
+
+    page_bytes: int
+    mask_bytes: int  # of a number, in the masks of all kinds
+
+    def mask(self, pages: int, tokens: int) -> int:
+        return tokens * (pages * PAGE_TOKENS + tokens) * self.mask_bytes
+
+    def all(self, pages: int, tokens: int) -> int:
+        return (pages + _SPARE_PAGES) * self.page_bytes + self.mask(pages, tokens)
+
+    def pages(self, free_bytes: int, tokens: int) -> int:
+        """How many there is room for."""
+        each = self.page_bytes + tokens * PAGE_TOKENS * self.mask_bytes
+        return (free_bytes - self.all(0, tokens)) // each
 
 
 def find_room(model: StreamingBaseModel, parts: ModelParts, sequences: int, longest_tokens: int) -> _Room:
@@ -260,40 +298,45 @@ def find_room(model: StreamingBaseModel, parts: ModelParts, sequences: int, long
         ConfigurationError: not even one sequence has room.
     """
     parts.kv.reserve_bytes(0)
-    engine, cost = parts.engine, _page_bytes(model)
+    engine, cost = parts.engine, _find_cost(model)
     each = -(-longest_tokens // PAGE_TOKENS) + 1  # a page is begun before the last one is full
     if (budget := engine.limit.budget_bytes) is None:  # layers are counted: what they leave of the machine's memory
         free = max(find_default_budget().budget_bytes, _LEAST_CACHE_BYTES)
-        room = min(sequences * each, free // cost - _SPARE_PAGES)
-        if room < each:
-            raise ConfigurationError(
-                f"there is no room for the KV cache of a prompt and its answer of {longest_tokens} tokens, which takes "
-                f"{format_size((each + _SPARE_PAGES) * cost)}, and {format_size(free)} are free; ask for fewer tokens "
-                "(max_new_tokens)"
-            )
     else:
         free = max((budget - engine.least_budget_bytes) // 2, budget - engine.plan.peak_bytes)
-        room = min(sequences * each, free // cost - _SPARE_PAGES)
-        if room < each:
-            least = engine.least_budget_bytes + 2 * (each + _SPARE_PAGES) * cost
+    free -= max(0, min(_BESIDE_BYTES, free * 2 // 3, free - cost.all(each, _LEAST_TOKENS)))
+    tokens = MOST_TOKENS
+    while True:
+        room = min(sequences * each, cost.pages(free, tokens))
+        if tokens == _LEAST_TOKENS or (room >= each and cost.mask(room, tokens) <= free // _MASK_SHARE):
+            break
+        tokens //= 2
+    if room < each:
+        least = cost.all(each, tokens)
+        if budget is None:
             raise ConfigurationError(
-                f"{model.manifest.name} has no room for the KV cache of a prompt and its answer of {longest_tokens} "
-                f"tokens within a memory budget of {format_size(budget)}; give {format_size(least)}, or ask for fewer "
-                "tokens (max_new_tokens)"
+                f"there is no room for the KV cache of a prompt and its answer of {longest_tokens} tokens, which takes "
+                f"{format_size(least)}, and {format_size(free)} are free; ask for fewer tokens (max_new_tokens)"
             )
-    parts.kv.reserve_bytes((room + _SPARE_PAGES) * cost)
-    return _Room(min(sequences, room // each), room)
+        raise ConfigurationError(
+            f"{model.manifest.name} has no room for the KV cache of a prompt and its answer of {longest_tokens} "
+            f"tokens within a memory budget of {format_size(budget)}; give "
+            f"{format_size(engine.least_budget_bytes + 2 * least)}, or ask for fewer tokens (max_new_tokens)"
+        )
+    parts.kv.reserve_bytes(cost.all(room, tokens))
+    return _Room(min(sequences, room // each), room, tokens)
 
 
-def _page_bytes(model: StreamingBaseModel) -> int:
-    """What a page takes in all layers, and the copy that attention makes of it in one of them, for every head."""
+def _find_cost(model: StreamingBaseModel) -> _Cost:
+    """A page in all layers, with the copy that attention makes of it in one of them, for every head; and the mask."""
     inner: Any = model.model
     dtype: torch.dtype = inner.dtype
     text = inner.config.get_text_config(decoder=True)
     kept = kv_cost(inner.config, dtype).new_token_bytes
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     copied = 3 * text.num_attention_heads * head * dtype.itemsize + 8
-    return int(PAGE_TOKENS * (kept + copied))
+    kinds = len(set(getattr(text, "layer_types", None) or ["full_attention"]))
+    return _Cost(int(PAGE_TOKENS * (kept + copied)), kinds * dtype.itemsize)
 
 
 class _Batch:
@@ -315,7 +358,7 @@ class _Batch:
             continuous_batching_config=ContinuousBatchingConfig(
                 page_size=PAGE_TOKENS,
                 num_blocks=room.pages,
-                max_batch_tokens=max(MOST_TOKENS, room.sequences),
+                max_batch_tokens=max(room.tokens, room.sequences),
                 max_requests_per_batch=room.sequences,
                 auto_switch_to_flash=False,
                 seed=shared.seed,

@@ -56,12 +56,14 @@ def prompts(count: int, longest: int = 40) -> list[list[int]]:
     return [torch.randint(6, VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
 
 
-def reference(model: Any, asked: list[list[int]], *, sequences: int, pages: int) -> list[list[int]]:
+def reference(
+    model: Any, asked: list[list[int]], *, sequences: int, pages: int, tokens: int = many.MOST_TOKENS
+) -> list[list[int]]:
     """What transformers' own loop gives for the resident model, all prompts given before it starts."""
     manager = copy.deepcopy(model).init_continuous_batching(
         generation_config=GenerationConfig(max_new_tokens=NEW, do_sample=False, eos_token_id=5, pad_token_id=0),
         continuous_batching_config=ContinuousBatchingConfig(
-            page_size=many.PAGE_TOKENS, num_blocks=pages, max_batch_tokens=many.MOST_TOKENS,
+            page_size=many.PAGE_TOKENS, num_blocks=pages, max_batch_tokens=tokens,
             max_requests_per_batch=sequences, auto_switch_to_flash=False,
         ),
     )  # fmt: skip
@@ -262,6 +264,25 @@ def test_budgets_are_kept_and_given_back(store: Path) -> None:
         assert 0 < max(seen) <= 1_200_000 - least
         assert engine.limit.reserved_bytes == 0
         assert model.plan == plan
+
+
+def test_a_batch_within_a_small_budget_has_room_for_its_mask(
+    checkpoints: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a mask of `MOST_TOKENS` rows would take the cache's room, fewer tokens are computed in a pass."""
+    asked, rooms, real = prompts(12), [], many.find_room
+    monkeypatch.setattr(many, "find_room", lambda *args: rooms.append(real(*args)) or rooms[-1])
+    with StreamingModel(store, "llama", memory_budget="1.2MB") as model:
+        left = 1_200_000 - model._open_here().engine.least_budget_bytes
+        mine = tokens_of(answers(model, asked, max_new_tokens=NEW))
+    (room,) = rooms
+    mask = room.tokens * (room.pages * many.PAGE_TOKENS + room.tokens) * torch.float32.itemsize
+    assert many._LEAST_TOKENS <= room.tokens < many.MOST_TOKENS
+    assert 0 < mask < left // 3
+    theirs = reference(
+        resident(checkpoints, "llama"), asked, sequences=room.sequences, pages=room.pages, tokens=room.tokens
+    )
+    assert mine == theirs
 
 
 def test_a_prompt_without_room_in_the_budget_is_refused_alone(store: Path) -> None:
