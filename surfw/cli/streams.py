@@ -198,8 +198,12 @@ def expect_utf8(text: str, what: str) -> None:
 
 
 def can_draw(stream: IO[str] | None) -> bool:
-    """Whether a stream is a terminal on which something can be drawn in place."""
-    return stream is not None and stream.isatty() and os.environ.get("TERM", "") not in {"", "dumb", "unknown"}
+    """Whether a stream is a terminal on which something can be drawn in place, and which this process has to itself."""
+    if stream is None or not stream.isatty() or os.environ.get("TERM", "") in {"", "dumb", "unknown"}:
+        return False
+    with suppress(OSError):  # it is not the terminal that this process is controlled from
+        return os.tcgetpgrp(stream.fileno()) == os.getpgrp()  # else it runs in the background of a shell
+    return True
 
 
 def set_up() -> None:

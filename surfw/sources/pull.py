@@ -53,11 +53,13 @@ async def pull_model(
     manifest = await cache.manifest(await cache.resolve(wanted))
     check_pin(manifest, pin, where=cache.url)
     check(manifest)
+    forms = [(chunk, _choose(cache, manifest, chunk, codec)) for chunk in manifest.chunks]
+    total, done = sum(form.stored_bytes for _, form in forms), 0
+    if cache.folder.budget_bytes is not None and cache.folder.budget_bytes < total:
+        _refuse(cache, manifest, cache.folder.budget_bytes, total)  # rather than a part of it, pinned
     await cache.pin(manifest)
     for file in manifest.files:
         await cache.file(manifest, file.path)
-    forms = [(chunk, _choose(cache, manifest, chunk, codec)) for chunk in manifest.chunks]
-    total, done = sum(form.stored_bytes for _, form in forms), 0
     for chunk, form in forms:
         progress(done, total, chunk.name)
         await cache.learn(manifest, chunk)

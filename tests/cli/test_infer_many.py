@@ -149,13 +149,13 @@ def test_interrupted_it_says_how_to_go_on(home: Path, tmp_path: Path) -> None:
     ],
 )
 def test_wrong_options(options: tuple[str, ...], complaint: str, home: Path, tmp_path: Path) -> None:
-    prompts = write(tmp_path / "prompts.jsonl", {"prompt": "Weights"})
+    prompts = write(tmp_path / "prompts.jsonl", {"id": "a", "prompt": "Weights"})
     filled = [one.format(prompts=prompts, folder=tmp_path) for one in options]
     done = surfw(home, "infer", "talker", *filled)
     assert done.returncode in {1, 2}
     assert complaint in done.stderr
     assert done.stdout == ""
-    assert prompts.read_text() == '{"prompt": "Weights"}\n'
+    assert prompts.read_text() == '{"id": "a", "prompt": "Weights"}\n'
 
 
 def test_a_reader_that_leaves_ends_it_without_a_word(home: Path, tmp_path: Path) -> None:

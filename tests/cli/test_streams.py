@@ -264,3 +264,24 @@ def test_long_lines_are_broken_between_words(tmp_path: Path) -> None:
     words = surfw(tmp_path, *mistake).stderr.split()
     assert len(words) > 20
     assert {one for one in words if len(one) < 46} <= set(" ".join(window.rows()).split())
+
+
+_BACKGROUND = """
+import fcntl, os, pty, termios
+from surfw.cli.streams import can_draw
+os.setsid()
+_, terminal = pty.openpty()
+fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
+stream = open(terminal, "w")
+found = [can_draw(stream)]
+if (child := os.fork()) == 0:
+    os.setpgid(0, 0)  # as a shell does it with what ends with &
+    os._exit(int(can_draw(stream)))
+print(*found, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_what_runs_in_the_background_of_a_shell_draws_nothing(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", _BACKGROUND]
+    done = subprocess.run(command, env=environment(tmp_path, TERM="xterm"), check=True, capture_output=True, text=True)
+    assert done.stdout == "True 0\n"
