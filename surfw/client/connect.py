@@ -49,6 +49,9 @@ _NO_TLS, _TLS = " (does it want ws://?)", " (does it want wss://?)"
 _CERTIFICATE_ALERT = re.compile(r"ALERT_(.*CERTIFICATE.*|UNKNOWN_CA)")
 """What TLS says to whoever shows no certificate, or one that is not trusted."""
 
+_WHERE = "token_file, --token-file, SURFW_TOKEN"
+"""Where a token is given: in Python, as an option, in the environment."""
+
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
@@ -107,10 +110,11 @@ class Endpoint:
     def refusal(self, where: str, challenge: str) -> RefusedError:
         """The error for a server, named by `where`, that answered 401 with this `WWW-Authenticate`."""
         if challenge == EXPIRED:
-            text = f"the server at {where} refuses the token, which has expired; give one that is valid"
+            text = f"the server at {where} refuses the token, which has expired; give one that is valid ({_WHERE})"
             return RefusedError(text, code="expired-token")
         why, code = ("wants a token", "no-token") if self.token is None else ("refuses the token", "another-token")
-        return RefusedError(f"the server at {where} {why}; give the one it was started with", code=code)
+        text = f"the server at {where} {why}; give the one it was started with ({_WHERE})"
+        return RefusedError(text, code=code)
 
 
 class _NotFollowed(WebSocketException):

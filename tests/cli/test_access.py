@@ -125,7 +125,8 @@ def test_strangers_are_refused_while_good_clients_go_on(world: World) -> None:
             return said
 
         at = f"the server at {url}"
-        assert refused("stats", url, *world.options("")) == f"{at} wants a token; give the one it was started with"
+        wants = f"{at} wants a token; give the one it was started with (token_file, --token-file, SURFW_TOKEN)"
+        assert refused("stats", url, *world.options("")) == wants
         assert refused("stats", url, *world.options("bad")).startswith(f"{at} refuses the token; give")
         assert refused("stats", url, *world.options("late")).startswith(f"{at} refuses the token, which has expired")
         infer = ("infer", "--source", url, "--model", "closed", "--prompt-ids", "1", *world.options("ci"))

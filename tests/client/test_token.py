@@ -20,6 +20,8 @@ from tests.stores import make_store, payload
 
 TOKEN = "s3cret-of-the-house"
 
+GIVE = "give the one it was started with (token_file, --token-file, SURFW_TOKEN)"
+
 
 def test_the_right_token_is_admitted(tmp_path: Path) -> None:
     manifest = make_store(tmp_path, sizes=[1000])
@@ -44,11 +46,11 @@ def test_without_it_there_is_no_websocket(tmp_path: Path) -> None:
         async with serving(tmp_path, token=TOKEN) as server:
             with pytest.raises(RefusedError) as none:
                 await open_wire_source(server.url)
-            assert str(none.value) == f"the server at {server.url} wants a token; give the one it was started with"
+            assert str(none.value) == f"the server at {server.url} wants a token; {GIVE}"
             assert none.value.code == "no-token"
             with pytest.raises(RefusedError) as other:
                 await open_wire_source(server.url, token=TOKEN + "x")
-            assert str(other.value) == f"the server at {server.url} refuses the token; give the one it was started with"
+            assert str(other.value) == f"the server at {server.url} refuses the token; {GIVE}"
             assert other.value.code == "another-token"
             with pytest.raises(RefusedError, match="wants a token"):
                 await probe(server.url, 5)

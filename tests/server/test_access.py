@@ -209,7 +209,8 @@ def test_a_token_that_expires_loses_new_requests(store: Path, tmp_path: Path, mo
                 with pytest.raises(RefusedError) as caught:
                     await refused
                 assert str(caught.value) == (
-                    f"the server at {server.url} refuses the token, which has expired; give one that is valid"
+                    f"the server at {server.url} refuses the token, which has expired; give one that is valid "
+                    "(token_file, --token-file, SURFW_TOKEN)"
                 )
                 assert caught.value.code == "expired-token"
             assert "token 'ci' has expired" in json.dumps(server.stats())
