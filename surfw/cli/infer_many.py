@@ -423,7 +423,8 @@ def _read_answers(output: Path) -> tuple[set[str], int]:
                     break  # it was being written when the process was killed
                 try:
                     answer = json.loads(line)
-                    key, _ = json.dumps(answer["id"]), answer["line"]  # which a prompt has not
+                    key = json.dumps(answer["id"])
+                    answer["line"]  # a prompt has none
                 except (ValueError, TypeError, KeyError):
                     raise ConfigurationError(
                         f"line {number} of {output} is no answer of surfw's; name that of an earlier run, or a new file"

@@ -198,7 +198,7 @@ def expect_utf8(text: str, what: str) -> None:
 
 
 def can_draw(stream: IO[str] | None) -> bool:
-    """Whether a stream is a terminal on which something can be drawn in place, and which this process has to itself."""
+    """Whether a stream is a terminal on which something can be drawn in place, and that is this process's own now."""
     if stream is None or not stream.isatty() or os.environ.get("TERM", "") in {"", "dumb", "unknown"}:
         return False
     with suppress(OSError):  # it is not the terminal that this process is controlled from

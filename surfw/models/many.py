@@ -3,15 +3,17 @@
 Which sequences run together, what is read of a prompt in a pass, and where keys and values lie, is transformers' own
 continuous batching (`transformers.generation.continuous_batching`): a sequence that has ended makes place for the next
 prompt at once, and no sequence is filled up to the length of another. So an answer is what the resident model gives
-under the same scheduler, with the same prompts in the same order and the same most of sequences and cache.
+under the same scheduler, with the same prompts in the same order and the same most of sequences, cache, and tokens of a
+pass.
 """
 
 import threading
 import warnings
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import lcm
 from typing import Any, Self, TypeAlias, cast
 
 import torch
@@ -37,23 +39,21 @@ MOST_TOKENS = 512
 """So many tokens are computed in a pass: one of each sequence that generates, and the rest of prompts."""
 
 _LEAST_TOKENS = 32
-"""So many may be computed in a pass, however little memory there is."""
-
-_BESIDE_BYTES = 40 * MIB
-"""What a batch leaves free for compiled kernels, activations, and what the allocator keeps.
-
-Each pass has another number of tokens, for which kernels are compiled: 1,000 prompts kept 36 MB of these and of free
-blocks between others. It is two thirds of the room at most, and less where a sequence would have none.
-"""
+"""A pass has room for at least so many, however little memory there is."""
 
 _MASK_SHARE = 8
-"""Fewer tokens are computed in a pass, rather than that their mask takes more than this part of what a batch has."""
+"""A pass has fewer tokens, rather than that their mask takes more than this part of what a batch has."""
+
+_BESIDE_BYTES = 40 * MIB
+"""What is reserved besides for compiled kernels, activations, and what the allocator keeps.
+
+Each pass has another number of tokens, for which kernels are compiled: 1,000 prompts kept 36 MB of these and of free
+blocks between others. In a small room it is two thirds, or one third while weights stream: there, fewer sequences mean
+that each weight is read more often. It is less where one sequence would not fit otherwise.
+"""
 
 SHARED = ("temperature", "top_p", "top_k", "seed")
 """What is the same for all prompts of a run, as their tokens are sampled together."""
-
-_SPARE_PAGES = 2
-"""The cache has two more than it is asked for, into which padding is written."""
 
 _LEAST_CACHE_BYTES = 64 * MIB
 """A cache may have so much where no budget is given, however little memory is free."""
@@ -260,7 +260,7 @@ class _Room:
     Attributes:
         sequences: how many run together.
         pages: of `PAGE_TOKENS` each, for all of them.
-        tokens: how many are computed in a pass.
+        tokens: how many a pass has at most, one of each sequence among them.
     """
 
     sequences: int
@@ -270,25 +270,35 @@ class _Room:
 
 @dataclass(frozen=True)
 class _Cost:
-    """What a batch takes beside weights, in bytes, with a cache of so many pages and so many tokens in a pass.
+    """What a batch takes beside weights, by its cache's pages and a pass's tokens, as transformers lays it out.
 
-    The mask is transformers' own for all sequences together, one for each kind of attention: a row for each token of a
-    pass, with a number for each one of the cache and of the pass.
+    There is a mask for each kind of attention, for all sequences together. It has a row for each token of a pass, and
+    in it a number for each token that the cache may hold for that kind, and for each of the pass.
+
+    Attributes:
+        page_bytes: of a page in all layers, and of the copy that attention makes of it in one of them, for every head.
+        spare_pages: how many the cache has more than it is asked for.
+        row_page_bytes: what a page adds to the rows of a token, in all masks.
+        row_token_bytes: what a token of the pass adds to them.
     """
 
     page_bytes: int
-    mask_bytes: int  # of a number, in the masks of all kinds
+    spare_pages: int
+    row_page_bytes: int
+    row_token_bytes: int
 
-    def mask(self, pages: int, tokens: int) -> int:
-        return tokens * (pages * PAGE_TOKENS + tokens) * self.mask_bytes
+    def of_mask(self, pages: int, tokens: int) -> int:
+        """What the masks take."""
+        return tokens * (pages * self.row_page_bytes + tokens * self.row_token_bytes)
 
-    def all(self, pages: int, tokens: int) -> int:
-        return (pages + _SPARE_PAGES) * self.page_bytes + self.mask(pages, tokens)
+    def of_all(self, pages: int, tokens: int) -> int:
+        """What cache and masks take."""
+        pages += self.spare_pages
+        return pages * self.page_bytes + self.of_mask(pages, tokens)
 
-    def pages(self, free_bytes: int, tokens: int) -> int:
+    def find_pages(self, free_bytes: int, tokens: int) -> int:
         """How many there is room for."""
-        each = self.page_bytes + tokens * PAGE_TOKENS * self.mask_bytes
-        return (free_bytes - self.all(0, tokens)) // each
+        return (free_bytes - self.of_all(0, tokens)) // (self.page_bytes + tokens * self.row_page_bytes)
 
 
 def find_room(model: StreamingBaseModel, parts: ModelParts, sequences: int, longest_tokens: int) -> _Room:
@@ -301,42 +311,51 @@ def find_room(model: StreamingBaseModel, parts: ModelParts, sequences: int, long
     engine, cost = parts.engine, _find_cost(model)
     each = -(-longest_tokens // PAGE_TOKENS) + 1  # a page is begun before the last one is full
     if (budget := engine.limit.budget_bytes) is None:  # layers are counted: what they leave of the machine's memory
-        free = max(find_default_budget().budget_bytes, _LEAST_CACHE_BYTES)
+        free, beside = max(find_default_budget().budget_bytes, _LEAST_CACHE_BYTES), 0  # that has a headroom already
     else:
-        free = max((budget - engine.least_budget_bytes) // 2, budget - engine.plan.peak_bytes)
-    free -= max(0, min(_BESIDE_BYTES, free * 2 // 3, free - cost.all(each, _LEAST_TOKENS)))
+        half, left = (budget - engine.least_budget_bytes) // 2, budget - engine.plan.peak_bytes
+        free = max(half, left)
+        most = free * 2 // 3 if left >= half else free // 3
+        beside = max(0, min(_BESIDE_BYTES, most, free - cost.of_all(each, _LEAST_TOKENS)))
     tokens = MOST_TOKENS
     while True:
-        room = min(sequences * each, cost.pages(free, tokens))
-        if tokens == _LEAST_TOKENS or (room >= each and cost.mask(room, tokens) <= free // _MASK_SHARE):
+        room = min(sequences * each, cost.find_pages(free - beside, tokens))
+        if tokens == _LEAST_TOKENS or (room >= each and cost.of_mask(room, tokens) <= free // _MASK_SHARE):
             break
         tokens //= 2
     if room < each:
-        least = cost.all(each, tokens)
+        least = cost.of_all(each, tokens)
         if budget is None:
             raise ConfigurationError(
                 f"there is no room for the KV cache of a prompt and its answer of {longest_tokens} tokens, which takes "
                 f"{format_size(least)}, and {format_size(free)} are free; ask for fewer tokens (max_new_tokens)"
             )
+        needed = engine.least_budget_bytes + 2 * least
         raise ConfigurationError(
             f"{model.manifest.name} has no room for the KV cache of a prompt and its answer of {longest_tokens} "
-            f"tokens within a memory budget of {format_size(budget)}; give "
-            f"{format_size(engine.least_budget_bytes + 2 * least)}, or ask for fewer tokens (max_new_tokens)"
+            f"tokens within a memory budget of {format_size(budget)}; give {format_size(needed)} ({needed} bytes), or "
+            "ask for fewer tokens (max_new_tokens)"
         )
-    parts.kv.reserve_bytes(cost.all(room, tokens))
-    return _Room(min(sequences, room // each), room, tokens)
+    parts.kv.reserve_bytes(cost.of_all(room, tokens) + beside)
+    return _Room(min(sequences, room // each, tokens), room, tokens)
 
 
 def _find_cost(model: StreamingBaseModel) -> _Cost:
-    """A page in all layers, with the copy that attention makes of it in one of them, for every head; and the mask."""
+    """See `PagedAttentionCache`: all kinds of layers have their pages in sectors, and a sector may be of any kind."""
     inner: Any = model.model
     dtype: torch.dtype = inner.dtype
     text = inner.config.get_text_config(decoder=True)
     kept = kv_cost(inner.config, dtype).new_token_bytes
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     copied = 3 * text.num_attention_heads * head * dtype.itemsize + 8
-    kinds = len(set(getattr(text, "layer_types", None) or ["full_attention"]))
-    return _Cost(int(PAGE_TOKENS * (kept + copied)), kinds * dtype.itemsize)
+    kinds = Counter(getattr(text, "layer_types", None) or ["full_attention"]).values()
+    layers = sum(kinds)
+    return _Cost(
+        page_bytes=int(PAGE_TOKENS * (kept + copied)),
+        spare_pages=2 if len(kinds) == 1 else -(-3 * lcm(*kinds) // layers),  # two sectors, and a part of one
+        row_page_bytes=len(kinds) * dtype.itemsize * PAGE_TOKENS * layers // min(kinds),
+        row_token_bytes=len(kinds) * dtype.itemsize,
+    )
 
 
 class _Batch:
@@ -358,7 +377,7 @@ class _Batch:
             continuous_batching_config=ContinuousBatchingConfig(
                 page_size=PAGE_TOKENS,
                 num_blocks=room.pages,
-                max_batch_tokens=max(room.tokens, room.sequences),
+                max_batch_tokens=room.tokens,
                 max_requests_per_batch=room.sequences,
                 auto_switch_to_flash=False,
                 seed=shared.seed,

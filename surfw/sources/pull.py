@@ -55,8 +55,12 @@ async def pull_model(
     check(manifest)
     forms = [(chunk, _choose(cache, manifest, chunk, codec)) for chunk in manifest.chunks]
     total, done = sum(form.stored_bytes for _, form in forms), 0
-    if cache.folder.budget_bytes is not None and cache.folder.budget_bytes < total:
-        _refuse(cache, manifest, cache.folder.budget_bytes, total)  # rather than a part of it, pinned
+    least = sum({form.digest or chunk.id: form.stored_bytes for chunk, form in forms}.values())  # each blob once
+    if (most := cache.folder.budget_bytes) is not None and most < least:  # before a part of it is there, pinned
+        raise StorageFullError(
+            f"the disk cache in {cache.folder.path} may take {format_size(most)}, and {manifest.name} takes "
+            f"{format_size(least)}; give it more (disk_cache, --disk-cache)"
+        )
     await cache.pin(manifest)
     for file in manifest.files:
         await cache.file(manifest, file.path)

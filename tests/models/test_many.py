@@ -20,6 +20,7 @@ from surfw import (
     StreamingModel,
     UnsupportedModelError,
 )
+from surfw.config import parse_size
 from surfw.models import many
 from tests.checkpoints import resident, save_llama
 from tests.exactness.families import FAMILIES, VOCABULARY
@@ -255,30 +256,59 @@ def test_a_cache_that_cannot_be_made_leaves_the_model_its_attention(
         assert inner.config._attn_implementation == "eager"
 
 
-def test_budgets_are_kept_and_given_back(store: Path) -> None:
-    with StreamingModel(store, "llama", memory_budget="1.2MB") as model:
+@pytest.fixture
+def batches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, int]]:
+    """The rooms of all batches that are made, with the bytes that transformers has taken for their cache and masks."""
+    found: list[tuple[Any, int]] = []
+    real = many._Batch.__init__
+
+    def make(self: Any, model: StreamingModel, shared: InferenceRequest, room: Any) -> None:
+        real(self, model, shared, room)
+        processor = self._processor
+        masks = processor.inputs_and_outputs.attention_mask.values()
+        found.append((room, processor.cache.cache_tensor.nbytes + sum(one.nbytes for one in masks)))
+
+    monkeypatch.setattr(many._Batch, "__init__", make)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "budget", "sequences"),
+    [("llama", "1.2MB", 64), ("gemma2", "2MB", 64), ("gemma2", "8MB", 64), ("llama", "30MB", 300)],
+)
+def test_budgets_are_kept_and_given_back(
+    name: str, budget: str, sequences: int, store: Path, batches: list[tuple[Any, int]]
+) -> None:
+    with StreamingModel(store, name, memory_budget=budget) as model:
         engine = model._open_here().engine
-        plan, least, seen = model.plan, engine.least_budget_bytes, []
-        model.model.register_forward_hook(lambda *_: seen.append(engine.limit.reserved_bytes))
-        tokens_of(answers(model, prompts(12), max_new_tokens=NEW))
-        assert 0 < max(seen) <= 1_200_000 - least
+        plan, seen = model.plan, set[tuple[int, int]]()
+        model.model.register_forward_hook(lambda *_: seen.add((engine.limit.reserved_bytes, engine.plan.peak_bytes)))
+        tokens_of(answers(model, prompts(12), max_new_tokens=NEW, sequences=sequences))
         assert engine.limit.reserved_bytes == 0
         assert model.plan == plan
+    for reserved, weights in seen:
+        assert reserved + weights <= parse_size(budget)
+        assert all(0 < taken <= reserved for _, taken in batches)
 
 
-def test_a_batch_within_a_small_budget_has_room_for_its_mask(
-    checkpoints: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+def test_kernels_have_room_beside_a_batch(store: Path, batches: list[tuple[Any, int]]) -> None:
+    with StreamingModel(store, "llama", memory_budget="64MB") as model:
+        reserved = set[int]()
+        model.model.register_forward_hook(lambda *_: reserved.add(model._open_here().engine.limit.reserved_bytes))
+        tokens_of(answers(model, prompts(12), max_new_tokens=NEW))
+    ((_, taken),) = batches
+    assert min(reserved) >= taken + 30_000_000
+
+
+def test_a_batch_within_a_small_budget_computes_fewer_tokens_in_a_pass(
+    checkpoints: Path, store: Path, batches: list[tuple[Any, int]]
 ) -> None:
-    """Where a mask of `MOST_TOKENS` rows would take the cache's room, fewer tokens are computed in a pass."""
-    asked, rooms, real = prompts(12), [], many.find_room
-    monkeypatch.setattr(many, "find_room", lambda *args: rooms.append(real(*args)) or rooms[-1])
+    """Where a mask of `MOST_TOKENS` rows would take the cache's room."""
+    asked = prompts(12)
     with StreamingModel(store, "llama", memory_budget="1.2MB") as model:
-        left = 1_200_000 - model._open_here().engine.least_budget_bytes
         mine = tokens_of(answers(model, asked, max_new_tokens=NEW))
-    (room,) = rooms
-    mask = room.tokens * (room.pages * many.PAGE_TOKENS + room.tokens) * torch.float32.itemsize
+    ((room, _),) = batches
     assert many._LEAST_TOKENS <= room.tokens < many.MOST_TOKENS
-    assert 0 < mask < left // 3
     theirs = reference(
         resident(checkpoints, "llama"), asked, sequences=room.sequences, pages=room.pages, tokens=room.tokens
     )

@@ -1,0 +1,226 @@
+"""What several ranks bring for a model of 1.1B, beside the ways there are without surfw; for an idle machine, no test.
+
+    python -m tests.bench.together make FOLDER     # the checkpoint and its store
+    python -m tests.bench.ranks load FOLDER        # four ranks: FSDP2 by surfw and by dcp, all by transformers
+    python -m tests.bench.ranks pipeline FOLDER    # two ranks answer 8 prompts, beside one process with as much memory
+    python -m tests.bench.ranks train FOLDER       # a LoRA over streamed weights, and over resident ones: memory
+
+Each prints one JSON object. `load` needs root, to empty the page cache.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from surfw.bench.cap import drop_page_cache, memory_group
+from surfw.runtime.memory import peak_rss_bytes
+from tests.bench.together import prompts
+
+RANKS, ROUNDS, NEW, STEPS = 4, 3, (4, 20), 20
+WAYS = ("surfw", "dcp", "transformers")
+PIPELINE_BUDGET = "1.3GB"
+
+
+def torchrun(ranks: int, *command: str) -> list[str]:
+    return [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m", *command
+    ]  # fmt: skip
+
+
+def run(command: list[str]) -> None:
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stderr[-4000:])
+
+
+def fill(how: str, folder: Path) -> None:
+    """On a rank: have the weights, and write the seconds from when all ranks were there, and the bytes to read."""
+    import torch
+    import torch.distributed as dist
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict
+    from torch.distributed.device_mesh import init_device_mesh
+    from transformers import AutoModelForCausalLM
+
+    from surfw import WeightClient
+    from surfw.distributed import build_model, load_sharded
+    from surfw.distributed.place import place_model
+
+    dist.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    saved = folder / f"dcp-{dist.get_world_size()}"
+    dist.barrier()
+    begun, read = time.perf_counter(), 0
+    model: Any
+    if how in {"surfw", "save"}:
+        with WeightClient(folder / "store") as client:
+            model = build_model(client, name="random")
+            read = load_sharded(model, client, mesh, name="random").read_bytes
+    elif how == "dcp":
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(_config(folder), dtype=torch.bfloat16)
+        place_model(model, mesh, "fsdp")
+        model.to_empty(device="cpu")
+        before = _read_bytes()
+        dcp.load({"model": get_model_state_dict(model)}, checkpoint_id=saved)
+        read = _read_bytes() - before
+    else:
+        model = AutoModelForCausalLM.from_pretrained(folder / "random")
+        read = (folder / "random/model.safetensors").stat().st_size
+        sum(float(one.sum()) for one in model.parameters())  # it is mapped, and comes when it is used
+    dist.barrier()
+    seconds = time.perf_counter() - begun
+    if how == "save":
+        dcp.save({"model": get_model_state_dict(model)}, checkpoint_id=saved)
+    else:
+        found = {"seconds": seconds, "bytes": read, "peak_bytes": peak_rss_bytes()}
+        (folder / f"rank-{dist.get_rank()}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+def tell(line: str) -> None:
+    sys.stdout.write(line + "\n")
+
+
+def _config(folder: Path) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(folder / "random")
+
+
+def _read_bytes() -> int:
+    """What this process has read by system calls."""
+    return int(dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())["rchar"])
+
+
+def load(folder: Path) -> dict[str, Any]:
+    """Each way in turn, from a cold and from a warm page cache."""
+    run(torchrun(RANKS, "tests.bench.ranks", "save", str(folder)))
+    found: dict[str, list[dict[str, Any]]] = {f"{way}, {cache}": [] for way in WAYS for cache in ("cold", "warm")}
+    for _ in range(ROUNDS):
+        for name, rounds in found.items():
+            way, cache = name.split(", ")
+            if cache == "cold":
+                drop_page_cache()
+            run(torchrun(RANKS, "tests.bench.ranks", way, str(folder)))
+            ranks = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(RANKS)]
+            rounds.append({
+                "seconds": max(one["seconds"] for one in ranks), "bytes": [one["bytes"] for one in ranks],
+                "peak_bytes": max(one["peak_bytes"] for one in ranks),
+            })  # fmt: skip
+    return {
+        name: rounds[-1] | {"seconds": statistics.median(one["seconds"] for one in rounds)}
+        for name, rounds in found.items()
+    }
+
+
+def pipeline(folder: Path) -> dict[str, Any]:
+    """Tokens a second of 8 prompts: from two lengths of answers, so that starting does not count.
+
+    On each rank, a prompt is computed alone, as `generate()` in one process does it, one after another. Without a
+    pipeline, `surfw infer --prompts` computes all in a batch, whose tokens may be others.
+    """
+    asked = folder / "prompts.jsonl"
+    asked.write_text("".join(json.dumps({"prompt_ids": ids, "ignore_eos": True}) + "\n" for ids in prompts(8)))
+    infer = ["infer", "random", "--source", str(folder / "store"), "--prompts", str(asked), "--ordered", "-q"]
+    infer += ["--memory-budget", PIPELINE_BUDGET]
+    ways = {
+        "two ranks": [*torchrun(2, "surfw"), *infer, "--pipeline"],
+        "one process, one after another": [sys.executable, "-m", "tests.bench.ranks", "answer", str(folder)],
+        "one process, a batch": [sys.executable, "-m", "surfw", *infer],
+    }
+
+    def seconds(way: str, new: int) -> tuple[float, list[Any]]:
+        output = Path(tempfile.mkdtemp(dir=folder)) / "answers"
+        begun = time.perf_counter()
+        run([*ways[way], "--output", str(output), "--max-new-tokens", str(new)])
+        return time.perf_counter() - begun, [json.loads(one)["token_ids"] for one in output.read_text().splitlines()]
+
+    rates: dict[str, list[float]] = {way: [] for way in ways}
+    answers = {}
+    for _ in range(ROUNDS):
+        for way, found in rates.items():
+            (short, _), (long, answers[way]) = (seconds(way, new) for new in NEW)
+            found.append(8 * (NEW[1] - NEW[0]) / (long - short))
+    return {
+        "tokens_per_second": {way: statistics.median(found) for way, found in rates.items()}, "rounds": rates,
+        "ranks_and_one_after_another_give_the_same": answers["two ranks"] == answers["one process, one after another"],
+    }  # fmt: skip
+
+
+def answer(folder: Path, output: Path, new: int) -> None:
+    """The prompts of `pipeline` by `generate()`, one after another."""
+    import torch
+
+    from surfw import StreamingModel
+
+    with StreamingModel.open(folder / "store", "random", memory_budget=PIPELINE_BUDGET) as model:
+        for ids in prompts(8):
+            found = model.generate(torch.tensor([ids]), max_new_tokens=new, pad_token_id=0)[0, len(ids) :]
+            with output.open("a") as file:
+                file.write(json.dumps({"token_ids": found.tolist()}) + "\n")
+
+
+def learn(folder: Path) -> None:
+    """The example's training over resident weights."""
+    import peft
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from examples.lora_training import TEXT
+
+    model = AutoModelForCausalLM.from_pretrained(folder / "random")
+    torch.manual_seed(0)
+    learner = peft.get_peft_model(model, peft.LoraConfig(r=8, target_modules=["q_proj", "v_proj"]))
+    optimizer = torch.optim.AdamW([one for one in learner.parameters() if one.requires_grad], lr=5e-3)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "random")
+    ids = tokenizer(TEXT * 64, truncation=True, max_length=64, return_tensors="pt").input_ids
+    for step in range(STEPS):
+        begun = time.perf_counter()
+        loss = learner(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        tell(f"step {step + 1}: loss {loss.item():.6f}, {time.perf_counter() - begun:.2f} s")
+    tell(f"at most {peak_rss_bytes() / 1e9:.2f} GB of memory in this process")
+
+
+def train(folder: Path) -> dict[str, Any]:
+    """What each training prints: the last loss, the seconds of a step, and the memory of the process."""
+    found: dict[str, Any] = {}
+    streamed = [sys.executable, "examples/lora_training.py", str(folder / "random"), "700MB", "64"]
+    resident = [sys.executable, "-m", "tests.bench.ranks", "learn", str(folder)]
+    for name, command in (("streamed", streamed), ("resident", resident)):
+        with memory_group(8 << 30) as group:
+            done = subprocess.run(group.command(command), check=True, capture_output=True, text=True)
+            lines = [one for one in done.stdout.splitlines() if one.startswith(("step", "at most"))]
+            found[name] = {"losses": [one.split(",")[0] for one in lines[:STEPS]], "end": lines[-2:]}
+    found["same_losses"] = found["streamed"].pop("losses") == found["resident"].pop("losses")
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["load", "pipeline", "train", "answer", "learn", "save", *WAYS])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--output", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--max-new-tokens", type=int, help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.what == "answer":
+        return answer(asked.folder, asked.output, asked.max_new_tokens)
+    if asked.what == "learn":
+        return learn(asked.folder)
+    if asked.what in {"save", *WAYS}:
+        return fill(asked.what, asked.folder)
+    tell(json.dumps({"load": load, "pipeline": pipeline, "train": train}[asked.what](asked.folder), indent=1))
+    return None
+
+
+if __name__ == "__main__":
+    main()
