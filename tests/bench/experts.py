@@ -1,0 +1,93 @@
+"""What guesses at the next layer's experts are worth: how many are right, and pairs with and without them.
+
+    python examples/mixture.py MIXTURE
+    python -m tests.bench.experts MIXTURE [PAIRS]     # prints one JSON object; for an idle machine
+
+Each run is a process of its own, which may have 1.2 GB; it answers once to get warm, and is timed the second time.
+Guesses are `on` as they are: acted upon while half of those at experts that are not in memory were right lately.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+from unittest.mock import PropertyMock, patch
+
+from surfw import ModelChunker
+from surfw.bench.cap import memory_group
+
+CAP, NEW = 1_200_000_000, 64
+
+
+def measure(store: str, how: str) -> dict[str, Any]:
+    """Answer in this process: tokens a second, and how many guesses were right, of all and of those that matter."""
+    import torch
+
+    from surfw import StreamingModel
+    from surfw.runtime import experts
+
+    made = right = 0
+    compare = experts.ExpertPool._compare
+
+    def count(self: experts.ExpertPool, path: str, used: Any) -> None:
+        nonlocal made, right
+        _, new = self._expected.get(path, (set(), set()))
+        made, right = made + len(new), right + len(new.intersection(used))
+        compare(self, path, used)
+
+    with ExitStack() as patches:
+        patches.enter_context(patch.object(experts.ExpertPool, "_compare", count))
+        if how == "off":
+            patches.enter_context(patch.object(experts.ExpertPool, "foresees", PropertyMock(return_value=False)))
+        elif how == "always":
+            patches.enter_context(patch.object(experts, "_MOSTLY", -1.0))
+        model = patches.enter_context(StreamingModel.open(store))
+        ids = torch.arange(1000, 1024).reshape(1, -1)
+        model.generate(ids, max_new_tokens=NEW, pad_token_id=0)
+        made = right = 0
+        start = time.perf_counter()
+        tokens = model.generate(ids + 24, max_new_tokens=NEW, pad_token_id=0)
+        rate = (tokens.shape[1] - ids.shape[1]) / (time.perf_counter() - start)
+        counts = model.statistics()["experts"]
+        return {
+            "rate": rate, "tokens": tokens[0].tolist(), "guesses": counts["guesses"], "foreseen": counts["foreseen"],
+            "guesses_at_missing": made, "foreseen_of_missing": right,
+        }  # fmt: skip
+
+
+def run(store: Path, how: str) -> dict[str, Any]:
+    with memory_group(CAP) as group:
+        command = group.command([sys.executable, "-m", "tests.bench.experts", str(store), how])
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        found: dict[str, Any] = json.loads(done.stdout)
+        return found
+
+
+def main(checkpoint: Path, pairs: int) -> dict[str, Any]:
+    """Measure in turn."""
+    with tempfile.TemporaryDirectory(dir=checkpoint.parent) as folder:
+        store = Path(folder) / "store"
+        ModelChunker(checkpoint, store, codecs=("none",)).chunk_model_sync()
+        rounds = [{how: run(store, how) for how in ("on", "off", "always")} for _ in range(pairs)]
+    on, off, always = (rounds[-1][how] for how in ("on", "off", "always"))
+    ratios = {how: [one[how]["rate"] / one["off"]["rate"] for one in rounds] for how in ("on", "always")}
+    return {
+        "tokens_per_second": {how: statistics.median(one[how]["rate"] for one in rounds) for how in rounds[0]},
+        "beside_off": {how: {"median": statistics.median(found), "all": found} for how, found in ratios.items()},
+        "right_of_all": always["foreseen"] / always["guesses"],
+        "right_of_those_not_in_memory": on["foreseen_of_missing"] / max(1, on["guesses_at_missing"]),
+        "same_tokens": on["tokens"] == off["tokens"] == always["tokens"],
+    }
+
+
+if __name__ == "__main__":
+    if sys.argv[2:] and not sys.argv[2].isdigit():
+        found = measure(sys.argv[1], sys.argv[2])
+    else:
+        found = main(Path(sys.argv[1]), int(sys.argv[2]) if sys.argv[2:] else 10)
+    sys.stdout.write(json.dumps(found, indent=None if "rate" in found else 1) + "\n")
