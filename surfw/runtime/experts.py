@@ -298,7 +298,7 @@ class ExpertPool:
                 self._aside = 0
             self._obey(self.table.adopt(plan.expert_bytes - self._aside))
             if self.table.held_bytes > self.table.budget_bytes:
-                for key in self._waiting:  # they have not begun, and take no memory yet
+                for key in list(self._waiting):  # not begun, they take no memory; others begin meanwhile
                     self._loads[key].cancel()
 
     def clear(self) -> None:

@@ -4,7 +4,9 @@ import asyncio
 import copy
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -243,6 +245,28 @@ def test_a_run_that_is_interrupted_while_an_expert_comes(store: Path, tmp_path: 
         thread.join()
         pool._loader.load = load  # type: ignore[method-assign]
         assert torch.equal(streaming(input_ids=one_token(7)).logits, resident(input_ids=one_token(7)).logits)
+
+
+def test_experts_that_begin_to_come_while_a_smaller_plan_is_adopted(store: Path, tmp_path: Path) -> None:
+    """Loads begin on the event loop's thread, at any time."""
+
+    class Begins(Future[None]):
+        def cancel(self) -> bool:
+            pool._waiting.clear()  # all that waited have begun now
+            return super().cancel()
+
+    chunked("qwen3-moe", tmp_path, store)
+    with StreamingModel.open(str(store), "qwen3-moe") as streaming:
+        pool = streaming._engine.experts
+        path = next(iter(pool._stacks))
+        coming = pool.table.admit([(path, 0), (path, 1), (path, 2)]).load
+        assert len(coming) == 3
+        loads: dict[Any, Any] = {key: Begins() for key in coming}
+        pool._loads |= loads
+        pool._waiting |= dict.fromkeys(coming, pool._warm_turns)
+        pool.adopt(replace(streaming.plan, expert_bytes=0))
+        assert all(load.cancelled() for load in loads.values())
+        assert not pool.resident()
 
 
 @torch.no_grad()
