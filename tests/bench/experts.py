@@ -3,11 +3,13 @@
     python examples/mixture.py MIXTURE
     python -m tests.bench.experts MIXTURE [PAIRS]     # prints one JSON object; for an idle machine
 
-Each run is a process of its own, which may have 1.2 GB; it answers once to get warm, and is timed the second time.
+Each run is a process of its own, which may have 1.2 GB and knows nothing of earlier ones; it answers once to get warm,
+and is timed the second time. Which of a pair comes first changes from pair to pair.
 Guesses are `on` as they are: acted upon while half of those at experts that are not in memory were right lately.
 """
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -21,7 +23,7 @@ from unittest.mock import PropertyMock, patch
 from surfw import ModelChunker
 from surfw.bench.cap import memory_group
 
-CAP, NEW = 1_200_000_000, 64
+CAP, WARM, NEW = 1_200_000_000, 64, 128
 
 
 def measure(store: str, how: str) -> dict[str, Any]:
@@ -48,7 +50,7 @@ def measure(store: str, how: str) -> dict[str, Any]:
             patches.enter_context(patch.object(experts, "_MOSTLY", -1.0))
         model = patches.enter_context(StreamingModel.open(store))
         ids = torch.arange(1000, 1024).reshape(1, -1)
-        model.generate(ids, max_new_tokens=NEW, pad_token_id=0)
+        model.generate(ids, max_new_tokens=WARM, pad_token_id=0)
         made = right = 0
         start = time.perf_counter()
         tokens = model.generate(ids + 24, max_new_tokens=NEW, pad_token_id=0)
@@ -61,9 +63,10 @@ def measure(store: str, how: str) -> dict[str, Any]:
 
 
 def run(store: Path, how: str) -> dict[str, Any]:
-    with memory_group(CAP) as group:
+    with memory_group(CAP) as group, tempfile.TemporaryDirectory() as home:
         command = group.command([sys.executable, "-m", "tests.bench.experts", str(store), how])
-        done = subprocess.run(command, check=False, capture_output=True, text=True)
+        env = os.environ | {"SURFW_HOME": home}  # where it is kept how often experts were used
+        done = subprocess.run(command, check=False, capture_output=True, text=True, env=env)
         if done.returncode:
             raise SystemExit(f"a run ended with {done.returncode}: {done.stderr[-3000:]}")
         found: dict[str, Any] = json.loads(done.stdout)
@@ -75,16 +78,18 @@ def main(checkpoint: Path, pairs: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=checkpoint.parent) as folder:
         store = Path(folder) / "store"
         ModelChunker(checkpoint, store, codecs=("none",)).chunk_model_sync()
-        rounds = [{how: run(store, how) for how in ("on", "off", "always")} for _ in range(pairs)]
-    on, off, always = (rounds[-1][how] for how in ("on", "off", "always"))
-    ratios = {how: [one[how]["rate"] / one["off"]["rate"] for one in rounds] for how in ("on", "always")}
+        always = run(store, "always")
+        rounds = [{how: run(store, how) for how in (("on", "off"), ("off", "on"))[pair % 2]} for pair in range(pairs)]
+    on, off = rounds[-1]["on"], rounds[-1]["off"]
+    rates = {how: [one[how]["rate"] for one in rounds] for how in ("on", "off")}
+    medians = {how: statistics.median(found) for how, found in rates.items()}
     return {
-        "tokens_per_second": {how: statistics.median(one[how]["rate"] for one in rounds) for how in rounds[0]},
-        "beside_off": {how: {"median": statistics.median(found), "all": found} for how, found in ratios.items()},
-        "right_of_all": always["foreseen"] / always["guesses"],
-        "right_of_those_not_in_memory": on["foreseen_of_missing"] / max(1, on["guesses_at_missing"]),
+        "tokens_per_second": medians | {"always": always["rate"]},
+        "on_beside_off": statistics.median(mine / none for mine, none in zip(*rates.values(), strict=True)),
+        "rates": rates, "right_of_all": always["foreseen"] / always["guesses"],
+        "right_of_those_not_in_memory": always["foreseen_of_missing"] / always["guesses_at_missing"],
         "same_tokens": on["tokens"] == off["tokens"] == always["tokens"],
-    }
+    }  # fmt: skip
 
 
 if __name__ == "__main__":
