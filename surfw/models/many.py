@@ -261,11 +261,13 @@ class _Room:
         sequences: how many run together.
         pages: of `PAGE_TOKENS` each, for all of them.
         tokens: how many a pass has at most, one of each sequence among them.
+        most_tokens: how many a prompt and its answer may have.
     """
 
     sequences: int
     pages: int
     tokens: int
+    most_tokens: int
 
 
 @dataclass(frozen=True)
@@ -278,12 +280,14 @@ class _Cost:
     Attributes:
         page_bytes: of a page in all layers, and of the copy that attention makes of it in one of them, for every head.
         spare_pages: how many the cache has more than it is asked for.
+        open_pages: how many a sequence may have begun, and not filled.
         row_page_bytes: what a page adds to the rows of a token, in all masks.
         row_token_bytes: what a token of the pass adds to them.
     """
 
     page_bytes: int
     spare_pages: int
+    open_pages: int
     row_page_bytes: int
     row_token_bytes: int
 
@@ -309,7 +313,7 @@ def find_room(model: StreamingBaseModel, parts: ModelParts, sequences: int, long
     """
     parts.kv.reserve_bytes(0)
     engine, cost = parts.engine, _find_cost(model)
-    each = -(-longest_tokens // PAGE_TOKENS) + 1  # a page is begun before the last one is full
+    each = -(-longest_tokens // PAGE_TOKENS) + cost.open_pages
     if (budget := engine.limit.budget_bytes) is None:  # layers are counted: what they leave of the machine's memory
         free, beside = max(find_default_budget().budget_bytes, _LEAST_CACHE_BYTES), 0  # that has a headroom already
     else:
@@ -319,8 +323,9 @@ def find_room(model: StreamingBaseModel, parts: ModelParts, sequences: int, long
         beside = max(0, min(_BESIDE_BYTES, most, free - cost.of_all(each, _LEAST_TOKENS)))
     tokens = MOST_TOKENS
     while True:
-        room = min(sequences * each, cost.find_pages(free - beside, tokens))
-        if tokens == _LEAST_TOKENS or (room >= each and cost.of_mask(room, tokens) <= free // _MASK_SHARE):
+        room = min(min(sequences, tokens) * each, cost.find_pages(free - beside, tokens))
+        is_small = cost.of_mask(room, tokens) <= free // _MASK_SHARE
+        if tokens == _LEAST_TOKENS or (room >= each and (is_small or room // each > tokens // 2)):
             break
         tokens //= 2
     if room < each:
@@ -337,7 +342,7 @@ def find_room(model: StreamingBaseModel, parts: ModelParts, sequences: int, long
             "ask for fewer tokens (max_new_tokens)"
         )
     parts.kv.reserve_bytes(cost.of_all(room, tokens) + beside)
-    return _Room(min(sequences, room // each, tokens), room, tokens)
+    return _Room(min(sequences, room // each, tokens), room, tokens, (room - cost.open_pages) * PAGE_TOKENS)
 
 
 def _find_cost(model: StreamingBaseModel) -> _Cost:
@@ -349,10 +354,12 @@ def _find_cost(model: StreamingBaseModel) -> _Cost:
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     copied = 3 * text.num_attention_heads * head * dtype.itemsize + 8
     kinds = Counter(getattr(text, "layer_types", None) or ["full_attention"]).values()
-    layers = sum(kinds)
+    layers, sector = sum(kinds), lcm(*kinds)  # in pages of a layer
     return _Cost(
         page_bytes=int(PAGE_TOKENS * (kept + copied)),
-        spare_pages=2 if len(kinds) == 1 else -(-3 * lcm(*kinds) // layers),  # two sectors, and a part of one
+        spare_pages=2 if len(kinds) == 1 else -(-3 * sector // layers),  # two sectors, and a part of one
+        open_pages=1
+        + (0 if len(kinds) == 1 else -(-len(kinds) * sector // layers)),  # a page, and a sector of each kind
         row_page_bytes=len(kinds) * dtype.itemsize * PAGE_TOKENS * layers // min(kinds),
         row_token_bytes=len(kinds) * dtype.itemsize,
     )
@@ -363,7 +370,7 @@ class _Batch:
 
     def __init__(self, model: StreamingBaseModel, shared: InferenceRequest, room: _Room) -> None:
         """Set up the scheduler, and the cache."""
-        self._room = room
+        self.room = room
         self._inner = inner = cast("Any", model.model)
         self._running: dict[str, _Sequence] = {}
         config = generation_config(self._inner.generation_config, shared)
@@ -400,14 +407,9 @@ class _Batch:
         if self._inner.config._attn_implementation != self._attention:  # noqa: SLF001
             self._inner.set_attn_implementation(self._attention)
 
-    @property
-    def most_tokens(self) -> int:
-        """How many tokens a prompt and its answer may have."""
-        return (self._room.pages - 1) * PAGE_TOKENS
-
     def has_room(self) -> bool:
         """Whether one more sequence may run."""
-        return len(self._running) < self._room.sequences
+        return len(self._running) < self.room.sequences
 
     def add(self, sequence: _Sequence, *, tells: bool) -> None:
         """Let a sequence run; its tokens are told as they come if somebody wants to know."""
@@ -524,7 +526,7 @@ class _Answering:
             while batch.has_room():
                 if not waiting:
                     waiting += self.encode(self._feed.take(1, wait_seconds=0 if running else _PATIENCE_SECONDS))
-                if not waiting or waiting[0].most_tokens > batch.most_tokens:
+                if not waiting or waiting[0].most_tokens > batch.room.most_tokens:
                     break
                 batch.add(waiting.popleft(), tells=self._on_tokens is not None)
                 running += 1

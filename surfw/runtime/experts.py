@@ -313,6 +313,7 @@ class ExpertPool:
             for load in self._loads.values():
                 load.cancel()
             self._loads.clear()
+            self._waiting.clear()
             self._stacks.clear()
 
     @property

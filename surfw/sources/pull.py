@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from surfw.codec import choose_form, for_run
 from surfw.config import CodecChoice, format_size
 from surfw.errors import StorageError, StorageFullError
-from surfw.manifest import Chunk, Form, Manifest
+from surfw.manifest import Chunk, Form, Manifest, count_blocks
 from surfw.source import check_pin, split_pin
 from surfw.sources.disk_cache import DiskCache
 
@@ -55,11 +55,12 @@ async def pull_model(
     check(manifest)
     forms = [(chunk, _choose(cache, manifest, chunk, codec)) for chunk in manifest.chunks]
     total, done = sum(form.stored_bytes for _, form in forms), 0
-    least = sum({form.digest or chunk.id: form.stored_bytes for chunk, form in forms}.values())  # each blob once
-    if (most := cache.folder.budget_bytes) is not None and most < least:  # before a part of it is there, pinned
-        raise StorageFullError(
+    blobs = {form.digest or chunk.id: form.stored_bytes for chunk, form in forms}
+    least = sum(size + count_blocks(size) for size in blobs.values())
+    if (most := cache.folder.budget_bytes) is not None and most < least and cache.is_writable:
+        raise StorageFullError(  # before a part of it is there, pinned
             f"the disk cache in {cache.folder.path} may take {format_size(most)}, and {manifest.name} takes "
-            f"{format_size(least)}; give it more (disk_cache, --disk-cache)"
+            f"{format_size(least)} ({least} bytes); give it more (disk_cache, --disk-cache)"
         )
     await cache.pin(manifest)
     for file in manifest.files:

@@ -4,6 +4,7 @@ import asyncio
 import copy
 import itertools
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,10 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model = FAMILIES[name].build()
         model.generation_config.eos_token_id = 5
         model.save_pretrained(folder / name)
+    kinds = ["sliding_attention"] * 7 + ["full_attention"] * 3
+    uneven = {**FAMILIES["gemma2"].settings} | {"num_hidden_layers": len(kinds), "layer_types": kinds}
+    torch.manual_seed(1)
+    replace(FAMILIES["gemma2"], settings=uneven).build().save_pretrained(folder / "uneven")
     save_llama(folder / "texts")
     torch.manual_seed(1)
     FAMILIES["t5"].build().save_pretrained(folder / "t5")
@@ -274,7 +279,14 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, int]]:
 
 @pytest.mark.parametrize(
     ("name", "budget", "sequences"),
-    [("llama", "1.2MB", 64), ("gemma2", "2MB", 64), ("gemma2", "8MB", 64), ("llama", "30MB", 300)],
+    [
+        ("llama", "1.2MB", 64),
+        ("gemma2", "2MB", 64),
+        ("gemma2", "8MB", 64),
+        ("llama", "30MB", 300),
+        ("uneven", "20MB", 64),
+        ("uneven", "20MB", 1),
+    ],
 )
 def test_budgets_are_kept_and_given_back(
     name: str, budget: str, sequences: int, store: Path, batches: list[tuple[Any, int]]
@@ -289,6 +301,12 @@ def test_budgets_are_kept_and_given_back(
     for reserved, weights in seen:
         assert reserved + weights <= parse_size(budget)
         assert all(0 < taken <= reserved for _, taken in batches)
+
+
+def test_a_short_prompt_has_room_in_layers_of_every_kind(store: Path) -> None:
+    """Layers of a kind have their pages together, more of them than one prompt needs."""
+    with StreamingModel(store, "uneven", memory_budget="20MB") as model:
+        assert len(tokens_of(answers(model, [[7] * 10], max_new_tokens=NEW, sequences=1, ignore_eos=True))[0]) == NEW
 
 
 def test_kernels_have_room_beside_a_batch(store: Path, batches: list[tuple[Any, int]]) -> None:
