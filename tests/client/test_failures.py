@@ -164,6 +164,7 @@ def test_a_server_that_is_killed_during_a_fetch(tmp_path: Path) -> None:
             advice = "see what became of the server, and run it again"
             assert said.endswith(f" of {60 * MIB} bytes of chunk layers.0; {advice}")
             seen = bytes(memory)
+            await asyncio.to_thread(served.process.wait)  # until then, it may still listen
             with pytest.raises(ConnectionFailedError, match="connection refused"):
                 await source.models()
             await source.close()
