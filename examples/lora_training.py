@@ -15,6 +15,7 @@ import warnings
 
 import peft
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from surfw import ModelChunker, StreamingModel, demo_checkpoint
 
@@ -24,22 +25,37 @@ TEXT = "Weights come by sea. They come when the tide is in, and they leave with 
 STEPS = 20
 
 
+def make_learner(model: torch.nn.Module) -> peft.PeftModel:
+    """The model with a LoRA, whose weights alone learn."""
+    torch.manual_seed(0)
+    return peft.get_peft_model(model, peft.LoraConfig(r=8, target_modules=["q_proj", "v_proj"]))
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, length: int) -> torch.Tensor:
+    """So many tokens of the sentence, again and again."""
+    return tokenizer(TEXT * length, truncation=True, max_length=length, return_tensors="pt").input_ids
+
+
+def learn(learner: torch.nn.Module, ids: torch.Tensor) -> None:
+    """Take the steps, and print what each comes to."""
+    learning = [parameter for parameter in learner.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(learning, lr=5e-3)
+    for step in range(STEPS):
+        started = time.perf_counter()
+        loss = learner(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        print(f"step {step + 1}: loss {loss.item():.6f}, {time.perf_counter() - started:.2f} s")
+
+
 def train(store: str, name: str, adapter: str, budget: str, length: int) -> None:
     """Learn a sentence by heart."""
     with StreamingModel.open(store, name, memory_budget=budget) as model:
-        torch.manual_seed(0)
-        learner = peft.get_peft_model(model.model, peft.LoraConfig(r=8, target_modules=["q_proj", "v_proj"]))
-        learning = [parameter for parameter in learner.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(learning, lr=5e-3)
-        ids = model.tokenizer(TEXT * length, truncation=True, max_length=length, return_tensors="pt").input_ids
+        learner = make_learner(model.model)
+        ids = encode(model.tokenizer, length)
         with model.training():
-            for step in range(STEPS):
-                started = time.perf_counter()
-                loss = learner(input_ids=ids, labels=ids).loss
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
-                print(f"step {step + 1}: loss {loss.item():.6f}, {time.perf_counter() - started:.2f} s")
+            learn(learner, ids)
         trained = {name: one for name, one in learner.named_parameters() if one.requires_grad}
         learner.save_pretrained(adapter, state_dict=trained)  # without this argument, peft reads the whole base
 

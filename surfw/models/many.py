@@ -342,7 +342,7 @@ def find_room(model: StreamingBaseModel, parts: ModelParts, sequences: int, long
             "ask for fewer tokens (max_new_tokens)"
         )
     parts.kv.reserve_bytes(cost.of_all(room, tokens) + beside)
-    return _Room(min(sequences, room // each, tokens), room, tokens, (room - cost.open_pages) * PAGE_TOKENS)
+    return _Room(room // each, room, tokens, (room - cost.open_pages) * PAGE_TOKENS)
 
 
 def _find_cost(model: StreamingBaseModel) -> _Cost:
@@ -358,8 +358,7 @@ def _find_cost(model: StreamingBaseModel) -> _Cost:
     return _Cost(
         page_bytes=int(PAGE_TOKENS * (kept + copied)),
         spare_pages=2 if len(kinds) == 1 else -(-3 * sector // layers),  # two sectors, and a part of one
-        open_pages=1
-        + (0 if len(kinds) == 1 else -(-len(kinds) * sector // layers)),  # a page, and a sector of each kind
+        open_pages=1 if len(kinds) == 1 else 1 - (-len(kinds) * sector // layers),  # a page, and a sector of each kind
         row_page_bytes=len(kinds) * dtype.itemsize * PAGE_TOKENS * layers // min(kinds),
         row_token_bytes=len(kinds) * dtype.itemsize,
     )

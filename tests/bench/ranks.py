@@ -20,6 +20,7 @@ from typing import Any
 
 from surfw.bench.cap import drop_page_cache, memory_group
 from surfw.runtime.memory import peak_rss_bytes
+from tests.bench.cold_start import tell
 from tests.bench.together import prompts
 
 RANKS, ROUNDS, NEW, STEPS = 4, 3, (4, 20), 20
@@ -82,10 +83,6 @@ def fill(how: str, folder: Path) -> None:
         found = {"seconds": seconds, "bytes": read, "peak_bytes": peak_rss_bytes()}
         (folder / f"rank-{dist.get_rank()}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
-
-
-def tell(line: str) -> None:
-    sys.stdout.write(line + "\n")
 
 
 def _config(folder: Path) -> Any:
@@ -169,25 +166,12 @@ def answer(folder: Path, output: Path, new: int) -> None:
 
 def learn(folder: Path) -> None:
     """The example's training over resident weights."""
-    import peft
-    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from examples.lora_training import TEXT
+    from examples import lora_training
 
-    model = AutoModelForCausalLM.from_pretrained(folder / "random")
-    torch.manual_seed(0)
-    learner = peft.get_peft_model(model, peft.LoraConfig(r=8, target_modules=["q_proj", "v_proj"]))
-    optimizer = torch.optim.AdamW([one for one in learner.parameters() if one.requires_grad], lr=5e-3)
-    tokenizer = AutoTokenizer.from_pretrained(folder / "random")
-    ids = tokenizer(TEXT * 64, truncation=True, max_length=64, return_tensors="pt").input_ids
-    for step in range(STEPS):
-        begun = time.perf_counter()
-        loss = learner(input_ids=ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        tell(f"step {step + 1}: loss {loss.item():.6f}, {time.perf_counter() - begun:.2f} s")
+    learner = lora_training.make_learner(AutoModelForCausalLM.from_pretrained(folder / "random"))
+    lora_training.learn(learner, lora_training.encode(AutoTokenizer.from_pretrained(folder / "random"), 64))
     tell(f"at most {peak_rss_bytes() / 1e9:.2f} GB of memory in this process")
 
 
