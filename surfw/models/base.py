@@ -325,7 +325,8 @@ class StreamingBaseModel(AdaptedModel):
         """Guess tokens ahead from now on, which one pass checks together, wherever one sequence is generated.
 
         Transformers' own assisted generation: greedy answers are the plain ones wherever they are there. Guessing rests
-        where it does not pay, as measured in each generation. Without arguments, there is no guessing any more.
+        where it does not pay, as measured in each generation; a draft that was opened here then gives its memory back,
+        for some generations. Without arguments, there is no guessing any more.
 
         Args:
             prompt_lookup: guess up to so many tokens, from what followed the same words earlier in the text.
@@ -356,7 +357,7 @@ class StreamingBaseModel(AdaptedModel):
         except ConfigurationError:
             self._end_speculation()
             raise
-        self._speculation = Speculation(prompt_lookup=prompt_lookup, draft=draft)
+        self._speculation = Speculation(self.metrics, prompt_lookup=prompt_lookup, draft=draft, own=self._own_draft)
 
     @property
     def guesses(self) -> bool:
@@ -417,13 +418,9 @@ class StreamingBaseModel(AdaptedModel):
             guesses: whether it may guess; only a single sequence does.
         """
         speculation = self._speculation if guesses and size[2] == 1 else None
-        if speculation is None:
+        if speculation is None or not speculation.begin(*size[:2]):
             self.leave_room(*size)
             return generate({})
-        if self._own_draft is not None:
-            self._own_draft.share(*size[:2])
-        elif speculation.draft is not None:
-            speculation.draft.leave_room(*size)
         self.leave_room(*size)
         return speculation.run(self.model, generate)
 

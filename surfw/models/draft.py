@@ -1,8 +1,8 @@
 """A draft that a model opened itself, and the memory budget that both share.
 
 The draft is all in memory, as it runs several times for each pass of the model: what it takes, its KV cache included,
-is taken out of the model's budget for as long as the draft is open. So there is never more in memory than the budget
-says, and `memory_budget` stays what the user gave.
+is taken out of the model's budget for as long as the draft is open, or until it rests, as it did not pay. So there is
+never more in memory than the budget says, and `memory_budget` stays what the user gave.
 """
 
 from collections.abc import Callable
@@ -38,12 +38,12 @@ class OwnDraft:
         """
         self._name, self._engine = parts.manifest.name, parts.engine
         self._given_bytes: int | None = None
+        self._rests = False
         self.total_bytes = self._engine.limit.budget_bytes
         opened = None
         try:
             if self.total_bytes is not None:
-                self._engine.reserve(0)
-                self._relimit(self._engine.least_budget_bytes)
+                self._make_room()
             opened = self.model = self._open(open_draft)
             self.share(0, 0)
         except BaseException:
@@ -70,6 +70,11 @@ class OwnDraft:
         """
         if self.total_bytes is None:
             return
+        if self._rests:
+            self._note_what_was_given_back()
+            self._make_room()
+            self.model.memory_budget = self._free_bytes() or 0
+            self._rests = False
         try:
             self.model.leave_room(prompt_tokens, new_tokens)
         except ConfigurationError as exc:
@@ -79,6 +84,27 @@ class OwnDraft:
         self._note_what_was_given_back()
         self._engine.reserve(0)
         self._relimit(self.total_bytes - self._taken_bytes)
+
+    def reading_without(self) -> float:
+        """What the model would read in a pass if it had all of the budget, as a part of what it reads now."""
+        now = self._engine.plan.bytes_per_pass
+        if self.total_bytes is None or now == 0:
+            return 1.0
+        limit = replace(self._engine.limit, budget_bytes=self.total_bytes)
+        return self._engine.plan_with(limit).bytes_per_pass / now
+
+    def rest(self) -> None:
+        """Keep as little of the draft as there can be, and leave the model all the rest, until they `share` again."""
+        if self.total_bytes is None or self._rests:
+            return
+        self._note_what_was_given_back()
+        self.model.memory_budget = self.model._engine.least_budget_bytes  # noqa: SLF001 - ours
+        self._rests = True
+        self._relimit(self.total_bytes - self._taken_bytes)
+
+    def _make_room(self) -> None:
+        self._engine.reserve(0)
+        self._relimit(self._engine.least_budget_bytes)
 
     def _note_what_was_given_back(self) -> None:
         """The model may have had to give memory back, see `pressure`: it is not taken again."""
@@ -95,7 +121,8 @@ class OwnDraft:
         """
         self._relimit(total_bytes - self._taken_bytes)
         self.total_bytes = total_bytes
-        self.model.memory_budget = max(self._taken_bytes, self._free_bytes() or 0)
+        if not self._rests:
+            self.model.memory_budget = max(self._taken_bytes, self._free_bytes() or 0)
 
     def close(self) -> None:
         """Close the draft, and leave the model all of the budget."""

@@ -5,8 +5,9 @@ are transformers' own assisted generation: what came before in the text (prompt 
 A guess that is not what the model would have said is dropped, so a greedy answer is the plain one wherever
 transformers' assisted generation gives that.
 
-Here, it is measured, and guessing rests where it does not pay (`pace`); and a draft's memory is part of the model's
-budget.
+Here, it is measured, and guessing rests where it does not pay (`pace`). The memory of a draft that the model opened is
+part of the model's budget. So such a draft has to win against plain passes of a model that has all of the budget; where
+it does not, it gives its memory back, and is tried again some generations later.
 """
 
 import time
@@ -19,12 +20,20 @@ import torch
 from transformers.generation.candidate_generator import CandidateGenerator
 
 from surfw.errors import ConfigurationError
-from surfw.models.pace import Pace
+from surfw.metrics import Metrics
+from surfw.models.pace import MOST_LOST, Pace
 
 if TYPE_CHECKING:
     from surfw.models.base import StreamingBaseModel
+    from surfw.models.draft import OwnDraft
 
 T = TypeVar("T")
+
+_REST_GENERATIONS = 8
+"""After so many generations, a draft that did not pay for its memory is tried again."""
+
+_MOST_LOST_BY_DRAFT = 2.0
+"""Plain passes that a draft may lose before it gives its memory back, as to take it again costs more than a rest."""
 
 DRAFT_TOKENS = 5
 """How many tokens a draft guesses at first; transformers' own schedule makes it more while all of them are right."""
@@ -86,17 +95,49 @@ class Speculation:
         draft: the model that guesses; None for prompt lookup.
     """
 
-    def __init__(self, *, prompt_lookup: int | None, draft: "StreamingBaseModel | None") -> None:
-        """Guess so many tokens from the text so far, or with a draft."""
+    def __init__(
+        self,
+        metrics: Metrics,
+        *,
+        prompt_lookup: int | None = None,
+        draft: "StreamingBaseModel | None" = None,
+        own: "OwnDraft | None" = None,
+    ) -> None:
+        """Guess so many tokens from the text so far, or with a draft.
+
+        Args:
+            metrics: of the model; its span `stall` says how long it waited for weights.
+            prompt_lookup: how many tokens.
+            draft: the model that guesses.
+            own: its memory, if that is part of the model's budget.
+        """
         self.draft = draft
-        self._prompt_lookup = prompt_lookup
+        self._metrics, self._prompt_lookup, self._own = metrics, prompt_lookup, own
         self._plain, self._guessed = _Counts(), _Counts()
         self._guesses = self._accepted = 0
+        self._stalled = 0.0  # seconds, before this pass
+        self._rest = 0  # generations without the draft
         self._pace = Pace()
+
+    def begin(self, prompt_tokens: int, new_tokens: int) -> bool:
+        """Make ready for a generation of one sequence; False if there are to be no guesses in it.
+
+        Raises:
+            ConfigurationError: the budget is too small for the model and its draft.
+        """
+        if self._rest:
+            self._rest -= 1
+            return False
+        if self._own is not None:
+            self._own.share(prompt_tokens, new_tokens)
+        elif self.draft is not None:
+            self.draft.leave_room(prompt_tokens, new_tokens)
+        return True
 
     def run(self, model: Any, work: "Callable[[Mapping[str, Any]], T]") -> T:
         """Generate: `work` gets what `generate()` is given besides, and calls it once."""
-        self._pace = Pace()
+        self._pace = Pace(most_lost=MOST_LOST if self._own is None else _MOST_LOST_BY_DRAFT)
+        self._stalled = self._metrics.seconds("stall")
         with self._watching(model):
             if self.draft is None:
                 return work({"prompt_lookup_num_tokens": self._prompt_lookup})
@@ -115,16 +156,25 @@ class Speculation:
             "guessed_passes": self._guessed.passes,
             "seconds_per_token_with": self._guessed.seconds_per_token,
             "seconds_per_token_without": self._plain.seconds_per_token,
-            "switched_off": self._pace.has_switched_off,
+            "switched_off": self._rest > 0 or self._pace.has_switched_off,
         }
 
     def wants_guesses(self) -> bool:
         """Whether the next pass is to check guesses."""
-        return self._pace.wants_guesses
+        return self._rest == 0 and self._pace.wants_guesses
 
     def note(self, seconds: float, *, tokens: int, guesses: int) -> None:
         """Note a pass that gave so many tokens, all but one of them guessed."""
-        self._pace.note(seconds, tokens=tokens, guesses=guesses)
+        stalled = self._metrics.seconds("stall")
+        without = seconds
+        if self._own is not None and not guesses:
+            # The model waits for weights, or computes: what it would read less, it waits less, but computes as long.
+            without = max(seconds - (stalled - self._stalled), seconds * self._own.reading_without())
+        self._stalled = stalled
+        self._pace.note(without, tokens=tokens, guesses=guesses)
+        if self._own is not None and self._pace.has_switched_off and not self._rest:
+            self._own.rest()
+            self._rest = _REST_GENERATIONS
         (self._guessed if guesses else self._plain).add(seconds, tokens)
         self._guesses += guesses
         self._accepted += tokens - 1

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from surfw import ConfigurationError, ModelChunker, StreamingModel
+from surfw.metrics import Metrics
 from surfw.models import speculation
 from surfw.models.inference import InferenceRequest, answer
 from surfw.models.pace import Pace
@@ -25,6 +26,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoints")
     save_llama(folder / "big", hidden=128)
     save_llama(folder / "small", layers=1)
+    save_llama(folder / "deep", hidden=128, layers=16)
     for name in ("gpt2", "t5"):
         torch.manual_seed(1)
         FAMILIES[name].build().save_pretrained(folder / name)
@@ -35,7 +37,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def store(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     store = tmp_path_factory.mktemp("speculation") / "store"
     for folder in sorted(checkpoints.iterdir()):
-        codecs = ("none", "int8") if folder.name == "big" else ("none",)
+        codecs = ("none", "int8") if folder.name in {"big", "deep"} else ("none",)
         ModelChunker(folder, store, codecs=codecs).chunk_model_sync()
     return store
 
@@ -130,6 +132,91 @@ def test_a_draft_counts_in_the_budget(store: Path) -> None:
         assert model.plan.budget_bytes == 32_000_000
         with pytest.raises(Exception, match="is closed"):
             draft(ids)
+
+
+def test_a_draft_that_does_not_pay_gives_its_memory_back(
+    checkpoints: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = generate(resident(checkpoints, "deep"))
+    with StreamingModel.open(store, "deep", memory_budget="32MB") as model:
+        model.speculate(draft="self:int8")
+        own = model._own_draft
+        assert own is not None
+        fits = own.model.plan.everything_fits
+
+        def taken() -> int:
+            return sum(one.peak_bytes + one.reserved_bytes for one in (model.plan, own.model.plan))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Pace, "wants_guesses", property(lambda self: len(self._plain) >= 2))
+            patch.setattr(Pace, "has_switched_off", property(lambda self: self._in_a_row > 0))
+            assert generate(model) == plain
+        facts = model.statistics()["speculation"]
+        assert facts is not None
+        assert facts["switched_off"]
+        assert facts["guessed_passes"] == 1
+        assert fits
+        assert not own.model.plan.everything_fits
+        assert own.model.plan.budget_bytes == own.model._engine.least_budget_bytes
+        assert model.plan.budget_bytes == 32_000_000 - own._taken_bytes
+        assert taken() <= 32_000_000
+        model.memory_budget = "31MB"
+        assert not own.model.plan.everything_fits
+        assert taken() <= 31_000_000
+        for _ in range(speculation._REST_GENERATIONS):
+            assert generate(model) == plain
+            assert not own.model.plan.everything_fits
+        resting = model.statistics()["speculation"]
+        assert resting is not None
+        assert resting["passes"] == facts["passes"]
+        with monkeypatch.context() as patch:
+            patch.setattr(Pace, "has_switched_off", property(lambda self: False))
+            assert generate(model) == plain
+        assert own.model.plan.everything_fits
+        assert taken() <= 31_000_000
+        model.speculate()
+        assert model.plan.budget_bytes == 31_000_000
+
+
+class Memory:
+    """Of a draft without which the model would read half as much."""
+
+    def __init__(self) -> None:
+        self.is_given_back = False
+
+    def share(self, prompt_tokens: int, new_tokens: int) -> None:
+        self.is_given_back = False
+
+    def reading_without(self) -> float:
+        return 0.5
+
+    def rest(self) -> None:
+        self.is_given_back = True
+
+
+@pytest.mark.parametrize(
+    ("stalled", "tokens", "pays"),
+    [
+        (1.0, 2, False),  # two tokens a pass are a gain over what plain passes give now, but not without the draft
+        (1.0, 4, True),
+        (0.2, 2, True),  # the model computes for most of a pass, so that less to read would not help
+    ],
+)
+def test_a_draft_has_to_win_against_a_model_that_has_its_memory(stalled: float, tokens: int, pays: bool) -> None:
+    metrics, memory = Metrics(), Memory()
+    guessing = speculation.Speculation(metrics, own=memory)  # type: ignore[arg-type]
+    guessing.begin(1, 1)
+    guessed = 0
+    for _ in range(40):
+        guesses = 4 if guessing.wants_guesses() else 0
+        guessed += guesses > 0
+        metrics.add_seconds("stall", stalled)
+        guessing.note(1.3 if guesses else 1.0, tokens=tokens if guesses else 1, guesses=guesses)
+    assert (guessed == 38) is pays
+    assert memory.is_given_back is not pays
+    assert guessing.facts()["switched_off"] is not pays
+    rests = [guessing.begin(1, 1) for _ in range(9)]
+    assert rests == ([True] * 9 if pays else [False] * 8 + [True])
 
 
 def test_a_draft_that_does_not_fit_is_refused_and_nothing_changes(store: Path) -> None:
