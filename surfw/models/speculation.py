@@ -167,7 +167,7 @@ class Speculation:
         """Note a pass that gave so many tokens, all but one of them guessed."""
         stalled = self._metrics.seconds("stall")
         without = seconds
-        if self._own is not None and not guesses:
+        if self._own is not None and not guesses and not self._rest:
             # The model waits for weights, or computes: what it would read less, it waits less, but computes as long.
             without = max(seconds - (stalled - self._stalled), seconds * self._own.reading_without())
         self._stalled = stalled

@@ -198,9 +198,10 @@ def guess(folder: Path) -> dict[str, Any]:
             model.generate(torch.tensor([ids]), max_new_tokens=2, pad_token_id=0)
             plain = timed(generate)
             model.speculate(**options)
-            ours = timed(generate)
+            ours, again = timed(generate), timed(generate)
             told[f"{name}, {next(iter(options))}"] = {
-                "plain": plain, "guessing": ours, "times": ours / plain, "equal": tokens[0] == tokens[1],
+                "plain": plain, "guessing": ours, "times": ours / plain, "times_again": again / plain,
+                "equal": tokens[0] == tokens[1] == tokens[2],
                 **(model.statistics()["speculation"] or {}),
             }  # fmt: skip
     return told
