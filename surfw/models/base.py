@@ -357,7 +357,10 @@ class StreamingBaseModel(AdaptedModel):
         except ConfigurationError:
             self._end_speculation()
             raise
-        self._speculation = Speculation(self.metrics, prompt_lookup=prompt_lookup, draft=draft, own=self._own_draft)
+        own = self._own_draft
+        self._speculation = Speculation(
+            self.metrics, prompt_lookup=prompt_lookup, draft=None if own else draft, own=own
+        )
 
     @property
     def guesses(self) -> bool:

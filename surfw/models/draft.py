@@ -1,8 +1,9 @@
 """A draft that a model opened itself, and the memory budget that both share.
 
 The draft is all in memory, as it runs several times for each pass of the model: what it takes, its KV cache included,
-is taken out of the model's budget for as long as the draft is open, or until it rests, as it did not pay. So there is
-never more in memory than the budget says, and `memory_budget` stays what the user gave.
+is taken out of the model's budget for as long as the draft is open. So there is never more in memory than the budget
+says, and `memory_budget` stays what the user gave. A draft that does not pay gives its memory back: most of it at once,
+while a generation goes on, and all of it after that, until it is wanted again.
 """
 
 from collections.abc import Callable
@@ -25,7 +26,7 @@ class OwnDraft:
     """A draft that was opened for one model, out of whose budget it has what it needs.
 
     Attributes:
-        model: the draft.
+        model: the draft; another object after it was put away.
         total_bytes: the budget of both; None where the model counts layers, and the draft has a budget of its own.
     """
 
@@ -36,15 +37,13 @@ class OwnDraft:
             ConfigurationError: the budget is too small for both.
             SurfwError: the draft cannot be opened.
         """
-        self._name, self._engine = parts.manifest.name, parts.engine
+        self._name, self._engine, self._open_draft = parts.manifest.name, parts.engine, open_draft
         self._given_bytes: int | None = None
-        self._rests = False
+        self._rests = self._is_away = False
         self.total_bytes = self._engine.limit.budget_bytes
         opened = None
         try:
-            if self.total_bytes is not None:
-                self._make_room()
-            opened = self.model = self._open(open_draft)
+            opened = self.model = self._open()
             self.share(0, 0)
         except BaseException:
             if opened is not None:
@@ -52,10 +51,13 @@ class OwnDraft:
             self._give_back()
             raise
 
-    def _open(self, open_draft: "Callable[[int | None], StreamingBaseModel]") -> "StreamingBaseModel":
+    def _open(self) -> "StreamingBaseModel":
+        if self.total_bytes is not None:
+            self._engine.reserve(0)
+            self._relimit(self._engine.least_budget_bytes)
         free_bytes = self._free_bytes()
         try:
-            return open_draft(free_bytes)
+            return self._open_draft(free_bytes)
         except BudgetTooSmallError as exc:
             if free_bytes is None:
                 raise
@@ -70,11 +72,14 @@ class OwnDraft:
         """
         if self.total_bytes is None:
             return
-        if self._rests:
+        if self._is_away:
             self._note_what_was_given_back()
-            self._make_room()
-            self.model.memory_budget = self._free_bytes() or 0
-            self._rests = False
+            try:
+                self.model = self._open()
+            except BaseException:
+                self._give_back()
+                raise
+            self._rests = self._is_away = False
         try:
             self.model.leave_room(prompt_tokens, new_tokens)
         except ConfigurationError as exc:
@@ -94,17 +99,20 @@ class OwnDraft:
         return self._engine.plan_with(limit).bytes_per_pass / now
 
     def rest(self) -> None:
-        """Keep as little of the draft as there can be, and leave the model all the rest, until they `share` again."""
-        if self.total_bytes is None or self._rests:
+        """Keep as little of the draft as there can be while it is open, and leave the model all else."""
+        if self.total_bytes is None:
             return
         self._note_what_was_given_back()
         self.model.memory_budget = self.model._engine.least_budget_bytes  # noqa: SLF001 - ours
         self._rests = True
         self._relimit(self.total_bytes - self._taken_bytes)
 
-    def _make_room(self) -> None:
-        self._engine.reserve(0)
-        self._relimit(self._engine.least_budget_bytes)
+    def put_away(self) -> None:
+        """Close a draft that rests; `share` opens it again."""
+        if self._rests and not self._is_away:
+            self._note_what_was_given_back()
+            self._is_away = True
+            self.close()
 
     def _note_what_was_given_back(self) -> None:
         """The model may have had to give memory back, see `pressure`: it is not taken again."""
@@ -131,7 +139,7 @@ class OwnDraft:
 
     @property
     def _taken_bytes(self) -> int:
-        return self.model.plan.peak_bytes + self.model.plan.reserved_bytes
+        return 0 if self._is_away else self.model.plan.peak_bytes + self.model.plan.reserved_bytes
 
     def _free_bytes(self) -> int | None:
         return None if self.total_bytes is None else max(1, self.total_bytes - self._engine.least_budget_bytes)

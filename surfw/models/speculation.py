@@ -89,11 +89,7 @@ class _Counts:
 
 
 class Speculation:
-    """How the generations of a model guess.
-
-    Attributes:
-        draft: the model that guesses; None for prompt lookup.
-    """
+    """How the generations of a model guess."""
 
     def __init__(
         self,
@@ -109,15 +105,21 @@ class Speculation:
             metrics: of the model; its span `stall` says how long it waited for weights.
             prompt_lookup: how many tokens.
             draft: the model that guesses.
-            own: its memory, if that is part of the model's budget.
+            own: instead of `draft`, one whose memory is part of the model's budget.
         """
-        self.draft = draft
-        self._metrics, self._prompt_lookup, self._own = metrics, prompt_lookup, own
+        self._metrics, self._prompt_lookup, self._draft, self._own = metrics, prompt_lookup, draft, own
+        self._draft_name = None if self.draft is None else self.draft.manifest.name
+        self._gives_back = False
         self._plain, self._guessed = _Counts(), _Counts()
         self._guesses = self._accepted = 0
         self._stalled = 0.0  # seconds, before this pass
         self._rest = 0  # generations without the draft
         self._pace = Pace()
+
+    @property
+    def draft(self) -> "StreamingBaseModel | None":
+        """The model that guesses; None for prompt lookup."""
+        return self._draft if self._own is None else self._own.model
 
     def begin(self, prompt_tokens: int, new_tokens: int) -> bool:
         """Make ready for a generation of one sequence; False if there are to be no guesses in it.
@@ -136,19 +138,24 @@ class Speculation:
 
     def run(self, model: Any, work: "Callable[[Mapping[str, Any]], T]") -> T:
         """Generate: `work` gets what `generate()` is given besides, and calls it once."""
-        self._pace = Pace(most_lost=MOST_LOST if self._own is None else _MOST_LOST_BY_DRAFT)
+        self._gives_back = self._own is not None and self._own.reading_without() < 1
+        self._pace = Pace(most_lost=_MOST_LOST_BY_DRAFT if self._gives_back else MOST_LOST)
         self._stalled = self._metrics.seconds("stall")
-        with self._watching(model):
-            if self.draft is None:
-                return work({"prompt_lookup_num_tokens": self._prompt_lookup})
-            with _short_drafts(self.draft.model):
-                return self.draft.run(lambda assistant: work({"assistant_model": assistant}))
+        try:
+            with self._watching(model):
+                if self.draft is None:
+                    return work({"prompt_lookup_num_tokens": self._prompt_lookup})
+                with _short_drafts(self.draft.model):
+                    return self.draft.run(lambda assistant: work({"assistant_model": assistant}))
+        finally:
+            if self._own is not None and self._rest:
+                self._own.put_away()
 
     def facts(self) -> SpeculationFacts:
         """What it came to so far."""
         return {
-            "kind": "draft" if self.draft is not None else "prompt_lookup",
-            "draft": self.draft.manifest.name if self.draft is not None else None,
+            "kind": "draft" if self._draft_name is not None else "prompt_lookup",
+            "draft": self._draft_name,
             "guessed_tokens": self._guesses,
             "accepted_tokens": self._accepted,
             "acceptance": self._accepted / self._guesses if self._guesses else None,
@@ -167,12 +174,12 @@ class Speculation:
         """Note a pass that gave so many tokens, all but one of them guessed."""
         stalled = self._metrics.seconds("stall")
         without = seconds
-        if self._own is not None and not guesses and not self._rest:
+        if self._own is not None and self._gives_back and not guesses and not self._rest:
             # The model waits for weights, or computes: what it would read less, it waits less, but computes as long.
             without = max(seconds - (stalled - self._stalled), seconds * self._own.reading_without())
         self._stalled = stalled
         self._pace.note(without, tokens=tokens, guesses=guesses)
-        if self._own is not None and self._pace.has_switched_off and not self._rest:
+        if self._own is not None and self._gives_back and self._pace.has_switched_off and not self._rest:
             self._own.rest()
             self._rest = _REST_GENERATIONS
         (self._guessed if guesses else self._plain).add(seconds, tokens)
