@@ -2,7 +2,8 @@
 
     python -m tests.bench.together make FOLDER        # checkpoints of 1.1B and their store: 10 GB, some minutes
     python -m tests.bench.together many FOLDER        # 16 prompts together, one after another, and accelerate
-    python -m tests.bench.together guess FOLDER       # prompt lookup and a draft, on a cycle and on random weights
+    python -m tests.bench.together guess FOLDER       # prompt lookup, on a cycle and on random weights
+    python -m tests.bench.together draft FOLDER       # the same with an int4 draft (--cap 1.7GB)
     python -m tests.bench.together switch FOLDER      # between two fine-tunes that share 20 of 22 layers (--cap 6GB)
     python -m tests.bench.together adapters FOLDER    # 20 of them over one base: what memory they take (--cap 6GB)
     python -m tests.bench.together thousand FOLDER    # prompts of mixed lengths for the demo model: memory, and padding
@@ -174,19 +175,23 @@ def many(folder: Path) -> dict[str, Any]:
 
 
 def guess(folder: Path) -> dict[str, Any]:
-    """Prompt lookup and a draft against plain decoding, each in turn."""
+    """Prompt lookup against plain decoding."""
+    return speculate(folder, BUDGET, prompt_lookup=8)
+
+
+def draft(folder: Path) -> dict[str, Any]:
+    """A draft against plain decoding without one."""
+    return speculate(folder, DRAFT_BUDGET, draft="self:int4")
+
+
+def speculate(folder: Path, budget: str, **options: Any) -> dict[str, Any]:
+    """Plain decoding, and two generations with guesses, in one model."""
     import torch
 
     from surfw import StreamingModel
 
     told: dict[str, Any] = {}
-    cases = [
-        ("cycle", [CYCLE[0], CYCLE[1], *CYCLE], {"prompt_lookup": 8}, BUDGET),
-        ("random", prompts(1)[0], {"prompt_lookup": 8}, BUDGET),
-        ("cycle", [CYCLE[0], CYCLE[1], *CYCLE], {"draft": "self:int4"}, DRAFT_BUDGET),
-        ("random", prompts(1)[0], {"draft": "self:int4"}, DRAFT_BUDGET),
-    ]
-    for name, ids, options, budget in cases:
+    for name, ids in (("cycle", [CYCLE[0], CYCLE[1], *CYCLE]), ("random", prompts(1)[0])):
         with StreamingModel.open(folder / "store", name, memory_budget=budget, codec="none") as model:
             tokens: list[list[int]] = []
 
@@ -199,7 +204,7 @@ def guess(folder: Path) -> dict[str, Any]:
             plain = timed(generate)
             model.speculate(**options)
             ours, again = timed(generate), timed(generate)
-            told[f"{name}, {next(iter(options))}"] = {
+            told[name] = {
                 "plain": plain, "guessing": ours, "times": ours / plain, "times_again": again / plain,
                 "equal": tokens[0] == tokens[1] == tokens[2],
                 **(model.statistics()["speculation"] or {}),
@@ -413,7 +418,7 @@ def serve_openai(folder: Path, cap: int) -> dict[str, Any]:
 
 
 MEASURED: dict[str, Callable[[Path], dict[str, Any]]] = {
-    "many": many, "guess": guess, "switch": switch, "adapters": adapters, "thousand": thousand,
+    "many": many, "guess": guess, "draft": draft, "switch": switch, "adapters": adapters, "thousand": thousand,
     "sessions": sessions,
 }  # fmt: skip
 
