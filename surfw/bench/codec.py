@@ -19,7 +19,7 @@ SIZE = 64 * MIB
 _ITEM_BYTES, _LEVEL = 2, 1
 
 
-def bench_codec(*, rounds: int = 7, size: int = SIZE) -> Result:
+def bench_codec(*, rounds: int = 15, size: int = SIZE) -> Result:
     """Measure.
 
     Args:

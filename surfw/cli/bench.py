@@ -96,7 +96,7 @@ def wire(
 @app.command("codec", cls=options.Command, epilog=CODEC_EXAMPLES)
 @keeps_results
 def codec(
-    rounds: Annotated[int, typer.Option(min=1, help="How often all is done, in turn; medians are shown.")] = 7,
+    rounds: Annotated[int, typer.Option(min=1, help="How often all is done, in turn; medians are shown.")] = 15,
     json: options.Json = False,  # noqa: ARG001 - read by what shows the result
     quiet: options.Quiet = False,
 ) -> "Result":
