@@ -325,8 +325,8 @@ class StreamingBaseModel(AdaptedModel):
         """Guess tokens ahead from now on, which one pass checks together, wherever one sequence is generated.
 
         Transformers' own assisted generation: greedy answers are the plain ones wherever they are there. Guessing rests
-        where it does not pay, as measured in each generation; a draft that was opened here then gives its memory back,
-        for some generations. Without arguments, there is no guessing any more.
+        where it does not pay, as measured in each generation. A draft that was opened here, and is slower than plain
+        passes would be with its memory, is closed. Without arguments, there is no guessing any more.
 
         Args:
             prompt_lookup: guess up to so many tokens, from what followed the same words earlier in the text.
@@ -357,10 +357,7 @@ class StreamingBaseModel(AdaptedModel):
         except ConfigurationError:
             self._end_speculation()
             raise
-        own = self._own_draft
-        self._speculation = Speculation(
-            self.metrics, prompt_lookup=prompt_lookup, draft=None if own else draft, own=own
-        )
+        self._speculation = Speculation(self.metrics, prompt_lookup=prompt_lookup, draft=draft, own=self._own_draft)
 
     @property
     def guesses(self) -> bool:
@@ -396,7 +393,11 @@ class StreamingBaseModel(AdaptedModel):
         return OwnDraft(parts, open_draft)
 
     def _end_speculation(self) -> None:
-        own, self._own_draft, self._speculation = self._own_draft, None, None
+        self._speculation = None
+        self._close_own_draft()
+
+    def _close_own_draft(self) -> None:
+        own, self._own_draft = self._own_draft, None
         if own is not None:
             own.close()
 
@@ -425,7 +426,11 @@ class StreamingBaseModel(AdaptedModel):
             self.leave_room(*size)
             return generate({})
         self.leave_room(*size)
-        return speculation.run(self.model, generate)
+        try:
+            return speculation.run(self.model, generate)
+        finally:
+            if speculation.is_over and speculation is self._speculation:
+                self._close_own_draft()
 
     async def generate_async(self, *args: Any, **kwargs: Any) -> Any:
         """As `generate`, in a thread of the model's own; cancelled as `forward_async`."""

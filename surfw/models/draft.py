@@ -2,8 +2,7 @@
 
 The draft is all in memory, as it runs several times for each pass of the model: what it takes, its KV cache included,
 is taken out of the model's budget for as long as the draft is open. So there is never more in memory than the budget
-says, and `memory_budget` stays what the user gave. A draft that does not pay gives its memory back: most of it at once,
-while a generation goes on, and all of it after that, until it is wanted again.
+says, and `memory_budget` stays what the user gave.
 """
 
 from collections.abc import Callable
@@ -26,7 +25,7 @@ class OwnDraft:
     """A draft that was opened for one model, out of whose budget it has what it needs.
 
     Attributes:
-        model: the draft; another object after it was put away.
+        model: the draft.
         total_bytes: the budget of both; None where the model counts layers, and the draft has a budget of its own.
     """
 
@@ -37,13 +36,16 @@ class OwnDraft:
             ConfigurationError: the budget is too small for both.
             SurfwError: the draft cannot be opened.
         """
-        self._name, self._engine, self._open_draft = parts.manifest.name, parts.engine, open_draft
+        self._name, self._engine = parts.manifest.name, parts.engine
         self._given_bytes: int | None = None
-        self._rests = self._is_away = False
+        self._rests = False
         self.total_bytes = self._engine.limit.budget_bytes
         opened = None
         try:
-            opened = self.model = self._open()
+            if self.total_bytes is not None:
+                self._engine.reserve(0)
+                self._relimit(self._engine.least_budget_bytes)
+            opened = self.model = self._open(open_draft)
             self.share(0, 0)
         except BaseException:
             if opened is not None:
@@ -51,13 +53,10 @@ class OwnDraft:
             self._give_back()
             raise
 
-    def _open(self) -> "StreamingBaseModel":
-        if self.total_bytes is not None:
-            self._engine.reserve(0)
-            self._relimit(self._engine.least_budget_bytes)
+    def _open(self, open_draft: "Callable[[int | None], StreamingBaseModel]") -> "StreamingBaseModel":
         free_bytes = self._free_bytes()
         try:
-            return self._open_draft(free_bytes)
+            return open_draft(free_bytes)
         except BudgetTooSmallError as exc:
             if free_bytes is None:
                 raise
@@ -72,14 +71,6 @@ class OwnDraft:
         """
         if self.total_bytes is None:
             return
-        if self._is_away:
-            self._note_what_was_given_back()
-            try:
-                self.model = self._open()
-            except BaseException:
-                self._give_back()
-                raise
-            self._rests = self._is_away = False
         try:
             self.model.leave_room(prompt_tokens, new_tokens)
         except ConfigurationError as exc:
@@ -99,20 +90,18 @@ class OwnDraft:
         return self._engine.plan_with(limit).bytes_per_pass / now
 
     def rest(self) -> None:
-        """Keep as little of the draft as there can be while it is open, and leave the model all else."""
+        """Between two passes of a generation that goes on: keep only what an open model needs, the model has the rest.
+
+        It is to be closed after the generation.
+        """
         if self.total_bytes is None:
             return
         self._note_what_was_given_back()
-        self.model.memory_budget = self.model._engine.least_budget_bytes  # noqa: SLF001 - ours
         self._rests = True
+        parts = self.model._open_here()  # noqa: SLF001 - ours
+        parts.hooks.end_run()  # else what stays between its passes is in use until the end of the generation
+        self.model.memory_budget = parts.engine.least_budget_bytes
         self._relimit(self.total_bytes - self._taken_bytes)
-
-    def put_away(self) -> None:
-        """Close a draft that rests; `share` opens it again."""
-        if self._rests and not self._is_away:
-            self._note_what_was_given_back()
-            self._is_away = True
-            self.close()
 
     def _note_what_was_given_back(self) -> None:
         """The model may have had to give memory back, see `pressure`: it is not taken again."""
@@ -134,12 +123,13 @@ class OwnDraft:
 
     def close(self) -> None:
         """Close the draft, and leave the model all of the budget."""
+        self._note_what_was_given_back()
         self.model.close()
         self._give_back()
 
     @property
     def _taken_bytes(self) -> int:
-        return 0 if self._is_away else self.model.plan.peak_bytes + self.model.plan.reserved_bytes
+        return self.model.plan.peak_bytes + self.model.plan.reserved_bytes
 
     def _free_bytes(self) -> int | None:
         return None if self.total_bytes is None else max(1, self.total_bytes - self._engine.least_budget_bytes)

@@ -7,7 +7,7 @@ transformers' assisted generation gives that.
 
 Here, it is measured, and guessing rests where it does not pay (`pace`). The memory of a draft that the model opened is
 part of the model's budget. So such a draft has to win against plain passes of a model that has all of the budget; where
-it does not, it gives its memory back, and is tried again some generations later.
+it does not, it gives its memory back, and there are no more guesses until `speculate` is called again.
 """
 
 import time
@@ -29,11 +29,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_REST_GENERATIONS = 8
-"""After so many generations, a draft that did not pay for its memory is tried again."""
-
 _MOST_LOST_BY_DRAFT = 2.0
-"""Plain passes that a draft may lose before it gives its memory back, as to take it again costs more than a rest."""
+"""Plain passes that a draft may lose before it gives its memory back, which is for good."""
 
 DRAFT_TOKENS = 5
 """How many tokens a draft guesses at first; transformers' own schedule makes it more while all of them are right."""
@@ -55,7 +52,8 @@ class SpeculationFacts(TypedDict):
 
     `acceptance` is the part of the guesses that were right; None without guesses. The seconds per token are of passes
     with guesses and of plain ones; None where there were none.
-    `switched_off` says whether the last generation ended without guessing because that did not pay.
+    `switched_off` says whether the last generation ended without guessing because that did not pay. So it stays once a
+    draft has given its memory back.
     """
 
     kind: Literal["prompt_lookup", "draft"]
@@ -89,7 +87,11 @@ class _Counts:
 
 
 class Speculation:
-    """How the generations of a model guess."""
+    """How the generations of a model guess.
+
+    Attributes:
+        is_over: whether the draft did not pay for its memory, and there are no guesses any more.
+    """
 
     def __init__(
         self,
@@ -105,21 +107,16 @@ class Speculation:
             metrics: of the model; its span `stall` says how long it waited for weights.
             prompt_lookup: how many tokens.
             draft: the model that guesses.
-            own: instead of `draft`, one whose memory is part of the model's budget.
+            own: its memory, if that is part of the model's budget.
         """
+        self.is_over = False
         self._metrics, self._prompt_lookup, self._draft, self._own = metrics, prompt_lookup, draft, own
-        self._draft_name = None if self.draft is None else self.draft.manifest.name
-        self._gives_back = False
+        self._draft_name = None if draft is None else draft.manifest.name
+        self._costs_memory = False
         self._plain, self._guessed = _Counts(), _Counts()
         self._guesses = self._accepted = 0
         self._stalled = 0.0  # seconds, before this pass
-        self._rest = 0  # generations without the draft
         self._pace = Pace()
-
-    @property
-    def draft(self) -> "StreamingBaseModel | None":
-        """The model that guesses; None for prompt lookup."""
-        return self._draft if self._own is None else self._own.model
 
     def begin(self, prompt_tokens: int, new_tokens: int) -> bool:
         """Make ready for a generation of one sequence; False if there are to be no guesses in it.
@@ -127,29 +124,24 @@ class Speculation:
         Raises:
             ConfigurationError: the budget is too small for the model and its draft.
         """
-        if self._rest:
-            self._rest -= 1
+        if self.is_over:
             return False
         if self._own is not None:
             self._own.share(prompt_tokens, new_tokens)
-        elif self.draft is not None:
-            self.draft.leave_room(prompt_tokens, new_tokens)
+        elif self._draft is not None:
+            self._draft.leave_room(prompt_tokens, new_tokens)
         return True
 
     def run(self, model: Any, work: "Callable[[Mapping[str, Any]], T]") -> T:
         """Generate: `work` gets what `generate()` is given besides, and calls it once."""
-        self._gives_back = self._own is not None and self._own.reading_without() < 1
-        self._pace = Pace(most_lost=_MOST_LOST_BY_DRAFT if self._gives_back else MOST_LOST)
+        self._costs_memory = self._own is not None and self._own.reading_without() < 1
+        self._pace = Pace(most_lost=_MOST_LOST_BY_DRAFT if self._costs_memory else MOST_LOST)
         self._stalled = self._metrics.seconds("stall")
-        try:
-            with self._watching(model):
-                if self.draft is None:
-                    return work({"prompt_lookup_num_tokens": self._prompt_lookup})
-                with _short_drafts(self.draft.model):
-                    return self.draft.run(lambda assistant: work({"assistant_model": assistant}))
-        finally:
-            if self._own is not None and self._rest:
-                self._own.put_away()
+        with self._watching(model):
+            if self._draft is None:
+                return work({"prompt_lookup_num_tokens": self._prompt_lookup})
+            with _short_drafts(self._draft.model):
+                return self._draft.run(lambda assistant: work({"assistant_model": assistant}))
 
     def facts(self) -> SpeculationFacts:
         """What it came to so far."""
@@ -163,25 +155,25 @@ class Speculation:
             "guessed_passes": self._guessed.passes,
             "seconds_per_token_with": self._guessed.seconds_per_token,
             "seconds_per_token_without": self._plain.seconds_per_token,
-            "switched_off": self._rest > 0 or self._pace.has_switched_off,
+            "switched_off": self.is_over or self._pace.has_switched_off,
         }
 
     def wants_guesses(self) -> bool:
         """Whether the next pass is to check guesses."""
-        return self._rest == 0 and self._pace.wants_guesses
+        return not self.is_over and self._pace.wants_guesses
 
     def note(self, seconds: float, *, tokens: int, guesses: int) -> None:
         """Note a pass that gave so many tokens, all but one of them guessed."""
         stalled = self._metrics.seconds("stall")
-        without = seconds
-        if self._own is not None and self._gives_back and not guesses and not self._rest:
+        counted = seconds
+        if self._own is not None and self._costs_memory and not guesses and not self.is_over:
             # The model waits for weights, or computes: what it would read less, it waits less, but computes as long.
-            without = max(seconds - (stalled - self._stalled), seconds * self._own.reading_without())
+            counted = max(seconds - (stalled - self._stalled), seconds * self._own.reading_without())
         self._stalled = stalled
-        self._pace.note(without, tokens=tokens, guesses=guesses)
-        if self._own is not None and self._gives_back and self._pace.has_switched_off and not self._rest:
+        self._pace.note(counted, tokens=tokens, guesses=guesses)
+        if self._own is not None and self._costs_memory and self._pace.has_switched_off and not self.is_over:
+            self.is_over = True
             self._own.rest()
-            self._rest = _REST_GENERATIONS
         (self._guessed if guesses else self._plain).add(seconds, tokens)
         self._guesses += guesses
         self._accepted += tokens - 1
