@@ -7,13 +7,15 @@ they run. `ReadAhead` is the source with what was read; it hands each chunk out 
 Invariants: what is kept is verified, and bounded: mapped chunks are page cache, all others take a small part of the
 memory that there is. Chunks are read in the order they run, two at a time, so that the first are there early; what was
 brought to a disk cache is verified beside that, so that the run has its first layers while later ones arrive.
-Nothing is kept twice: a chunk that was handed out belongs to the one who asked. The first `fetch` lets go of all that
-is kept in memory: whoever has weights fetched does not want them as views. What is on its way to a disk cache goes on,
-where there is memory for that.
+Coded chunks of another machine are begun while the model waits for nothing; one that it asks for before that is left
+to it, and is decoded as it arrives. Nothing is kept twice: a chunk that was handed out belongs to the one who asked.
+The first `fetch` of any other lets go of all that is kept in memory: whoever has those fetched does not want them as
+views. What is on its way to a disk cache goes on, where there is memory for that.
 """
 
 import asyncio
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+import contextlib
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from surfw import tracing
@@ -81,6 +83,10 @@ class ReadAhead(SourceInFront):
         self._is_free = codec == "auto"
         self._codec = codec if codec != "auto" else "none" if is_local_url(source.url) else "lossless"
         self._chunks: dict[tuple[str, str], asyncio.Task[View | None]] = {}  # by chunk and codec
+        self._begun: set[tuple[str, str]] = set()  # of those: what was far away, and is on its way as a whole
+        self._left: set[str] = set()  # chunks that the model fetches itself
+        self._waiting = 0  # how much the model waits for
+        self._is_idle = asyncio.Event()
         self._kept: list[asyncio.Task[bool]] = []  # what is on its way to a place near by
         self._free_bytes = 0
         self._turns = asyncio.Semaphore(_AT_A_TIME)
@@ -114,10 +120,51 @@ class ReadAhead(SourceInFront):
         async with self._keep_turns:
             return await self._source.keep(self._manifest, chunk, form, priority=priority)
 
+    def _is_far(self, chunk: Chunk, form: Form) -> bool:
+        """Whether all of a form that can be decoded in parts is still on another machine."""
+        is_coded = form.codec == "lossless" and not is_local_url(self.url)
+        return is_coded and not self._source.near(self._manifest, chunk)
+
+    def _holds(self, chunk: Chunk, form: Form) -> bool:
+        """Whether a chunk is not to be begun now: the model waits for others."""
+        return self._waiting > 0 and (chunk.name, form.codec) in self._chunks and self._is_far(chunk, form)
+
+    @contextlib.asynccontextmanager
+    async def _turn(self, turns: asyncio.Semaphore, chunk: Chunk, form: Form) -> AsyncIterator[None]:
+        """A turn; nobody who has one is held up."""
+        while True:
+            while self._holds(chunk, form):
+                await self._is_idle.wait()
+            await turns.acquire()
+            if not self._holds(chunk, form):
+                break
+            turns.release()
+        try:
+            if self._is_far(chunk, form):
+                self._begun.add((chunk.name, form.codec))
+            yield
+        finally:
+            turns.release()
+
+    @contextlib.contextmanager
+    def _wait(self) -> Iterator[None]:
+        """The model waits for weights meanwhile."""
+        self._waiting += 1
+        self._is_idle.clear()
+        try:
+            yield
+        finally:
+            self._waiting -= 1
+            if not self._waiting:
+                self._is_idle.set()
+
     async def _read(self, chunk: Chunk, form: Form, priority: int) -> View | None:
         """The stored bytes of a chunk; None if there is no memory for them."""
-        await self._keep(chunk, form, priority)
-        async with self._turns:
+        async with self._turn(self._keep_turns, chunk, form):
+            await self._source.keep(self._manifest, chunk, form, priority=priority)
+            if self._is_far(chunk, form):  # it has no place near by
+                self._begun.discard((chunk.name, form.codec))
+        async with self._turn(self._turns, chunk, form):
             view = await self._source.view(self._manifest, chunk, form)
             if view is not None or form.stored_bytes > self._free_bytes:
                 return view
@@ -147,11 +194,25 @@ class ReadAhead(SourceInFront):
 
     async def view(self, manifest: Manifest, chunk: Chunk, form: Form) -> View | None:
         """The form's bytes, which may have been read."""
-        task = self._chunks.pop((chunk.name, form.codec), None) if manifest is self._manifest else None
-        return await (task or self._source.view(manifest, chunk, form))
+        key = chunk.name, form.codec
+        task = self._chunks.pop(key, None) if manifest is self._manifest else None
+        if task is None:
+            return await self._source.view(manifest, chunk, form)
+        if key in self._begun:
+            with self._wait():
+                return await task
+        if self._is_far(chunk, form):
+            self._left.add(chunk.name)
+            await cancel_all([task])
+            return None
+        return await task
 
     async def fetch(self, manifest: Manifest, reads: Sequence[Read], *, priority: int = 0) -> None:
         """Fill every read's destination; what is kept of chunks in memory is not wanted, then."""
+        if manifest is self._manifest and all(read.chunk.name in self._left for read in reads):
+            with self._wait():
+                await self._source.fetch(manifest, reads, priority=priority)
+            return
         if manifest.base is None:  # an adapter's come beside those of its base
             await self._let_go(on_disk=not self._goes_on)
         await self._source.fetch(manifest, reads, priority=priority)

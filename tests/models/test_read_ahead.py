@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -180,6 +181,109 @@ def test_a_fetch_lets_go_of_what_is_kept(tmp_path: Path) -> None:
             assert any(data)
 
     asyncio.run(run())
+
+
+class Slow(Counting):
+    """A far source of coded chunks with a place near by; each arrives there, or is fetched, when its time comes."""
+
+    def __init__(self, source: ChunkSource, manifest: Manifest) -> None:
+        super().__init__(source)
+        self.url = "ws://far.example:8765"
+        self.arrives = {chunk.name: asyncio.Event() for chunk in manifest.chunks}
+        self.delivers = asyncio.Event()
+        self.here: set[str] = set()
+        self.takes = True
+
+    async def keep(self, manifest: Manifest, chunk: Chunk, form: Form, *, priority: int = 0) -> bool:
+        self.asked.append(f"keep {chunk.name}")
+        await self.arrives[chunk.name].wait()
+        self.here |= {chunk.name} if self.takes else set()
+        return self.takes
+
+    def near(self, manifest: Manifest, chunk: Chunk) -> tuple[Form, ...]:
+        return chunk.forms if chunk.name in self.here else ()
+
+    async def view(self, manifest: Manifest, chunk: Chunk, form: Form) -> View | None:
+        return View(memoryview(b"here"), lambda: None) if chunk.name in self.here else None
+
+    async def fetch(self, manifest: Manifest, reads: Sequence[Read], *, priority: int = 0) -> None:
+        self.asked += [f"fetch {read.chunk.name}" for read in reads]
+        await self.delivers.wait()
+
+
+async def open_slow(path: Path) -> tuple[Slow, ReadAhead, Manifest]:
+    found = await asyncio.to_thread(make_store, path, sizes=(1000,) * 6)
+    chunks = [replace(one, forms=(replace(one.forms[0], codec="lossless"),)) for one in found.chunks]
+    manifest = replace(found, chunks=tuple(chunks))
+    slow = Slow(await open_storage_source(FilesystemBackend(path)), manifest)
+    return slow, ReadAhead(slow, manifest, None), manifest
+
+
+async def turns() -> None:
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+def test_what_was_not_begun_is_left_to_a_model_that_waits(tmp_path: Path) -> None:
+    async def run() -> None:
+        slow, ahead, manifest = await open_slow(tmp_path)
+        slow.here.add("layers.3")
+        names = [chunk.name for chunk in manifest.chunks]
+        async with ahead:
+            await ahead.begin(memory_bytes=PLENTY)
+            waits = [asyncio.create_task(view(ahead, manifest, index)) for index in range(2)]
+            await turns()
+            slow.arrives[names[0]].set()
+            assert await waits[0] is not None, "it had been begun"
+            await turns()
+            assert slow.asked[2:4] == [f"keep {name}" for name in names[:2]]
+            assert slow.asked[4:] == ["keep layers.3"], "the model waits for the second; what is near is not held up"
+            assert await view(ahead, manifest, 2) is None
+            chunk = manifest.chunks[2]
+            read = Read(chunk, chunk.forms[0], 0, 1000, memoryview(bytearray(1000)))
+            fetched = asyncio.create_task(ahead.fetch(manifest, [read]))
+            slow.arrives[names[1]].set()
+            slow.arrives[names[3]].set()
+            assert await waits[1] is not None
+            assert await view(ahead, manifest, 3) is not None
+            await turns()
+            assert slow.asked[5:] == ["fetch layers.2"], "the model waits for it"
+            slow.delivers.set()
+            await fetched
+            await turns()
+            assert slow.asked[6:] == ["keep layers.4", "keep layers.5"], "it waits for nothing, and the rest is read"
+            last = asyncio.create_task(view(ahead, manifest, 4))
+            await turns()
+            last.cancel()
+            await asyncio.wait([last])
+            slow.arrives[names[5]].set()
+            assert await view(ahead, manifest, 5) is not None
+            assert ahead._waiting == 0
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
+def test_what_is_not_kept_near_after_all_is_read_for_a_model_that_waits(tmp_path: Path) -> None:
+    async def run() -> None:
+        slow, ahead, manifest = await open_slow(tmp_path)
+        slow.takes = False
+        async with ahead:
+            await ahead.begin(memory_bytes=PLENTY)
+            for index in range(1, 6):
+                slow.arrives[f"layers.{index}"].set()
+            await turns()
+            first = asyncio.create_task(view(ahead, manifest, 0))
+            await turns()
+            slow.arrives["layers.0"].set()
+            await turns()
+            assert await view(ahead, manifest, 3) is None, "it had not been begun"
+            slow.delivers.set()
+            found = await first  # which others do not stand in the way of
+            assert found is not None
+            assert not found.is_mapped
+            assert slow.asked.count("fetch layers.0") == 1
+
+    asyncio.run(asyncio.wait_for(run(), 60))
 
 
 def test_damage_is_reported_to_the_one_who_asks(tmp_path: Path) -> None:
