@@ -40,7 +40,7 @@ _MADE_UP = (16 * MB,) * 16
 _AHEAD = 2
 """Chunks that a client has under way, as a model does: the current one, and the next."""
 _MOST_MEMORY = 0.4
-"""The share of the free memory that all clients take; if it is too little for that, they have one chunk under way."""
+"""The share of the free memory that all clients may take; if two chunks each are too much for it, they have one."""
 
 _ALLOWED_BYTES = 128 * MB
 """What a server may take besides its cache and the windows of its clients."""

@@ -46,7 +46,7 @@ def is_companion(path: str) -> bool:
 
 
 def is_of_sentences(path: str) -> bool:
-    """Whether a file says how sentences are embedded, and is none of a tokenizer."""
+    """Whether a file says how sentences are embedded, and does not belong to a tokenizer."""
     return path in SENTENCE_FILES or bool(_SENTENCE_FOLDER.fullmatch(path.partition("/")[0]))
 
 

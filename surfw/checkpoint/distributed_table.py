@@ -137,8 +137,8 @@ def _read_metadata(folder: Path) -> dict[str, Parted]:
         entries = _tensors(_table(root["state_dict_metadata"]), root.get("planner_data"))
     except ForeignNameError as exc:
         raise UnsupportedModelError(
-            f"{path} is a pickle that names {exc}, which is none of the classes that torch.distributed.checkpoint "
-            "describes tensors with; surfw loads nothing that a pickle names: save the checkpoint again with plain "
+            f"{path} is a pickle that names {exc}; torch.distributed.checkpoint does not describe tensors with "
+            "that class, and surfw loads nothing that a pickle names. Save the checkpoint again with plain "
             "tensors, or take one that you trust"
         ) from exc
     except (ValueError, KeyError, TypeError) as exc:
@@ -315,7 +315,7 @@ def _read_headers(folder: Path, names: Iterable[str]) -> dict[str, Parted]:
         for tensor in header.tensors:
             at = offsets[tensor.name]
             if len(at) != len(tensor.shape) or not _are_counts(at):
-                raise CheckpointError(f"{path} has offsets of tensor {quote(tensor.name)} that are none; copy it again")
+                raise CheckpointError(f"{path} has impossible offsets of tensor {quote(tensor.name)}; copy it again")
             place = Place(tensor.start, contiguous(tensor.shape))
             part = Part(at, tensor.shape, path, tensor.start, tensor.stop - tensor.start, place)
             dtype, parts = found.setdefault(tensor.name, (tensor.dtype, []))

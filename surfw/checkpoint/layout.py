@@ -83,7 +83,7 @@ def weights_files(variant: str | None) -> tuple[str, ...]:
     if variant is None:
         return WEIGHTS_FILES
     if not _VARIANT.fullmatch(f"model.{variant}.bin"):
-        raise ConfigurationError(f"variant {quote(variant)} is none, expected a word such as fp16 (variant, --variant)")
+        raise ConfigurationError(f"variant {quote(variant)} is not a word, such as fp16 (variant, --variant)")
     ends = (name.rpartition(".") for name in WEIGHTS_FILES)
     return tuple(f"{begin}.{variant}.{end}" for begin, _, end in ends)
 

@@ -117,7 +117,7 @@ class ReadAhead(SourceInFront):
 
     async def _keep(self, chunk: Chunk, form: Form, priority: int) -> bool:
         """Have the form near by, where the source has such a place; it takes little memory."""
-        async with self._keep_turns:
+        async with self._turn(self._keep_turns, chunk, form):
             return await self._source.keep(self._manifest, chunk, form, priority=priority)
 
     def _is_far(self, chunk: Chunk, form: Form) -> bool:
@@ -127,18 +127,18 @@ class ReadAhead(SourceInFront):
 
     def _holds(self, chunk: Chunk, form: Form) -> bool:
         """Whether a chunk is not to be begun now: the model waits for others."""
-        return self._waiting > 0 and (chunk.name, form.codec) in self._chunks and self._is_far(chunk, form)
+        key = chunk.name, form.codec
+        is_next = key in self._chunks and key not in self._begun
+        return self._waiting > 0 and is_next and self._is_far(chunk, form)
 
     @contextlib.asynccontextmanager
     async def _turn(self, turns: asyncio.Semaphore, chunk: Chunk, form: Form) -> AsyncIterator[None]:
         """A turn; nobody who has one is held up."""
-        while True:
-            while self._holds(chunk, form):
-                await self._is_idle.wait()
-            await turns.acquire()
-            if not self._holds(chunk, form):
-                break
+        await turns.acquire()
+        while self._holds(chunk, form):
             turns.release()
+            await self._is_idle.wait()
+            await turns.acquire()
         try:
             if self._is_far(chunk, form):
                 self._begun.add((chunk.name, form.codec))
@@ -160,10 +160,9 @@ class ReadAhead(SourceInFront):
 
     async def _read(self, chunk: Chunk, form: Form, priority: int) -> View | None:
         """The stored bytes of a chunk; None if there is no memory for them."""
-        async with self._turn(self._keep_turns, chunk, form):
-            await self._source.keep(self._manifest, chunk, form, priority=priority)
-            if self._is_far(chunk, form):  # it has no place near by
-                self._begun.discard((chunk.name, form.codec))
+        await self._keep(chunk, form, priority)
+        if self._is_far(chunk, form):  # it has no place near by
+            self._begun.discard((chunk.name, form.codec))
         async with self._turn(self._turns, chunk, form):
             view = await self._source.view(self._manifest, chunk, form)
             if view is not None or form.stored_bytes > self._free_bytes:
@@ -199,13 +198,25 @@ class ReadAhead(SourceInFront):
         if task is None:
             return await self._source.view(manifest, chunk, form)
         if key in self._begun:
-            with self._wait():
-                return await task
+            try:
+                with self._wait():
+                    return await task
+            except asyncio.CancelledError:
+                self._left.add(chunk.name)  # whoever asks again fetches it
+                raise
         if self._is_far(chunk, form):
             self._left.add(chunk.name)
             await cancel_all([task])
             return None
         return await task
+
+    def near(self, manifest: Manifest, chunk: Chunk) -> tuple[Form, ...]:
+        """The forms of a chunk that are nearer than others of it; if there are none, what is on its way here."""
+        near = self._source.near(manifest, chunk)
+        if near or manifest is not self._manifest:
+            return near
+        waiting = self._begun & self._chunks.keys()
+        return tuple(form for form in chunk.forms if (chunk.name, form.codec) in waiting)
 
     async def fetch(self, manifest: Manifest, reads: Sequence[Read], *, priority: int = 0) -> None:
         """Fill every read's destination; what is kept of chunks in memory is not wanted, then."""

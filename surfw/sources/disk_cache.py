@@ -418,7 +418,8 @@ class DiskCache(SourceInFront):
                         self._spare.append(scratch)
 
             await together(fill(low, high) for low, high in _runs(missing, _SCRATCH_BYTES // BLOCK_BYTES))
-            return b"\0" not in blob.present()
+            self._held[known.digest] = bytearray(there := blob.present())  # others may have written some of it
+            return b"\0" not in there
 
     def _digested(self, chunk: Chunk, form: Form) -> Form:
         """The form with the digests that are known."""

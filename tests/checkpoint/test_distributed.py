@@ -195,7 +195,7 @@ class Evil:
 
 def test_no_code_runs_of_a_table(tmp_path: Path) -> None:
     change(save_parts(tmp_path, GRID, ROWS), lambda table: setattr(table, "planner_data", Evil(tmp_path / "ran")))
-    with pytest.raises(UnsupportedModelError, match=r"\.metadata is a pickle that names 'posix.system', which is none"):
+    with pytest.raises(UnsupportedModelError, match=r"\.metadata is a pickle that names 'posix.system';"):
         open_checkpoint(str(tmp_path))
     assert not (tmp_path / "ran").exists()
 
@@ -418,5 +418,5 @@ def test_shards_of_ranks_need_what_they_say_of_their_parts(tmp_path: Path) -> No
     for metadata in (None, {"DCP_SHARDING_INFO": "[" * 9999}, {"DCP_SHARDING_INFO": '{"w": {"saved_offsets": 3}}'},
                      {"DCP_SHARDING_INFO": info % "-1"}):  # fmt: skip
         save_file({"w": torch.ones(2)}, tmp_path / name.format(1), metadata)
-        with pytest.raises(CheckpointError, match=r"does not say which parts|offsets of tensor 'w' that are none"):
+        with pytest.raises(CheckpointError, match=r"does not say which parts|impossible offsets of tensor 'w'"):
             open_checkpoint(str(tmp_path))

@@ -117,5 +117,5 @@ def test_a_variant_is_taken_where_it_is_named(variant: str, shards: bool, kind: 
     complaint = rf"no weights called other: expected model.other.safetensors or .*index.other.json .* has {variant}$"
     with pytest.raises(UnsupportedModelError, match=complaint):
         open_directory(tmp_path, variant="other")
-    with pytest.raises(ConfigurationError, match=r"variant '../x' is none, expected a word such as fp16"):
+    with pytest.raises(ConfigurationError, match=r"variant '../x' is not a word, such as fp16"):
         open_directory(tmp_path, variant="../x")

@@ -252,10 +252,15 @@ def test_what_was_not_begun_is_left_to_a_model_that_waits(tmp_path: Path) -> Non
             await fetched
             await turns()
             assert slow.asked[6:] == ["keep layers.4", "keep layers.5"], "it waits for nothing, and the rest is read"
+            assert ahead.near(manifest, manifest.chunks[4]) == manifest.chunks[4].forms, "it is on its way"
             last = asyncio.create_task(view(ahead, manifest, 4))
             await turns()
             last.cancel()
             await asyncio.wait([last])
+            assert ahead.near(manifest, manifest.chunks[4]) == ()
+            again = Read(manifest.chunks[4], manifest.chunks[4].forms[0], 0, 1000, memoryview(bytearray(1000)))
+            await ahead.fetch(manifest, [again])
+            assert slow.asked[8:] == ["fetch layers.4"], "what is asked for again lets go of nothing"
             slow.arrives[names[5]].set()
             assert await view(ahead, manifest, 5) is not None
             assert ahead._waiting == 0

@@ -108,6 +108,23 @@ def test_all_of_a_form_is_mapped_once_it_is_there(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
+def test_what_others_kept_meanwhile_is_near(tmp_path: Path) -> None:
+    made = make_store(tmp_path / "store", sizes=SIZES)
+
+    async def main() -> None:
+        sources = [CountedSource(tmp_path / "store") for _ in range(2)]
+        async with cached(tmp_path, source=sources[0]) as one, cached(tmp_path, source=sources[1]) as other:
+            manifest = await one.manifest(made.name)
+            for chunk in (await other.manifest(made.name)).chunks:
+                assert await one.keep(manifest, chunk, chunk.forms[0])
+                assert other.near(manifest, chunk) == ()
+                assert await other.keep(manifest, chunk, chunk.forms[0])
+                assert other.near(manifest, chunk) == chunk.forms
+            assert other.kept_bytes == 0, "all of it was there"
+
+    asyncio.run(main())
+
+
 def test_the_disk_is_filled_ahead_of_a_run_and_while_it_goes_on(tmp_path: Path) -> None:
     made = make_store(tmp_path / "store", sizes=SIZES)
     source = CountedSource(tmp_path / "store")
