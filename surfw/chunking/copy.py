@@ -77,7 +77,13 @@ async def copy_model(
     manifest = model if isinstance(model, Manifest) else await source.manifest(await source.resolve(model))
     name = check_model_name(name or manifest.name)
     await _expect_base(manifest, backend)
-    codecs = codecs or _default_codecs(manifest)
+    if not codecs:
+        codecs = _default_codecs(manifest)
+        if left := [codec for codec in stored_packed_codecs(manifest) if codec not in codecs]:
+            logger.warning(
+                "of %s, %s is not copied; to have it in the copy too, name it (codecs, --codec %s)",
+                manifest.name, " and ".join(left), ",".join([*codecs, *left]),
+            )  # fmt: skip
     chunks = await asyncio.to_thread(_plan, manifest, codecs, key, only_experts=only_experts)
     key = None if manifest.key_id else key  # then it is encrypted already
     payloads = SourcePayloads(source, manifest, asyncio.get_running_loop())

@@ -36,6 +36,8 @@ class Guessing:
         """See that one of them is given at most, and can be used."""
         if self.prompt_lookup is not None and self.draft is not None:
             raise Mistake("--draft does not go with --prompt-lookup; give one of them")
+        if self.draft == "":
+            raise Mistake("--draft is empty, expected self:int8, self:int4, a model's name, or a source")
         draft = self.draft or ""
         if draft.startswith(_OWN_FORM):
             from surfw.codec import PACKED_CODECS

@@ -21,7 +21,7 @@ from surfw.errors import ConfigurationError, IntegrityError, StorageError
 from surfw.manifest import Chunk, Digests, Form, Manifest, count_blocks, payload_digest, with_digests
 from surfw.source import ChunkSource, Read, SourceInFront, Verification, View, find_damage
 from surfw.sources.disk import Blob, CacheFolder
-from surfw.sources.offline import OfflineSource, missing
+from surfw.sources.offline import NOT_FETCHED, OfflineSource, missing
 from surfw.storage.local_reader import FileRange, LocalReader, MappedFile
 from surfw.threads import in_thread, together
 
@@ -83,8 +83,8 @@ class DiskCache(SourceInFront):
         if self.is_offline:
             if not await in_thread(lambda: self.folder.exists):
                 raise ConfigurationError(
-                    f"there is no disk cache in {self.folder.path}, and nothing is fetched offline; fill it with a "
-                    "run that is online (disk_cache, --disk-cache), or name another (cache_dir, --cache-dir)"
+                    f"there is no disk cache in {self.folder.path}, and {NOT_FETCHED}; fill it with a run "
+                    "that is online (disk_cache, --disk-cache), or name another (cache_dir, --cache-dir)"
                 )
             self._writable = False
             return

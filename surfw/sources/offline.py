@@ -8,6 +8,8 @@ from surfw.source import ChunkSource, Read, find_model
 from surfw.sources.disk import CacheFolder
 from surfw.threads import in_thread
 
+NOT_FETCHED = "nothing is fetched offline (offline, --offline, HF_HUB_OFFLINE)"
+
 
 class OfflineSource(ChunkSource):
     """The models that a source had, as far as a folder has them."""
@@ -25,9 +27,7 @@ class OfflineSource(ChunkSource):
         """The full name of a model that is there."""
         known, where = await self.models(), f"the disk cache in {self._folder.path}"
         if not known:
-            raise NotFoundError(
-                f"{where} holds no model of {self.url}, and nothing is fetched offline; 'surfw pull' puts one there"
-            )
+            raise NotFoundError(f"{where} holds no model of {self.url}, and {NOT_FETCHED}; 'surfw pull' puts one there")
         return find_model(name, known, where=where)
 
     async def manifest(self, model: str) -> Manifest:
@@ -65,4 +65,4 @@ class OfflineSource(ChunkSource):
 def missing(what: str, how: str, folder: CacheFolder) -> SurfwError:
     """The error for what is not in a folder, or damaged there, and cannot be fetched."""
     kind = IntegrityError if "damaged" in how else NotFoundError
-    return kind(f"{what} {how} in the disk cache in {folder.path}, and nothing is fetched offline; run it once online")
+    return kind(f"{what} {how} in the disk cache in {folder.path}, and {NOT_FETCHED}; run it once online")

@@ -204,7 +204,7 @@ def create_file(path: Path) -> int:
         with suppress(FileNotFoundError):
             path.parent.mkdir(parents=True, exist_ok=True)
             return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    raise StorageError(f"{path} cannot be made: something removes its folder again and again")
+    raise StorageError(f"{path} cannot be made: no folder can be made there, or something removes it again and again")
 
 
 def forget_pages(fd: int) -> None:

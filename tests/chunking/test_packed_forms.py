@@ -110,6 +110,15 @@ def test_a_copy_has_the_forms_that_chunking_gives(
     assert complaints(tmp_path / "from-plain") == []
 
 
+def test_forms_that_are_not_copied_are_said(checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    chunk_into(tmp_path / "from", checkpoint, ("none", "int4"))
+    copy(tmp_path / "from", tmp_path / "named", ("none",))
+    assert not caplog.messages
+    copy(tmp_path / "from", tmp_path / "to", None)
+    said = "of tiny, int4 is not copied; to have it in the copy too, name it (codecs, --codec none,lossless,int4)"
+    assert caplog.messages == [said]
+
+
 def test_a_model_without_exact_forms_is_copied_as_it_is(checkpoint: Path, tmp_path: Path) -> None:
     original = chunk_into(tmp_path / "int4", checkpoint, ("int4",))
     for codecs in (None, ("int4",)):

@@ -50,6 +50,7 @@ def test_a_draft_of_the_store_of_another_or_of_the_model_itself(home: Path) -> N
         (("--draft", "nothing"), 1, "has no model 'nothing'"),
         (("--draft", "a", "--prompt-lookup", "3"), 2, "--draft does not go with --prompt-lookup"),
         (("--prompt-lookup", "0"), 2, "Invalid value for '--prompt-lookup': '0' is not a whole number >= 1"),
+        (("--draft", ""), 2, "--draft is empty, expected self:int8, self:int4, a model's name, or a source"),
         (("--draft", "self:int3"), 2, "--draft is 'self:int3', expected self:int8 or self:int4"),
     ],
 )

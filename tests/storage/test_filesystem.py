@@ -206,7 +206,7 @@ def test_a_folder_may_be_removed_by_others_while_a_file_is_made(
 
 def test_a_folder_that_never_stays_ends_in_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "mkdir", lambda *_, **__: None)
-    with pytest.raises(StorageError, match="cannot be made: something removes its folder again and again"):
+    with pytest.raises(StorageError, match="no folder can be made there, or something removes it again and again"):
         create_file(tmp_path / "partial" / "x")
 
 
