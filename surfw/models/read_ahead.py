@@ -9,8 +9,8 @@ memory that there is. Chunks are read in the order they run, two at a time, so t
 brought to a disk cache is verified beside that, so that the run has its first layers while later ones arrive.
 Coded chunks of another machine are begun while the model waits for nothing; one that it asks for before that is left
 to it, and is decoded as it arrives. Nothing is kept twice: a chunk that was handed out belongs to the one who asked.
-The first `fetch` of any other lets go of all that is kept in memory: whoever has those fetched does not want them as
-views. What is on its way to a disk cache goes on, where there is memory for that.
+The first `fetch` of a chunk that nobody asked a view of lets go of all that is kept in memory: whoever has chunks
+fetched at once does not want them as views. What is on its way to a disk cache goes on, where there is memory for that.
 """
 
 import asyncio
@@ -83,14 +83,15 @@ class ReadAhead(SourceInFront):
         self._is_free = codec == "auto"
         self._codec = codec if codec != "auto" else "none" if is_local_url(source.url) else "lossless"
         self._chunks: dict[tuple[str, str], asyncio.Task[View | None]] = {}  # by chunk and codec
-        self._begun: set[tuple[str, str]] = set()  # of those: what was far away, and is on its way as a whole
-        self._left: set[str] = set()  # chunks that the model fetches itself
+        self._begun: dict[tuple[str, str], bool] = {}  # what had a turn, and whether it was far away then
+        self._asked: set[str] = set()  # chunks of which the model wanted a view, and may fetch what it did not get
         self._waiting = 0  # how much the model waits for
         self._is_idle = asyncio.Event()
         self._kept: list[asyncio.Task[bool]] = []  # what is on its way to a place near by
         self._free_bytes = 0
         self._turns = asyncio.Semaphore(_AT_A_TIME)
         self._keep_turns = asyncio.Semaphore(_AT_A_TIME)  # others: what is near is verified while the rest arrives
+        self._order = asyncio.Lock()  # of what is far away, for its turns
 
     async def begin(self, *, memory_bytes: int, check: Callable[[Manifest], None] = lambda _: None) -> None:
         """Have `check` look at the manifest. Then begin to read the files, and the chunks if they fit into memory."""
@@ -121,27 +122,23 @@ class ReadAhead(SourceInFront):
             return await self._source.keep(self._manifest, chunk, form, priority=priority)
 
     def _is_far(self, chunk: Chunk, form: Form) -> bool:
-        """Whether all of a form that can be decoded in parts is still on another machine."""
-        is_coded = form.codec == "lossless" and not is_local_url(self.url)
-        return is_coded and not self._source.near(self._manifest, chunk)
-
-    def _holds(self, chunk: Chunk, form: Form) -> bool:
-        """Whether a chunk is not to be begun now: the model waits for others."""
-        key = chunk.name, form.codec
-        is_next = key in self._chunks and key not in self._begun
-        return self._waiting > 0 and is_next and self._is_far(chunk, form)
+        """Whether a form can be decoded in parts, and none of it is on this machine."""
+        near = {one.codec for one in self._source.near(self._manifest, chunk)}
+        return form.codec == "lossless" and not is_local_url(self.url) and form.codec not in near
 
     @contextlib.asynccontextmanager
     async def _turn(self, turns: asyncio.Semaphore, chunk: Chunk, form: Form) -> AsyncIterator[None]:
-        """A turn; nobody who has one is held up."""
-        await turns.acquire()
-        while self._holds(chunk, form):
-            turns.release()
-            await self._is_idle.wait()
+        """A turn; what is far away has its turns in order, and only while the model waits for nothing else."""
+        key = chunk.name, form.codec
+        may_wait = key in self._chunks and self._is_far(chunk, form)
+        async with self._order if may_wait else contextlib.nullcontext():
             await turns.acquire()
+            while may_wait and self._waiting:
+                turns.release()
+                await self._is_idle.wait()
+                await turns.acquire()
         try:
-            if self._is_far(chunk, form):
-                self._begun.add((chunk.name, form.codec))
+            self._begun[key] = self._is_far(chunk, form)
             yield
         finally:
             turns.release()
@@ -162,7 +159,7 @@ class ReadAhead(SourceInFront):
         """The stored bytes of a chunk; None if there is no memory for them."""
         await self._keep(chunk, form, priority)
         if self._is_far(chunk, form):  # it has no place near by
-            self._begun.discard((chunk.name, form.codec))
+            del self._begun[chunk.name, form.codec]
         async with self._turn(self._turns, chunk, form):
             view = await self._source.view(self._manifest, chunk, form)
             if view is not None or form.stored_bytes > self._free_bytes:
@@ -197,30 +194,24 @@ class ReadAhead(SourceInFront):
         task = self._chunks.pop(key, None) if manifest is self._manifest else None
         if task is None:
             return await self._source.view(manifest, chunk, form)
-        if key in self._begun:
-            try:
-                with self._wait():
-                    return await task
-            except asyncio.CancelledError:
-                self._left.add(chunk.name)  # whoever asks again fetches it
-                raise
-        if self._is_far(chunk, form):
-            self._left.add(chunk.name)
+        self._asked.add(chunk.name)
+        if key not in self._begun:
             await cancel_all([task])
-            return None
-        return await task
+            return None if self._is_far(chunk, form) else await self._source.view(manifest, chunk, form)
+        with self._wait() if self._begun[key] else contextlib.nullcontext():
+            return await task
 
     def near(self, manifest: Manifest, chunk: Chunk) -> tuple[Form, ...]:
         """The forms of a chunk that are nearer than others of it; if there are none, what is on its way here."""
         near = self._source.near(manifest, chunk)
         if near or manifest is not self._manifest:
             return near
-        waiting = self._begun & self._chunks.keys()
-        return tuple(form for form in chunk.forms if (chunk.name, form.codec) in waiting)
+        keys = ((form, (chunk.name, form.codec)) for form in chunk.forms)
+        return tuple(form for form, key in keys if key in self._chunks and self._begun.get(key))
 
     async def fetch(self, manifest: Manifest, reads: Sequence[Read], *, priority: int = 0) -> None:
-        """Fill every read's destination; what is kept of chunks in memory is not wanted, then."""
-        if manifest is self._manifest and all(read.chunk.name in self._left for read in reads):
+        """Fill every read's destination; unless it was asked for as a view, what is kept in memory is not wanted."""
+        if manifest is self._manifest and all(read.chunk.name in self._asked for read in reads):
             with self._wait():
                 await self._source.fetch(manifest, reads, priority=priority)
             return

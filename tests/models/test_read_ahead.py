@@ -211,12 +211,23 @@ class Slow(Counting):
         await self.delivers.wait()
 
 
-async def open_slow(path: Path) -> tuple[Slow, ReadAhead, Manifest]:
-    found = await asyncio.to_thread(make_store, path, sizes=(1000,) * 6)
-    chunks = [replace(one, forms=(replace(one.forms[0], codec="lossless"),)) for one in found.chunks]
-    manifest = replace(found, chunks=tuple(chunks))
+async def open_slow(
+    path: Path, *, chunks: int = 6, plain: Sequence[int] = (), url: str = "ws://far.example:8765"
+) -> tuple[Slow, ReadAhead, Manifest]:
+    """A source of coded chunks, but for those that are plain."""
+    found = await asyncio.to_thread(make_store, path, sizes=(1000,) * chunks)
+    codecs = ["none" if index in plain else "lossless" for index in range(chunks)]
+    forms = [replace(one.forms[0], codec=codec) for one, codec in zip(found.chunks, codecs, strict=True)]
+    coded = [replace(one, forms=(form,)) for one, form in zip(found.chunks, forms, strict=True)]
+    manifest = replace(found, chunks=tuple(coded))
     slow = Slow(await open_storage_source(FilesystemBackend(path)), manifest)
+    slow.url = url
     return slow, ReadAhead(slow, manifest, None), manifest
+
+
+def whole(manifest: Manifest, index: int) -> Read:
+    chunk = manifest.chunks[index]
+    return Read(chunk, chunk.forms[0], 0, 1000, memoryview(bytearray(1000)))
 
 
 async def turns() -> None:
@@ -239,9 +250,7 @@ def test_what_was_not_begun_is_left_to_a_model_that_waits(tmp_path: Path) -> Non
             assert slow.asked[2:4] == [f"keep {name}" for name in names[:2]]
             assert slow.asked[4:] == ["keep layers.3"], "the model waits for the second; what is near is not held up"
             assert await view(ahead, manifest, 2) is None
-            chunk = manifest.chunks[2]
-            read = Read(chunk, chunk.forms[0], 0, 1000, memoryview(bytearray(1000)))
-            fetched = asyncio.create_task(ahead.fetch(manifest, [read]))
+            fetched = asyncio.create_task(ahead.fetch(manifest, [whole(manifest, 2)]))
             slow.arrives[names[1]].set()
             slow.arrives[names[3]].set()
             assert await waits[1] is not None
@@ -255,11 +264,10 @@ def test_what_was_not_begun_is_left_to_a_model_that_waits(tmp_path: Path) -> Non
             assert ahead.near(manifest, manifest.chunks[4]) == manifest.chunks[4].forms, "it is on its way"
             last = asyncio.create_task(view(ahead, manifest, 4))
             await turns()
+            assert ahead.near(manifest, manifest.chunks[4]) == (), "it is for the one who asked"
             last.cancel()
             await asyncio.wait([last])
-            assert ahead.near(manifest, manifest.chunks[4]) == ()
-            again = Read(manifest.chunks[4], manifest.chunks[4].forms[0], 0, 1000, memoryview(bytearray(1000)))
-            await ahead.fetch(manifest, [again])
+            await ahead.fetch(manifest, [whole(manifest, 4)])
             assert slow.asked[8:] == ["fetch layers.4"], "what is asked for again lets go of nothing"
             slow.arrives[names[5]].set()
             assert await view(ahead, manifest, 5) is not None
@@ -287,6 +295,90 @@ def test_what_is_not_kept_near_after_all_is_read_for_a_model_that_waits(tmp_path
             assert found is not None
             assert not found.is_mapped
             assert slow.asked.count("fetch layers.0") == 1
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
+def test_what_had_to_wait_is_read_in_order(tmp_path: Path) -> None:
+    async def run() -> None:
+        slow, ahead, manifest = await open_slow(tmp_path, chunks=40)
+        async with ahead:
+            await ahead.begin(memory_bytes=PLENTY)
+            await turns()
+            first = asyncio.create_task(view(ahead, manifest, 0))
+            await turns()
+            slow.arrives["layers.1"].set()
+            for _ in range(5):  # those that wait for the turn that is free look at once, one after the other
+                await asyncio.sleep(0)
+            for arrives in slow.arrives.values():
+                arrives.set()
+            assert await first is not None
+            await settle(ahead)
+            kept = [one.removeprefix("keep layers.") for one in slow.asked if one.startswith("keep")]
+            assert kept == [str(index) for index in range(40)]
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
+def test_only_coded_chunks_of_another_machine_wait(tmp_path: Path) -> None:
+    async def begun(url: str) -> set[str]:
+        slow, ahead, manifest = await open_slow(tmp_path / url[:2], plain=[4], url=url)
+        async with ahead:
+            await ahead.begin(memory_bytes=PLENTY)
+            await turns()
+            first = asyncio.create_task(view(ahead, manifest, 0))
+            await turns()
+            for arrives in [*slow.arrives.values()][1:]:
+                arrives.set()
+            await turns()
+            kept = [one for one in slow.asked if one.startswith("keep")]
+            first.cancel()
+            await asyncio.wait([first])
+            return {one.removeprefix("keep layers.") for one in kept}
+
+    async def run() -> None:
+        assert await begun("ws://far.example:8765") == {"0", "1", "4"}
+        assert await begun(str(tmp_path)) == {str(index) for index in range(6)}
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
+def test_only_a_fetch_of_what_was_asked_for_lets_go_of_nothing(tmp_path: Path) -> None:
+    async def run() -> None:
+        slow, ahead, manifest = await open_slow(tmp_path)
+        slow.delivers.set()
+        async with ahead:
+            await ahead.begin(memory_bytes=PLENTY)
+            await turns()
+            assert await view(ahead, manifest, 2) is None
+            other = replace(manifest, name="other")
+            assert ahead.near(manifest, manifest.chunks[0]) == manifest.chunks[0].forms
+            assert ahead.near(other, manifest.chunks[0]) == (), "of another model, nothing is on its way"
+            await ahead.fetch(manifest, [whole(manifest, 2)])
+            assert len(ahead._chunks) == 5
+            await ahead.fetch(manifest, [whole(manifest, 2), whole(manifest, 3)])
+            assert not ahead._chunks
+
+            await ahead.begin(memory_bytes=PLENTY)
+            await ahead.fetch(other, [whole(manifest, 2)])
+            assert not ahead._chunks, "nor was that asked for"
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
+def test_what_came_near_while_it_had_to_wait_is_handed_out(tmp_path: Path) -> None:
+    """Two chunks may hold the same bytes, and one of them is there."""
+
+    async def run() -> None:
+        slow, ahead, manifest = await open_slow(tmp_path)
+        async with ahead:
+            await ahead.begin(memory_bytes=PLENTY)
+            await turns()
+            first = asyncio.create_task(view(ahead, manifest, 0))
+            slow.here.add("layers.4")
+            assert await view(ahead, manifest, 4) is not None
+            first.cancel()
+            await asyncio.wait([first])
 
     asyncio.run(asyncio.wait_for(run(), 60))
 
