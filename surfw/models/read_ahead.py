@@ -82,8 +82,8 @@ class ReadAhead(SourceInFront):
         self._goes_on = goes_on
         self._is_free = codec == "auto"
         self._codec = codec if codec != "auto" else "none" if is_local_url(source.url) else "lossless"
-        self._chunks: dict[tuple[str, str], asyncio.Task[View | None]] = {}  # by chunk and codec
-        self._begun: dict[tuple[str, str], bool] = {}  # what had a turn, and whether it was far away then
+        self._chunks: dict[str, tuple[str, asyncio.Task[View | None]]] = {}  # each in one form, by its codec
+        self._begun: dict[str, bool] = {}  # chunks that had a turn, and whether they are on their way from far away
         self._asked: set[str] = set()  # chunks of which the model wanted a view, and may fetch what it did not get
         self._waiting = 0  # how much the model waits for
         self._is_idle = asyncio.Event()
@@ -105,7 +105,7 @@ class ReadAhead(SourceInFront):
             chunk = self._manifest.by_name[name]
             form = self._choose_form(chunk)
             if fits:
-                self._chunks[name, form.codec] = _start(self._read(chunk, form, priority))
+                self._chunks[name] = form.codec, _start(self._read(chunk, form, priority))
             else:
                 self._kept.append(_start(self._keep(chunk, form, priority)))
 
@@ -129,8 +129,7 @@ class ReadAhead(SourceInFront):
     @contextlib.asynccontextmanager
     async def _turn(self, turns: asyncio.Semaphore, chunk: Chunk, form: Form) -> AsyncIterator[None]:
         """A turn; what is far away has its turns in order, and only while the model waits for nothing else."""
-        key = chunk.name, form.codec
-        may_wait = key in self._chunks and self._is_far(chunk, form)
+        may_wait = chunk.name in self._chunks and self._is_far(chunk, form)
         async with self._order if may_wait else contextlib.nullcontext():
             await turns.acquire()
             while may_wait and self._waiting:
@@ -138,7 +137,7 @@ class ReadAhead(SourceInFront):
                 await self._is_idle.wait()
                 await turns.acquire()
         try:
-            self._begun[key] = self._is_far(chunk, form)
+            self._begun[chunk.name] = self._is_far(chunk, form)
             yield
         finally:
             turns.release()
@@ -159,17 +158,23 @@ class ReadAhead(SourceInFront):
         """The stored bytes of a chunk; None if there is no memory for them."""
         await self._keep(chunk, form, priority)
         if self._is_far(chunk, form):  # it has no place near by
-            del self._begun[chunk.name, form.codec]
+            del self._begun[chunk.name]
         async with self._turn(self._turns, chunk, form):
             view = await self._source.view(self._manifest, chunk, form)
             if view is not None or form.stored_bytes > self._free_bytes:
+                self._begun[chunk.name] = False
                 return view
             self._free_bytes -= form.stored_bytes
             memory = Buffer(form.stored_bytes).view[: form.stored_bytes]
             read = Read(chunk, form, 0, form.stored_bytes, memory)
             about = {"layer": chunk.name, "bytes": form.stored_bytes, "form": form.codec, "tier": "host"}
-            with tracing.span("fetch", f"fetch {chunk.name}", **about):
-                await self._source.fetch(self._manifest, [read], priority=priority)
+            try:
+                with tracing.span("fetch", f"fetch {chunk.name}", **about):
+                    await self._source.fetch(self._manifest, [read], priority=priority)
+            except BaseException:
+                self._free_bytes += form.stored_bytes
+                self._begun[chunk.name] = False
+                raise
             return View(memory, lambda: None, is_mapped=False)
 
     async def resolve(self, name: str | None) -> str:
@@ -190,24 +195,26 @@ class ReadAhead(SourceInFront):
 
     async def view(self, manifest: Manifest, chunk: Chunk, form: Form) -> View | None:
         """The form's bytes, which may have been read."""
-        key = chunk.name, form.codec
-        task = self._chunks.pop(key, None) if manifest is self._manifest else None
-        if task is None:
+        if manifest is not self._manifest:
             return await self._source.view(manifest, chunk, form)
         self._asked.add(chunk.name)
-        if key not in self._begun:
+        codec, task = self._chunks.pop(chunk.name, ("", None))
+        if task is not None and codec == form.codec and chunk.name in self._begun:
+            with self._wait() if self._begun[chunk.name] else contextlib.nullcontext():
+                return await task
+        if task is not None:
             await cancel_all([task])
-            return None if self._is_far(chunk, form) else await self._source.view(manifest, chunk, form)
-        with self._wait() if self._begun[key] else contextlib.nullcontext():
-            return await task
+            if self._is_far(chunk, form):
+                return None
+        return await self._source.view(manifest, chunk, form)
 
     def near(self, manifest: Manifest, chunk: Chunk) -> tuple[Form, ...]:
         """The forms of a chunk that are nearer than others of it; if there are none, what is on its way here."""
         near = self._source.near(manifest, chunk)
-        if near or manifest is not self._manifest:
+        if near or manifest is not self._manifest or not self._begun.get(chunk.name):
             return near
-        keys = ((form, (chunk.name, form.codec)) for form in chunk.forms)
-        return tuple(form for form, key in keys if key in self._chunks and self._begun.get(key))
+        codec, _ = self._chunks.get(chunk.name, ("", None))
+        return tuple(form for form in chunk.forms if form.codec == codec)
 
     async def fetch(self, manifest: Manifest, reads: Sequence[Read], *, priority: int = 0) -> None:
         """Fill every read's destination; unless it was asked for as a view, what is kept in memory is not wanted."""
@@ -220,7 +227,8 @@ class ReadAhead(SourceInFront):
         await self._source.fetch(manifest, reads, priority=priority)
 
     async def _let_go(self, *, on_disk: bool = True) -> None:
-        tasks: list[asyncio.Task[Any]] = [*self._chunks.values(), *(self._kept if on_disk else ())]
+        chunks = [task for _, task in self._chunks.values()]
+        tasks: list[asyncio.Task[Any]] = [*chunks, *(self._kept if on_disk else ())]
         self._chunks.clear()
         if on_disk:
             self._kept.clear()

@@ -9,7 +9,7 @@ import pytest
 
 from surfw.codec import choose_form
 from surfw.config import MIB
-from surfw.errors import IntegrityError, ModelClosedError, UnknownModelError
+from surfw.errors import IntegrityError, ModelClosedError, StorageError, UnknownModelError
 from surfw.manifest import Chunk, Form, Manifest
 from surfw.models.read_ahead import ReadAhead, ReadAheadClient
 from surfw.source import ChunkSource, Read, View
@@ -75,7 +75,7 @@ async def view(source: ChunkSource, manifest: Manifest, index: int) -> View | No
 
 
 async def settle(source: ReadAhead) -> None:
-    await asyncio.wait([*source._files.values(), *source._chunks.values()])
+    await asyncio.wait([*source._files.values(), *(task for _, task in source._chunks.values())])
 
 
 @pytest.mark.parametrize("is_far", [False, True])
@@ -116,10 +116,8 @@ def test_what_is_kept_is_bounded(tmp_path: Path) -> None:
         async with ahead:
             await ahead.begin(memory_bytes=memory_bytes)
             await settle(ahead)
-            return [
-                (task := ahead._chunks.get((f"layers.{index}", "none"))) and task.result() is not None
-                for index in range(4)
-            ]
+            read = [ahead._chunks.get(f"layers.{index}") for index in range(4)]
+            return [one and one[1].result() is not None for one in read]
 
     assert asyncio.run(chunks_read(8 * MIB, is_far=False)) == [True] * 4, "page cache"
     assert asyncio.run(chunks_read(8 * MIB, is_far=True)) == [True, False, False, False], "an eighth of the memory"
@@ -193,6 +191,7 @@ class Slow(Counting):
         self.delivers = asyncio.Event()
         self.here: set[str] = set()
         self.takes = True
+        self.broken: set[str] = set()
 
     async def keep(self, manifest: Manifest, chunk: Chunk, form: Form, *, priority: int = 0) -> bool:
         self.asked.append(f"keep {chunk.name}")
@@ -209,6 +208,8 @@ class Slow(Counting):
     async def fetch(self, manifest: Manifest, reads: Sequence[Read], *, priority: int = 0) -> None:
         self.asked += [f"fetch {read.chunk.name}" for read in reads]
         await self.delivers.wait()
+        if any(read.chunk.name in self.broken for read in reads):
+            raise StorageError("it is broken")
 
 
 async def open_slow(
@@ -362,6 +363,53 @@ def test_only_a_fetch_of_what_was_asked_for_lets_go_of_nothing(tmp_path: Path) -
             await ahead.begin(memory_bytes=PLENTY)
             await ahead.fetch(other, [whole(manifest, 2)])
             assert not ahead._chunks, "nor was that asked for"
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
+def test_a_chunk_that_is_wanted_in_another_form_is_not_read_ahead(tmp_path: Path) -> None:
+    async def run() -> None:
+        slow, _, made = await open_slow(tmp_path)
+        plain = [replace(chunk.forms[0], codec="none") for chunk in made.chunks]
+        both = [replace(chunk, forms=(form, chunk.forms[0])) for chunk, form in zip(made.chunks, plain, strict=True)]
+        ahead = ReadAhead(slow, replace(made, chunks=tuple(both)), None)
+        manifest = await ahead.manifest(made.name)
+        slow.takes = False
+        slow.delivers.set()
+        async with ahead:
+            await ahead.begin(memory_bytes=PLENTY)
+            await turns()
+            assert ahead.near(manifest, manifest.chunks[0]) == manifest.chunks[0].forms[1:], "it is on its way"
+            assert ahead.near(manifest, manifest.chunks[3]) == ()
+            for index in 0, 3:
+                assert await view(ahead, manifest, index) is None
+                await ahead.fetch(manifest, [whole(manifest, index)])
+            for arrives in slow.arrives.values():
+                arrives.set()
+            await settle(ahead)
+            fetched = sorted(one for one in slow.asked if one.startswith("fetch"))
+            assert fetched == [f"fetch layers.{index}" for index in range(6)], "each of them once"
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
+def test_what_could_not_be_kept_is_not_on_its_way(tmp_path: Path) -> None:
+    async def run() -> None:
+        slow, ahead, manifest = await open_slow(tmp_path)
+        slow.takes = False
+        slow.delivers.set()
+        slow.broken.add("layers.0")
+        for arrives in slow.arrives.values():
+            arrives.set()
+        async with ahead:
+            await ahead.begin(memory_bytes=8 * 2000)
+            await settle(ahead)
+            coming = [chunk.name for chunk in manifest.chunks if ahead.near(manifest, chunk)]
+            assert coming == ["layers.1", "layers.2"], "what failed takes no memory, and two fit"
+            with pytest.raises(StorageError):
+                await view(ahead, manifest, 0)
+            assert await view(ahead, manifest, 1) is not None
+            assert await view(ahead, manifest, 5) is None
 
     asyncio.run(asyncio.wait_for(run(), 60))
 
