@@ -172,7 +172,7 @@ def chunk(
     if task := _only_task(tasks, model=model, dry_run=dry_run, chunking=chunking):
         _do(task, settings, model=model, remove=remove, dry_run=dry_run, json=json, quiet=quiet)
         return
-    if model is None:
+    if not model:
         raise typer.BadParameter(
             "name a checkpoint to chunk: a hub id such as org/name, a directory, or a storage URL", param_hint="MODEL"
         )

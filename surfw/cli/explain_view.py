@@ -60,7 +60,7 @@ def _memory_rows(one: "Explanation", origin: SettingOrigin) -> list[tuple[str, s
     beside = f"{format_size(one.overhead_bytes)}, and {format_size(one.reserved_bytes)} for the KV cache"
     rows += [
         ("beside the weights", beside),
-        ("peak", f"{format_size(one.peak_bytes)}; the least it runs with is {format_size(one.least_budget_bytes)}"),
+        ("peak", f"{format_size(one.peak_bytes)}; with {format_size(one.least_budget_bytes)} it runs from any source"),
         ("outside of the budget", f"{format_size(one.base_bytes)} of the process itself, and activations"),
     ]
     if is_device:

@@ -51,7 +51,7 @@ class Explanation:
         overhead_bytes: memory on top of the weights: rows, and what is converted or in flight.
         reserved_bytes: what is reserved for the KV cache.
         peak_bytes: the most memory that all of this takes, the KV cache included.
-        least_budget_bytes: the smallest budget that the model runs with.
+        least_budget_bytes: the smallest budget that the model runs with from any source.
         base_bytes: resident memory of the process before the first weight came; neither that nor activations are in a
             budget.
         codec: the form in which most of the weights are read: `none`, `lossless` where that is faster, or a packed one.

@@ -34,7 +34,7 @@ class FormNeeds:
     Attributes:
         codec: of the forms; chunks that have none of it are as they are.
         bytes: what is stored; of `lossless`, about.
-        least_budget_bytes: the smallest budget that the model runs with.
+        least_budget_bytes: the smallest budget that the model runs with from any source.
         bytes_per_pass: stored bytes that a pass reads with that budget, once everything that stays is in memory.
         reading_ceiling: the most passes per second, or tokens, that reading and decoding allow with that budget; None
             if nothing is read, or if it is not known how fast.

@@ -43,7 +43,7 @@ def test_what_is_streamed_is_told_from_the_budget_to_the_bottleneck() -> None:
         "the rest passes through": "a ring of 2 buffers of 88.1 MB",
         "read by rows": "embed",
         "beside the weights": "8.4 MB, and 270.3 kB for the KV cache",
-        "peak": "932.5 MB; the least it runs with is 264.5 MB",
+        "peak": "932.5 MB; with 264.5 MB it runs from any source",
         "outside of the budget": "414.0 MB of the process itself, and activations",
         "read in a pass": "1.3 GB, from storage at 2.64 GB/s (measured just now over 64.0 MB)",
         "ceiling by reading": "2.00 tok/s (bandwidth ÷ bytes in a pass)",

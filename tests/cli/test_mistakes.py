@@ -75,6 +75,7 @@ MISTAKES = [
     ("list other", 2, "(other); --store names a store, and 'surfw show NAME' shows one model"),
     ("serve --port http", 2, "Invalid value for '--port': 'http' is not a whole number from 0 to 65535"),
     ("chunk", 2, "name a checkpoint to chunk: a hub id such as org/name, a directory, or a storage URL"),
+    ("chunk ''", 2, "name a checkpoint to chunk: a hub id such as org/name, a directory, or a storage URL"),
     ("chunk list", 2, "list is no checkpoint here; did you mean 'surfw list'? For a directory write ./list"),
     ("chunk --list --prune", 2, "give one of --list and --prune at a time"),
     (

@@ -56,7 +56,7 @@ def test_a_trace_tiles_the_time_of_a_run(home: Path) -> None:
         assert {f"model.layers.{number}" for number in range(4)} <= layers
         assert [e["args"]["token"] for e in spans if e["cat"] == "token"] == [0, 1, 2]
         kinds = {e["cat"] for e in spans}
-        assert {"connect", "import", "prepare", "fetch", "verify", "stall", "compute"} <= kinds
+        assert {"connect", "import", "prepare", "fetch", "verify", "compute"} <= kinds  # and "stall", if it had to wait
         background = {e["cat"] for e in spans if e["tid"] > 2}
         assert background <= {"fetch", "verify", "decode", "copy"}
     assert any(e.get("cat") == "decode" for e in store["traceEvents"])
