@@ -84,7 +84,7 @@ class ReadAhead(SourceInFront):
         self._codec = codec if codec != "auto" else "none" if is_local_url(source.url) else "lossless"
         self._chunks: dict[str, tuple[str, asyncio.Task[View | None]]] = {}  # each in one form, by its codec
         self._begun: dict[str, bool] = {}  # chunks that had a turn, and whether they are on their way from far away
-        self._asked: set[str] = set()  # chunks of which the model wanted a view, and may fetch what it did not get
+        self._asked: set[str] = set()  # of `_chunks`: what the model wanted as a view; it fetches what it did not get
         self._waiting = 0  # how much the model waits for
         self._is_idle = asyncio.Event()
         self._kept: list[asyncio.Task[bool]] = []  # what is on its way to a place near by
@@ -162,18 +162,16 @@ class ReadAhead(SourceInFront):
         async with self._turn(self._turns, chunk, form):
             view = await self._source.view(self._manifest, chunk, form)
             if view is not None or form.stored_bytes > self._free_bytes:
-                self._begun[chunk.name] = False
                 return view
             self._free_bytes -= form.stored_bytes
-            memory = Buffer(form.stored_bytes).view[: form.stored_bytes]
-            read = Read(chunk, form, 0, form.stored_bytes, memory)
-            about = {"layer": chunk.name, "bytes": form.stored_bytes, "form": form.codec, "tier": "host"}
             try:
+                memory = Buffer(form.stored_bytes).view[: form.stored_bytes]
+                read = Read(chunk, form, 0, form.stored_bytes, memory)
+                about = {"layer": chunk.name, "bytes": form.stored_bytes, "form": form.codec, "tier": "host"}
                 with tracing.span("fetch", f"fetch {chunk.name}", **about):
                     await self._source.fetch(self._manifest, [read], priority=priority)
             except BaseException:
                 self._free_bytes += form.stored_bytes
-                self._begun[chunk.name] = False
                 raise
             return View(memory, lambda: None, is_mapped=False)
 
@@ -195,17 +193,14 @@ class ReadAhead(SourceInFront):
 
     async def view(self, manifest: Manifest, chunk: Chunk, form: Form) -> View | None:
         """The form's bytes, which may have been read."""
-        if manifest is not self._manifest:
+        codec, task = self._chunks.pop(chunk.name, ("", None)) if manifest is self._manifest else ("", None)
+        if task is None:
             return await self._source.view(manifest, chunk, form)
         self._asked.add(chunk.name)
-        codec, task = self._chunks.pop(chunk.name, ("", None))
-        if task is not None and codec == form.codec and chunk.name in self._begun:
+        if codec == form.codec and chunk.name in self._begun:
             with self._wait() if self._begun[chunk.name] else contextlib.nullcontext():
                 return await task
-        if task is not None:
-            await cancel_all([task])
-            if self._is_far(chunk, form):
-                return None
+        await cancel_all([task])
         return await self._source.view(manifest, chunk, form)
 
     def near(self, manifest: Manifest, chunk: Chunk) -> tuple[Form, ...]:
@@ -213,8 +208,9 @@ class ReadAhead(SourceInFront):
         near = self._source.near(manifest, chunk)
         if near or manifest is not self._manifest or not self._begun.get(chunk.name):
             return near
-        codec, _ = self._chunks.get(chunk.name, ("", None))
-        return tuple(form for form in chunk.forms if form.codec == codec)
+        codec, task = self._chunks.get(chunk.name, ("", None))
+        is_kept = task is not None and not (task.done() and (task.cancelled() or task.exception() or not task.result()))
+        return tuple(form for form in chunk.forms if is_kept and form.codec == codec)
 
     async def fetch(self, manifest: Manifest, reads: Sequence[Read], *, priority: int = 0) -> None:
         """Fill every read's destination; unless it was asked for as a view, what is kept in memory is not wanted."""

@@ -192,10 +192,13 @@ class Slow(Counting):
         self.here: set[str] = set()
         self.takes = True
         self.broken: set[str] = set()
+        self.unkept: set[str] = set()
 
     async def keep(self, manifest: Manifest, chunk: Chunk, form: Form, *, priority: int = 0) -> bool:
         self.asked.append(f"keep {chunk.name}")
         await self.arrives[chunk.name].wait()
+        if chunk.name in self.unkept:
+            raise StorageError("it cannot be kept")
         self.here |= {chunk.name} if self.takes else set()
         return self.takes
 
@@ -399,6 +402,7 @@ def test_what_could_not_be_kept_is_not_on_its_way(tmp_path: Path) -> None:
         slow.takes = False
         slow.delivers.set()
         slow.broken.add("layers.0")
+        slow.unkept.add("layers.3")
         for arrives in slow.arrives.values():
             arrives.set()
         async with ahead:

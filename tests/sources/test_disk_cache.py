@@ -135,7 +135,9 @@ def test_the_disk_is_filled_ahead_of_a_run_and_while_it_goes_on(tmp_path: Path) 
             ahead = ReadAhead(cache, manifest, None, goes_on=goes_on)
             await ahead.begin(memory_bytes=0)
             first = whole(manifest.chunks[0])
+            await ahead.view(manifest, first.chunk, first.form)  # nothing is read ahead, of which that could be a part
             await ahead.fetch(manifest, [first])
+            assert bool(ahead._kept) is goes_on
             assert bytes(first.destination) == payload(tmp_path / "store", manifest.chunks[0])
             waits = 0
             while goes_on and not all(cache.near(manifest, chunk) for chunk in manifest.chunks) and waits < 1000:
