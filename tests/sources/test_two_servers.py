@@ -18,7 +18,7 @@ from surfw.manifest import Manifest
 from surfw.models.client import WeightClient
 from surfw.source import ChunkSource
 from surfw.sources.failover import Failover
-from surfw.testing import FaultProxy
+from surfw.testing import Fault, FaultProxy
 from tests.servers import serve
 from tests.services import warm
 from tests.sources.counted import read_all
@@ -114,8 +114,10 @@ def test_a_server_that_is_back_within_the_deadline_is_all_it_takes(model: tuple[
         processes[-1].wait()
         processes.append(start(model[0], port))
 
+    pause = [Fault("delay", at=20 * MIB, amount=3)]  # so that it is killed before all of it is on its way
     try:
-        source = read_while([f"ws://127.0.0.1:{port}"], model, restart, deadline=60)
+        with FaultProxy(f"ws://127.0.0.1:{port}", [pause, pause], keeps_sent=False) as way:
+            source = read_while([way.url], model, restart, deadline=60)
     finally:
         processes[-1].terminate()
         processes[-1].wait(20)
