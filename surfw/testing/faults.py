@@ -236,6 +236,7 @@ class _Pump:
                     return
                 self.proxy.flowing.wait()
                 self.pass_on(data)
+        with contextlib.suppress(OSError):  # also after a reset: who waits at the other end has to know
             self.sink.shutdown(socket.SHUT_WR)
 
     def pass_on(self, data: bytes) -> None:
