@@ -241,6 +241,37 @@ def expect_base(adapter: Manifest, base: Manifest, *, where: str) -> None:
         )
 
 
+async def find_adapter(source: "ChunkSource", name: str, base: Manifest) -> Manifest:
+    """Return the manifest of an adapter that can be applied to a model.
+
+    Raises:
+        UnknownModelError: the source has none of this name.
+        ConfigurationError: it is no adapter.
+        ManifestError: it belongs to another base.
+    """
+    manifest = await source.manifest(await source.resolve(name))
+    if manifest.base is None:
+        raise ConfigurationError(
+            f"{manifest.name} is a whole model, and no adapter; chunk one with surfw chunk FOLDER --base "
+            f"{manifest.name}"
+        )
+    expect_base(manifest, base, where=source.url)
+    return manifest
+
+
+def refuse_second_adapter(manifest: Manifest, adapter: str | None) -> None:
+    """Check that no other adapter is wanted over a model that is one itself.
+
+    Raises:
+        ConfigurationError: one is.
+    """
+    if manifest.base is not None and adapter is not None:
+        raise ConfigurationError(
+            f"{manifest.name} is an adapter over {manifest.base.name} already; give {manifest.base.name} as the "
+            "model, or leave the other adapter out (adapter, --adapter)"
+        )
+
+
 async def find_base(source: "ChunkSource", adapter: Manifest) -> Manifest:
     """Return the manifest of the model that an adapter changes.
 

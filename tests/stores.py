@@ -21,6 +21,7 @@ def make_store(
     *,
     seed: int = 0,
     files: Mapping[str, bytes] = TOKENIZER,
+    vocabulary: int = 9,
 ) -> Manifest:
     """Write a model with one chunk of random bytes per size to the store at `path`, which is made if need be.
 
@@ -35,7 +36,7 @@ def make_store(
         name=name,
         class_name="ToyModel",
         dtype="uint8",
-        config={"model_type": "toy", "vocab_size": 9},
+        config={"model_type": "toy", "vocab_size": vocabulary},
         generation_config=None,
         files=tuple(write_file(path, file, data) for file, data in files.items()),
         ties={},

@@ -12,6 +12,7 @@ from surfw.config import count
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from surfw.manifest import Manifest
     from surfw.models.client import WeightClient
     from surfw.models.speculation import SpeculationFacts
     from surfw.models.streaming import StreamingModel
@@ -55,6 +56,31 @@ class Guessing:
             if value is not None:
                 raise Mistake(f"{name} does not go with {what}")
 
+    def check(self, client: WeightClient, manifest: Manifest, settings: Settings) -> None:
+        """Refuse a draft that is not there, or cannot guess for a model; torch is not imported for that.
+
+        Raises:
+            SurfwError: it is not, or cannot.
+        """
+        if self.draft is None:
+            return
+        from surfw.cli.sources import find_manifest
+        from surfw.codec import for_run
+        from surfw.models.client import WeightClient
+        from surfw.models.read_ahead import expect_vocabularies, vocabulary_size
+
+        if self.draft.startswith(_OWN_FORM):
+            for_run(manifest, self.draft.removeprefix(_OWN_FORM), where=client.url)
+            return
+        if _is_name(self.draft, client):
+            draft = find_manifest(client, self.draft)
+        else:
+            with WeightClient(_read_draft(self.draft, settings)) as other:
+                draft = find_manifest(other, None)
+        sizes = vocabulary_size(manifest), vocabulary_size(draft)
+        if sizes[0] is not None and sizes[1] is not None:
+            expect_vocabularies(manifest.name, sizes[0], draft.name, sizes[1])
+
     def begin(
         self, streaming: StreamingModel, client: WeightClient, settings: Settings, on_phase: Callable[[str], None]
     ) -> None:
@@ -71,8 +97,12 @@ class Guessing:
         if self.draft.startswith(_OWN_FORM) or _is_name(self.draft, client):
             streaming.speculate(draft=self.draft)
         else:
-            source = read_source(self.draft, seconds=settings.connect_timeout, tls=settings.tls)
-            streaming.speculate(draft_source=source)
+            streaming.speculate(draft_source=_read_draft(self.draft, settings))
+
+
+def _read_draft(address: str, settings: Settings) -> str:
+    """The source of a draft of its own."""
+    return read_source(address, seconds=settings.connect_timeout, tls=settings.tls)
 
 
 def _is_name(word: str, client: WeightClient) -> bool:

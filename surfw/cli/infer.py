@@ -4,6 +4,7 @@ import select
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -219,19 +220,19 @@ def _run(
             chosen.check_folder()
             start = time.perf_counter()
             view.phase("connecting" if chosen.is_server else "reading the manifest")
-            with (
-                connect(chosen, settings, explain=explain, check=check) as client,
-                open_model(client, settings, view.phase) as streaming,
-            ):
+            with ExitStack() as opened:
+                client = opened.enter_context(connect(chosen, settings, explain=explain, check=check))
+                guessing.check(client, client.manifest, settings)
+                streaming = opened.enter_context(open_model(client, settings, view.phase))
                 if make_request is None:
                     view.phase("measuring")
                     _explain_only(streaming, configuration, view, source, json=json)
                     return
                 guessing.begin(streaming, client, settings, view.phase)
                 seconds, queued = time.perf_counter() - start, queued_seconds()
-                opened = Opened(streaming, source, seconds, queued, lambda: ask_server(chosen, settings))
+                ready = Opened(streaming, source, seconds, queued, lambda: ask_server(chosen, settings))
                 report, explained = answer_request(
-                    opened, make_request(), configuration, view, explain=explain, json=json
+                    ready, make_request(), configuration, view, explain=explain, json=json
                 )
                 if json:
                     view.close()

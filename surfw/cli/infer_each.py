@@ -57,7 +57,7 @@ def answer_each(
     from surfw.cli import render
     from surfw.cli.infer_run import Opened, answer_request, ask_server
     from surfw.cli.infer_summary import queued_seconds
-    from surfw.cli.sources import choose_source, connect
+    from surfw.cli.sources import choose_source, connect, find_manifest
 
     settings = configuration.settings
     found: list[dict[str, Any]] = []
@@ -71,8 +71,10 @@ def answer_each(
         chosen.check_folder()
         view.phase("connecting" if chosen.is_server else "reading the manifest")
         client = opened.enter_context(connect(chosen, settings, explain=False, check=check))
-        for name in models[1:]:
-            check(_find_manifest(client, name))
+        guessing.check(client, client.manifest, settings)
+        for manifest in (find_manifest(client, name) for name in models[1:]):
+            check(manifest)
+            guessing.check(client, manifest, settings)
         for name in models:
             with make_view() if streaming else view as view:
                 start, queued = time.perf_counter(), queued_seconds()
@@ -88,21 +90,6 @@ def answer_each(
                     view.done(report)
     if json:
         render.print_json({"answers": found})
-
-
-def _find_manifest(client: "WeightClient", name: str) -> "Manifest":
-    """The manifest of a model, before anything is computed: it is there, and is what its name is pinned to."""
-    from surfw.source import ChunkSource, check_pin, split_pin
-
-    wanted, pin = split_pin(name)
-
-    async def find(source: ChunkSource) -> "Manifest":
-        manifest = await source.manifest(await source.resolve(wanted))
-        check_pin(manifest, pin, where=client.url)
-        source.expect_readable(manifest)
-        return manifest
-
-    return client.run(find)
 
 
 def _go_on(

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from surfw.manifest import Manifest
     from surfw.models.client import WeightClient
     from surfw.models.options import ConnectionOptions
+    from surfw.models.read_ahead import ReadAheadClient
     from surfw.models.streaming import StreamingModel
 
 DEMO = "demo"
@@ -210,7 +211,7 @@ def _holds_models(configuration: Configuration) -> bool:
 @contextlib.contextmanager
 def connect(
     chosen: "ChosenSource", settings: Settings, *, explain: bool, check: "Callable[[Manifest], None]" = lambda _: None
-) -> Iterator["WeightClient"]:
+) -> Iterator["ReadAheadClient"]:
     """Connect to the source without torch, let `check` see the manifest, and have the model read during the imports.
 
     Not its chunks, where they are cast to another dtype, are not all kept, or are to be measured.
@@ -226,10 +227,30 @@ def connect(
         memory_bytes=0 if is_streamed else budget,
         codec=settings.codec,
         budget_bytes=budget,
+        adapter=settings.adapter,
         **chosen.connection(settings),
     ) as client:
         client.begin(check)
         yield client
+
+
+def find_manifest(client: "WeightClient", name: str | None) -> "Manifest":
+    """The manifest of a model, before anything is imported: it is there, and is what its name is pinned to.
+
+    Raises:
+        SurfwError: it is not.
+    """
+    from surfw.source import ChunkSource, check_pin, split_pin
+
+    wanted, pin = split_pin(name)
+
+    async def find(source: ChunkSource) -> "Manifest":
+        manifest = await source.manifest(await source.resolve(wanted))
+        check_pin(manifest, pin, where=client.url)
+        source.expect_readable(manifest)
+        return manifest
+
+    return client.run(find)
 
 
 @contextlib.contextmanager

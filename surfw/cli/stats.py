@@ -67,7 +67,7 @@ def stats(
     if every is not None and not watch:
         raise Mistake("--every needs --watch; add it, or leave --every out")
     settings = configuration.settings
-    address = read_server(url) if url else f"ws://{DEFAULT_HOST}:{settings.port}"
+    address = read_server(url) if url is not None else f"ws://{DEFAULT_HOST}:{settings.port}"
     where, tls = display_url(address), options.tls_for(configuration, address)
 
     def look() -> "ServerStats":

@@ -21,7 +21,7 @@ from surfw.runtime.lora import AttachedLora
 from surfw.skeleton.build import Skeleton
 from surfw.skeleton.dtypes import torch_dtype
 from surfw.skeleton.lora import Lora, find_lora
-from surfw.source import ChunkSource, expect_base
+from surfw.source import find_adapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,10 +93,9 @@ class Adapters:
             UnsupportedModelError: it does not fit the model.
             SurfwError: it could not be read.
         """
-        manifest = self._client.run(lambda source: _find(source, name))
+        manifest = self._client.run(lambda source: find_adapter(source, name, self._base))
         if manifest.name in self._loaded:
             return manifest.name
-        expect_base(manifest, self._base, where=self._client.url)
         lora = _read(manifest, self._skeleton)
         dtypes = {one: dtype for one, dtype in lora.dtypes.items() if dtype != torch_dtype(manifest.tensors[one].dtype)}
         size_bytes = sum(buffer_capacity(buffer_bytes(chunk, dtypes)) for chunk in manifest.chunks)
@@ -153,16 +152,6 @@ class Adapters:
         finally:
             loader.close()
         return {name: tensor.detach().to(self._device) for name, tensor in tensors.items()}
-
-
-async def _find(source: ChunkSource, name: str) -> Manifest:
-    manifest = await source.manifest(await source.resolve(name))
-    if manifest.base is None:
-        raise ConfigurationError(
-            f"{manifest.name} is a whole model, and no adapter; chunk one with surfw chunk FOLDER --base "
-            f"{manifest.name}"
-        )
-    return manifest
 
 
 def _read(manifest: Manifest, skeleton: Skeleton) -> Lora:

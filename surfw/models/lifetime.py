@@ -29,7 +29,7 @@ from surfw.models.switching import switch_parts
 from surfw.runtime.run import Run, current_run, run_in_executor
 from surfw.skeleton.build import Skeleton
 from surfw.skeleton.default_dtype import runs
-from surfw.source import check_pin, find_base, split_pin
+from surfw.source import check_pin, find_base, refuse_second_adapter, split_pin
 from surfw.threads import refuse_event_loop
 
 T = TypeVar("T")
@@ -257,13 +257,8 @@ class ModelLifetime:
                 "an exact form of it (codec, --codec)"
             )
         if manifest.base is not None:
-            adapter = manifest.name
-            if self._settings.adapter is not None:
-                raise ConfigurationError(
-                    f"{adapter} is an adapter over {manifest.base.name} already; give {manifest.base.name} as the "
-                    "model, or leave the other adapter out (adapter, --adapter)"
-                )
-            found_adapter = manifest
+            refuse_second_adapter(manifest, self._settings.adapter)
+            found_adapter, adapter = manifest, manifest.name
             manifest = self._client.run(lambda source: find_base(source, found_adapter))
         found = manifest.config.get("model_type")
         if self.model_types and found not in self.model_types:

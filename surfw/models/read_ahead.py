@@ -27,7 +27,17 @@ from surfw.models.client import WeightClient
 from surfw.models.places import Place
 from surfw.runtime.buffers import Buffer
 from surfw.runtime.memory import find_default_budget
-from surfw.source import ChunkSource, Read, SourceInFront, View, check_pin, find_base, split_pin
+from surfw.source import (
+    ChunkSource,
+    Read,
+    SourceInFront,
+    View,
+    check_pin,
+    find_adapter,
+    find_base,
+    refuse_second_adapter,
+    split_pin,
+)
 from surfw.storage.origins import is_local_url
 from surfw.threads import cancel_all
 
@@ -95,7 +105,7 @@ class ReadAhead(SourceInFront):
 
     async def begin(self, *, memory_bytes: int, check: Callable[[Manifest], None] = lambda _: None) -> None:
         """Have `check` look at the manifest. Then begin to read the files, and the chunks if they fit into memory."""
-        check(self._manifest)
+        check(self._stored)
         for file in self._manifest.files:
             self._files[file.path] = _start(self._source.file(self._manifest, file.path))
         fits = sum(chunk.payload_bytes for chunk in self._manifest.chunks) <= memory_bytes // _MODEL_SHARE
@@ -123,8 +133,9 @@ class ReadAhead(SourceInFront):
 
     def _is_far(self, chunk: Chunk, form: Form) -> bool:
         """Whether a form can be decoded in parts, and none of it is on this machine."""
-        near = {one.codec for one in self._source.near(self._manifest, chunk)}
-        return form.codec == "lossless" and not is_local_url(self.url) and form.codec not in near
+        if form.codec != "lossless" or is_local_url(self.url):
+            return False
+        return form.codec not in {one.codec for one in self._source.near(self._manifest, chunk)}
 
     @contextlib.asynccontextmanager
     async def _turn(self, turns: asyncio.Semaphore, chunk: Chunk, form: Form) -> AsyncIterator[None]:
@@ -201,6 +212,8 @@ class ReadAhead(SourceInFront):
             with self._wait() if self._begun[chunk.name] else contextlib.nullcontext():
                 return await task
         await cancel_all([task])
+        if not task.cancelled() and not task.exception() and (view := task.result()) and not view.is_mapped:
+            self._free_bytes += len(view.memory)
         return await self._source.view(manifest, chunk, form)
 
     def near(self, manifest: Manifest, chunk: Chunk) -> tuple[Form, ...]:
@@ -240,7 +253,13 @@ class ReadAhead(SourceInFront):
 
 
 class ReadAheadClient(WeightClient):
-    """A client for one model, of which much is read before the model is opened; otherwise as any `WeightClient`."""
+    """A client for one model, of which much is read before the model is opened; otherwise as any `WeightClient`.
+
+    Attributes:
+        manifest: of the model, or of the base of the adapter that it is, from `begin` on.
+    """
+
+    manifest: Manifest
 
     def __init__(
         self,
@@ -250,6 +269,7 @@ class ReadAheadClient(WeightClient):
         memory_bytes: int | None,
         codec: CodecChoice = "auto",
         budget_bytes: int | None = None,
+        adapter: str | None = None,
         **connection: "Unpack[ConnectionOptions]",
     ) -> None:
         """Note where the weights are; nothing is contacted before `begin`.
@@ -260,6 +280,7 @@ class ReadAheadClient(WeightClient):
             memory_bytes: what its weights may take; None for what is there, 0 to read no chunks ahead.
             codec: as of `StreamingBaseModel`.
             budget_bytes: of the model, if it has one: with a small one, a disk cache is not filled while it runs.
+            adapter: the name of one that will be applied: it has to be there, and to belong to the model.
             **connection: as of `WeightClient`.
         """
         super().__init__(source, **connection)
@@ -275,6 +296,10 @@ class ReadAheadClient(WeightClient):
                 check_pin(found, pin, where=opened.url)
                 base = found if found.base is None else await find_base(opened, found)
                 opened.expect_readable(base)
+                refuse_second_adapter(found, adapter)
+                if adapter is not None:
+                    await find_adapter(opened, adapter, base)
+                self.manifest = base
                 return ReadAhead(opened, base, wanted, codec, adapter=found.name, goes_on=goes_on)
             except BaseException:
                 await opened.close()
@@ -315,6 +340,19 @@ def expect_ids(ids: Sequence[int], vocabulary: int, name: str) -> None:
             )
 
 
+def expect_vocabularies(name: str, size: int, draft: str, draft_size: int) -> None:
+    """Check that the vocabularies of a model and of its draft are of one size.
+
+    Raises:
+        ConfigurationError: they are not.
+    """
+    if size != draft_size:
+        raise ConfigurationError(
+            f"the draft {draft} has a vocabulary of {draft_size} tokens, and {name} one of {size}; give a draft with "
+            "the same tokenizer"
+        )
+
+
 def expect_prompt(manifest: Manifest, ids: Sequence[int] | None) -> None:
     """Check a prompt against a manifest, as far as that tells: what is refused here needs no torch to be refused.
 
@@ -325,14 +363,20 @@ def expect_prompt(manifest: Manifest, ids: Sequence[int] | None) -> None:
     Raises:
         ConfigurationError: the model has no tokenizer, or an id is not in its vocabulary.
     """
-    parts = [one for one in manifest.config.values() if isinstance(one, Mapping)]
-    vocabulary = manifest.config.get("vocab_size")
-    if not isinstance(vocabulary, int) or any("vocab_size" in one for one in parts):
+    vocabulary = vocabulary_size(manifest)
+    if vocabulary is None:
         return
     if ids is not None:
         expect_ids(ids, vocabulary, manifest.name)
     elif not manifest.files:
         raise no_tokenizer(manifest.name)
+
+
+def vocabulary_size(manifest: Manifest) -> int | None:
+    """The size of a model's vocabulary, in tokens; None where it has none, or several."""
+    parts = [one for one in manifest.config.values() if isinstance(one, Mapping)]
+    vocabulary = manifest.config.get("vocab_size")
+    return vocabulary if isinstance(vocabulary, int) and not any("vocab_size" in one for one in parts) else None
 
 
 def no_tokenizer(name: str) -> ConfigurationError:

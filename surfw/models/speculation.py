@@ -22,6 +22,7 @@ from transformers.generation.candidate_generator import CandidateGenerator
 from surfw.errors import ConfigurationError
 from surfw.metrics import Metrics
 from surfw.models.pace import MOST_LOST, Pace
+from surfw.models.read_ahead import expect_vocabularies
 
 if TYPE_CHECKING:
     from surfw.models.base import StreamingBaseModel
@@ -260,11 +261,7 @@ def expect_draft(model: "StreamingBaseModel", draft: "StreamingBaseModel") -> No
             f"({model.manifest.class_name}); give another draft"
         )
     sizes = [one.config.get_text_config(decoder=True).vocab_size for one in (made, guesser)]
-    if sizes[0] != sizes[1]:
-        raise ConfigurationError(
-            f"the draft {other} has a vocabulary of {sizes[1]} tokens, and {name} one of {sizes[0]}; give a draft with "
-            "the same tokenizer"
-        )
+    expect_vocabularies(name, sizes[0], other, sizes[1])
     if made.device != guesser.device:
         raise ConfigurationError(
             f"the draft {other} computes on {guesser.device}, and {name} on {made.device}; open both on one device"

@@ -14,7 +14,7 @@ import fsspec
 
 from surfw.config import PIECE_BYTES, display_url
 from surfw.errors import ConfigurationError, NotFoundError, StorageError
-from surfw.files import expand_home, open_regular, read_regular
+from surfw.files import expand_home, open_regular, read_regular, user_name
 from surfw.storage.base import ChangedObjectError, check_key, check_prefix
 from surfw.storage.fsspec_backend import FsspecBackend, translate_errors
 from surfw.threads import in_thread
@@ -48,6 +48,20 @@ class FilesystemBackend(FsspecBackend):
 
     def _open(self, **options: Any) -> tuple[Any, str]:
         return fsspec.filesystem("file", **options), self._address  # a path is no URL, whatever characters it has
+
+    def expect_writable(self) -> None:
+        """See early, without writing anything, that the folder can be written, or made.
+
+        Raises:
+            StorageError: it cannot.
+        """
+        nearest = next(path for path in (self.base, *self.base.parents) if os.path.lexists(path))
+        may_write = os.access(nearest, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids)
+        if nearest.is_dir() and not may_write:
+            raise StorageError(
+                f"{self.base} cannot be written: user {user_name()} may not write into {nearest}; give that user the "
+                "rights, or use another folder"
+            )
 
     def local_path(self, key: str) -> Path | None:
         """The object's file."""
@@ -204,7 +218,10 @@ def create_file(path: Path) -> int:
         with suppress(FileNotFoundError):
             path.parent.mkdir(parents=True, exist_ok=True)
             return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    raise StorageError(f"{path} cannot be made: no folder can be made there, or something removes it again and again")
+    raise StorageError(
+        f"{path.parent} cannot be made: no folder can be made there, or something removes it again and again; use "
+        "another place"
+    )
 
 
 def forget_pages(fd: int) -> None:

@@ -15,6 +15,7 @@ from surfw.cli.app import app
 from surfw.storage import FilesystemBackend, Store
 from tests import pages, regenerate
 from tests.cli.run import environment, surfw
+from tests.stores import make_store
 
 
 @pytest.mark.parametrize("command", [[], ["chunk"], ["serve"], ["infer"], ["stats"], ["bench"]])
@@ -97,6 +98,8 @@ def test_usage_lines_name_arguments_in_one_way() -> None:
 
 def test_what_can_be_refused_at_once_is_refused_before_torch_is_imported(tmp_path: Path) -> None:
     asyncio.run(Store(FilesystemBackend(tmp_path / "store")).create())
+    make_store(tmp_path / "models", "small")
+    make_store(tmp_path / "other", "larger", vocabulary=10)
     (tmp_path / "my-model").mkdir()
     (tmp_path / "my-model" / "config.json").write_text("{}")
     (tmp_path / "my-model" / "model-00001-of-00002.safetensors").touch()
@@ -111,6 +114,12 @@ def test_what_can_be_refused_at_once_is_refused_before_torch_is_imported(tmp_pat
         "infer ./store a --model nosuch": "/store holds no model yet; put one there with ",
         "infer --prompt a --source ./nosuch": "(named with --source)\nsurfw: error: there is no folder ",
         "infer --prompt a --source ./store --model nosuch": "/store holds no model yet; put one there with ",
+        "infer ./models a --adapter nosuch": "/models has no model 'nosuch'; it has: small",
+        "infer ./models a --adapter small": "small is a whole model, and no adapter; chunk one with",
+        "infer ./models a --draft nosuch": "/models has no model 'nosuch'; it has: small",
+        "infer ./models a --draft self:int4": "small is stored as none in",
+        "infer ./models a --draft ./nosuch": "there is no folder ",
+        "infer ./models a --draft ./other": "the draft larger has a vocabulary of 10 tokens, and small one of 9",
         "chunk ./my-model --name ../x": "model name '../x' cannot be used",
         "chunk ./my-model --dtype bfloat61": "--dtype is 'bfloat61', expected one of float32",
         "chunk ./my-model --in-place --store memory://x": "a remote store, which cannot point at local files",

@@ -396,6 +396,26 @@ def test_a_chunk_that_is_wanted_in_another_form_is_not_read_ahead(tmp_path: Path
     asyncio.run(asyncio.wait_for(run(), 60))
 
 
+def test_what_arrived_in_another_form_than_is_wanted_takes_no_memory_any_more(tmp_path: Path) -> None:
+    made = make_store(tmp_path, sizes=[MIB, MIB])
+    other = [replace(chunk.forms[0], codec="lossless") for chunk in made.chunks]
+    both = [replace(chunk, forms=(*chunk.forms, form)) for chunk, form in zip(made.chunks, other, strict=True)]
+    manifest = replace(made, chunks=tuple(both))
+
+    async def run() -> None:
+        _, ahead = await open_ahead(tmp_path, manifest, is_far=True)
+        async with ahead:
+            await ahead.begin(memory_bytes=PLENTY)
+            free = ahead._free_bytes
+            await settle(ahead)
+            taken = free - ahead._free_bytes
+            assert taken == sum(chunk.forms[0].stored_bytes for chunk in made.chunks)
+            assert await ahead.view(manifest, manifest.chunks[0], other[0]) is None
+            assert free - ahead._free_bytes == made.chunks[1].forms[0].stored_bytes
+
+    asyncio.run(run())
+
+
 def test_what_could_not_be_kept_is_not_on_its_way(tmp_path: Path) -> None:
     async def run() -> None:
         slow, ahead, manifest = await open_slow(tmp_path)

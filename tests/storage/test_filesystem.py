@@ -210,6 +210,21 @@ def test_a_folder_that_never_stays_ends_in_an_error(tmp_path: Path, monkeypatch:
         create_file(tmp_path / "partial" / "x")
 
 
+def test_a_folder_that_cannot_be_written_is_told_before_anything_is(tmp_path: Path) -> None:
+    backend = FilesystemBackend(tmp_path / "closed" / "store", create=False)
+    backend.expect_writable()
+    (tmp_path / "closed").mkdir(mode=0o500)
+    user = os.geteuid()
+    if user == 0:  # who may write anywhere
+        os.seteuid(65534)
+    try:
+        with pytest.raises(StorageError, match=r"closed/store cannot be written: user .* may not write into /"):
+            backend.expect_writable()
+    finally:
+        os.seteuid(user)
+    assert list((tmp_path / "closed").iterdir()) == []
+
+
 def test_a_file_that_ends_early_is_named(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"12345")
     memory = bytearray(4)
