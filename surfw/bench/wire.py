@@ -3,8 +3,8 @@
 Both have two processes and loopback between them, and move the same chunks one after the other into the same memory.
 Each round measures the raw socket, surfw without verification (for this comparison only) and surfw as users run it,
 each of them five times in turn, so that whatever else the machine does falls on all of them, and keeps the median of
-each. It has servers, connections and memory of its own, because a process is faster or slower all its life by where its
-memory lies: rounds in one process agree more than runs do.
+each. It has processes of its own, for the client as for the servers, because a process is faster or slower all its life
+by where its memory lies: rounds in one process agree more than runs do.
 """
 
 import asyncio
@@ -15,20 +15,21 @@ import socket
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import psutil
 
 from surfw.bench.result import Result, Row, describe_machine, rate_row, summarise_rates
 from surfw.client import WireSource, open_wire_source, read_stats
 from surfw.config import GB, MB
+from surfw.errors import SurfwError
 from surfw.manifest import Chunk, Form, Location, Manifest, TensorInfo, digest_blocks
 from surfw.server import WeightServer
 from surfw.source import Read
@@ -46,8 +47,13 @@ _TURNS = 5
 class _Peer:
     """A server process, and the port it listens on."""
 
-    process: psutil.Process
+    pid: int
     port: int
+
+    @property
+    def process(self) -> psutil.Process:
+        """The process."""
+        return psutil.Process(self.pid)
 
     def cpu_seconds(self) -> float:
         """The CPU time it has used."""
@@ -80,6 +86,12 @@ class _Series:
         self.client_cpu += time.process_time() - client_cpu
         self.server_cpu += server.cpu_seconds() - server_cpu
 
+    def add(self, other: "_Series") -> None:
+        """Add the rounds of another process."""
+        self.rounds += other.rounds
+        self.client_cpu += other.client_cpu
+        self.server_cpu += other.server_cpu
+
     @property
     def turns(self) -> list[float]:
         """The seconds of all turns."""
@@ -91,14 +103,15 @@ class _Series:
         return [statistics.median(turns) for turns in self.rounds]
 
 
-def bench_wire(*, rounds: int = 9, sizes: Sequence[int] = SIZES) -> Result:
+def bench_wire(*, rounds: int = 9, sizes: Sequence[int] = SIZES, fetch: "Fetch | None" = None) -> Result:
     """Measure.
 
     Args:
         rounds: how often each way is measured, with new processes; medians are reported.
         sizes: bytes of each chunk; all of them are held in memory by each server and by the client.
+        fetch: how surfw's client gets a chunk, if not by `fetch_chunk`; a function that other processes can import.
     """
-    raw, unverified, verified = _Series(), _Series(), _Series()
+    all_series = [_Series(), _Series(), _Series()]
     with tempfile.TemporaryDirectory(prefix="surfw-bench-") as place:
         manifest = asyncio.run(write_store(Path(place), sizes))
         for _ in range(rounds):
@@ -106,40 +119,61 @@ def bench_wire(*, rounds: int = 9, sizes: Sequence[int] = SIZES) -> Result:
                 peer(serve_store, place, (sum(sizes) + _SPARE_BYTES) / MB) as server,
                 peer(_serve_raw, place, manifest) as raw_server,
             ):
-                asyncio.run(_measure(sizes, server, raw_server, raw=raw, unverified=unverified, verified=verified))
-    return Result(benchmark="wire", machine=describe_machine(), rows=_rows(sum(sizes), raw, unverified, verified))
+                here, there = multiprocessing.Pipe(duplex=False)
+                with here, spawned(_run_client, sizes, server, raw_server, fetch or fetch_chunk, there):
+                    there.close()
+                    for series, found in zip(all_series, _receive(here), strict=True):
+                        series.add(found)
+    return Result(benchmark="wire", machine=describe_machine(), rows=_rows(sum(sizes), *all_series))
+
+
+def _receive(connection: Connection) -> "Sequence[_Series]":
+    """What the client measured.
+
+    Raises:
+        RuntimeError: it could not measure.
+    """
+    try:
+        found, problem = connection.recv()
+    except EOFError:
+        raise RuntimeError("the client's process ended; nothing was measured") from None
+    if problem:
+        raise RuntimeError(problem)
+    return cast("Sequence[_Series]", found)
+
+
+def _run_client(sizes: Sequence[int], server: _Peer, raw_server: _Peer, fetch: "Fetch", to: Connection) -> None:
+    """Measure a round, and send what was found, or what was wrong; runs in a process of its own."""
+    try:
+        to.send((asyncio.run(_measure(sizes, server, raw_server, fetch)), ""))
+    except (OSError, RuntimeError, SurfwError) as exc:
+        to.send(((), str(exc)))
 
 
 async def _measure(
-    sizes: Sequence[int], server: _Peer, raw_server: _Peer, *, raw: _Series, unverified: _Series, verified: _Series
-) -> None:
-    """Add a round to the series of the raw socket, of surfw unverified and of surfw verified."""
+    sizes: Sequence[int], server: _Peer, raw_server: _Peer, fetch: "Fetch"
+) -> tuple[_Series, _Series, _Series]:
+    """A round of the raw socket, of surfw unverified and of surfw verified."""
+    raw, unverified, verified = _Series([[]]), _Series([[]]), _Series([[]])
     url = f"ws://127.0.0.1:{server.port}"
     with socket.create_connection(("127.0.0.1", raw_server.port)) as connection:
         async with await open_wire_source(url) as source, await open_wire_source(url) as blind:
             blind.unverified_for_measurement_only = True
             manifest = await source.manifest(BENCH_MODEL)
             memory = [memoryview(bytearray(b"\1") * size) for size in sizes]
-            await fetch_chunks(source, manifest, memory)
+            await fetch_chunks(source, manifest, memory, fetch)
             _receive_raw(connection, memory)
             misses = await asyncio.to_thread(server.cache_misses)
-            for series in (raw, unverified, verified):
-                series.rounds.append([])
             for _ in range(_TURNS):
                 with raw.measure(raw_server):
                     _receive_raw(connection, memory)
                 with unverified.measure(server):
-                    await fetch_chunks(blind, manifest, memory)
+                    await fetch_chunks(blind, manifest, memory, fetch)
                 with verified.measure(server):
-                    await fetch_chunks(source, manifest, memory)
+                    await fetch_chunks(source, manifest, memory, fetch)
             if await asyncio.to_thread(server.cache_misses) != misses:
                 raise RuntimeError("the server's cache did not hold the chunks; nothing was measured")
-
-
-async def fetch_chunks(source: WireSource, manifest: Manifest, memory: Sequence[memoryview]) -> None:
-    """Fetch the first chunks, one after the other, each into its memory."""
-    for index, destination in enumerate(memory):
-        await fetch_chunk(source, manifest, index, destination)
+    return raw, unverified, verified
 
 
 async def fetch_chunk(source: WireSource, manifest: Manifest, index: int, destination: memoryview) -> None:
@@ -147,6 +181,18 @@ async def fetch_chunk(source: WireSource, manifest: Manifest, index: int, destin
     chunk = manifest.chunks[index]
     form = chunk.forms[0]
     await source.fetch(manifest, [Read(chunk, form, 0, form.stored_bytes, destination)])
+
+
+Fetch = Callable[[WireSource, Manifest, int, memoryview], Awaitable[None]]
+"""Fetches the chunk of this number into memory."""
+
+
+async def fetch_chunks(
+    source: WireSource, manifest: Manifest, memory: Sequence[memoryview], fetch: Fetch = fetch_chunk
+) -> None:
+    """Fetch the first chunks, one after the other, each into its memory."""
+    for index, destination in enumerate(memory):
+        await fetch(source, manifest, index, destination)
 
 
 def _receive_raw(connection: socket.socket, memory: Sequence[memoryview]) -> None:
@@ -193,7 +239,8 @@ def peer(function: Callable[..., None], *arguments: Any) -> Iterator[_Peer]:
     port, ready = multiprocessing.Pipe(duplex=False)
     with port, spawned(function, *arguments, ready) as process:
         ready.close()
-        yield _Peer(psutil.Process(process.pid), port.recv())
+        assert process.pid is not None, "it was started"
+        yield _Peer(process.pid, port.recv())
 
 
 @contextmanager
