@@ -122,7 +122,7 @@ def test_bench_codec_measures_what_it_says() -> None:
     rows = {one.name: one for one in found.rows}
     assert list(rows) == [
         "copying the payload", "Blosc alone, encoding", "encode", "Blosc alone, decoding", "decode",
-        "decode in 2 threads", "coded bytes",
+        "Blosc alone, decoding in 2 threads", "decode in 2 threads", "coded bytes",
     ]  # fmt: skip
     for name in ("encode", "decode", "decode in 2 threads"):
         assert len(rows[name].ratios) == 2
