@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from surfw.cli.guessing import Guessing
     from surfw.cli.infer_view import View
     from surfw.manifest import Manifest
-    from surfw.models.client import WeightClient
     from surfw.models.inference import InferenceRequest
+    from surfw.models.read_ahead import ReadAheadClient
     from surfw.models.streaming import StreamingModel
     from surfw.settings import Settings
 
@@ -93,7 +93,7 @@ def answer_each(
 
 
 def _go_on(
-    streaming: "StreamingModel | None", client: "WeightClient", settings: "Settings", view: "View", opened: ExitStack
+    streaming: "StreamingModel | None", client: "ReadAheadClient", settings: "Settings", view: "View", opened: ExitStack
 ) -> "StreamingModel":
     """Open a model: in the place of the one before, where there is one."""
     from surfw.cli.sources import open_model

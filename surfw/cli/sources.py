@@ -29,6 +29,7 @@ from surfw.errors import ConfigurationError, StorageError, SurfwError, WireError
 from surfw.files import expand_home
 from surfw.manifest import VERSION
 from surfw.settings import SettingOrigin, Settings
+from surfw.threads import sleep_when_idle
 
 if TYPE_CHECKING:
     from surfw.manifest import Manifest
@@ -231,6 +232,8 @@ def connect(
         **chosen.connection(settings),
     ) as client:
         client.begin(check)
+        if settings.device == "cpu" and (settings.cache_layers is not None or client.streams):
+            sleep_when_idle()
         yield client
 
 

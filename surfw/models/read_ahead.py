@@ -54,6 +54,9 @@ _MODEL_SHARE = 2
 _AMPLE_BYTES = 512 * MB
 """A budget that has room for what a disk cache is filled through while the model runs."""
 
+_LEAST_STREAMED = 1.1
+"""Weights are streamed if they take so many times the budget; of a little less, rows of embeddings may be all."""
+
 _AT_A_TIME = 2
 _KEPT_SHARE = 8
 """What is read into memory of our own counts as in use when the model's budget is calculated: a small part of it."""
@@ -306,7 +309,8 @@ class ReadAheadClient(WeightClient):
                 raise
 
         self._open_source = open_ahead
-        self._memory_bytes = memory_bytes
+        self._memory_bytes, self._budget_bytes = memory_bytes, budget_bytes
+        self._codec = codec
 
     def begin(self, check: Callable[[Manifest], None] = lambda _: None) -> None:
         """Open the source, read the manifest, and begin to read the rest, if `check` does not refuse the manifest.
@@ -321,6 +325,17 @@ class ReadAheadClient(WeightClient):
             await source.begin(memory_bytes=memory, check=check)
 
         self.run(begin)
+
+    @property
+    def streams(self) -> bool:
+        """Whether a good part of the weights will be read in every pass, because the budget is too small for them."""
+        run = for_run(self.manifest, self._codec, where=self.url)
+        sizes = [
+            next((form.stored_bytes for form in chunk.forms if form.is_packed), chunk.payload_bytes)
+            for chunk in run.chunks
+        ]
+        budget = find_default_budget().budget_bytes if self._budget_bytes is None else self._budget_bytes
+        return sum(sizes) > _LEAST_STREAMED * budget
 
 
 def expect_ids(ids: Sequence[int], vocabulary: int, name: str) -> None:

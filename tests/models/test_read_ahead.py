@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from surfw import ModelChunker
 from surfw.codec import choose_form
 from surfw.config import MIB
 from surfw.errors import IntegrityError, ModelClosedError, StorageError, UnknownModelError
@@ -15,6 +16,7 @@ from surfw.models.read_ahead import ReadAhead, ReadAheadClient
 from surfw.source import ChunkSource, Read, View
 from surfw.storage import FilesystemBackend
 from surfw.storage.store_source import open_storage_source
+from tests.checkpoints import save_llama
 from tests.stores import TOKENIZER, make_store
 
 PLENTY = 1 << 40
@@ -499,6 +501,20 @@ def test_an_interrupted_import_closes_the_source(tmp_path: Path) -> None:
     assert opened[0].asked[-1] == "close"
     with pytest.raises(ModelClosedError):
         client.models()
+
+
+def test_whether_weights_will_be_streamed(tmp_path: Path) -> None:
+    make_store(tmp_path, sizes=[MIB] * 4)
+    for budget, streams in ((3 * MIB, True), (4 * MIB - 1, False), (None, False)):
+        with ReadAheadClient(tmp_path, None, memory_bytes=0, budget_bytes=budget) as client:
+            client.begin()
+            assert client.streams is streams
+    packed = tmp_path / "packed"
+    ModelChunker(save_llama(tmp_path / "words"), packed, codecs=("none", "int4")).chunk_model_sync()
+    with ReadAheadClient(packed, None, memory_bytes=0, codec="int4", budget_bytes=500_000) as client:
+        client.begin()
+        assert sum(chunk.payload_bytes for chunk in client.manifest.chunks) > 700_000
+        assert not client.streams, "they take less"
 
 
 def test_a_model_that_is_not_there(tmp_path: Path) -> None:
