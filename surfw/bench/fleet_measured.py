@@ -206,7 +206,7 @@ async def _read_all(reader: _Reader, end: Connection) -> list[_Lap]:
 async def _read(source: ChunkSource, manifest: Manifest, fleet: Fleet, at: float) -> _Lap:
     """One client's passes, from a moment of the machine's monotonic clock on."""
     await asyncio.sleep(at - time.monotonic())
-    kept = {name for name, chunk in zip(fleet.names, manifest.chunks, strict=True) if name in fleet.kept()}
+    kept = fleet.kept()
     of_name = dict(zip(fleet.names, manifest.chunks, strict=True))
     await source.announce(manifest, manifest.chunks, [of_name[name] for name in kept])
     memory = [memoryview(bytearray(fleet.chunk_bytes)) for _ in range(AHEAD_CHUNKS)]

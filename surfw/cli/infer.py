@@ -3,7 +3,7 @@
 import select
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -260,12 +260,6 @@ def _expect_texts(stop: list[str] | None, pair: list[str] | None) -> None:
     for texts, hint, what in ((stop, "--stop", "a text that ends the generation"), (pair, "--pair", "a second text")):
         if "" in (texts or ()):
             raise typer.BadParameter(f"{what} cannot be empty", param_hint=hint)
-
-
-def _begins_chat(prompt: str | None, ids: list[int] | None, *, others: Sequence[object]) -> bool:
-    """Whether there is nothing to answer, somebody to talk to, and no option that a chat has no use for."""
-    is_open = prompt is None and ids is None and not any(others)
-    return is_open and chat.sees_person() and sys.stdout.isatty()
 
 
 def _parse_ids(text: str | None) -> list[int] | None:

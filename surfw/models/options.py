@@ -119,7 +119,7 @@ def budget_bytes(memory_budget: int | str | None, name: str = "memory_budget") -
     if memory_budget is None:
         return None
     if isinstance(memory_budget, str) and (meant := suggest_size(memory_budget)):
-        raise ConfigurationError(f"memory_budget is {memory_budget!r}, which is bytes; did you mean {meant!r}?")
+        raise ConfigurationError(f"{name} is {memory_budget!r}, which is bytes; did you mean {meant!r}?")
     size = parse_size(memory_budget) if isinstance(memory_budget, str) and is_size(memory_budget) else memory_budget
     if isinstance(size, bool) or not isinstance(size, int) or size <= 0:
         raise ConfigurationError(

@@ -71,5 +71,6 @@ class Buffer:
     def over(cls, view: memoryview) -> "Buffer":
         """Memory that another object maps: page-aligned, and of whole pages."""
         buffer = cls.__new__(cls)
-        buffer.capacity_bytes, buffer.is_locked, buffer.view = view.nbytes, False, view
+        buffer.capacity_bytes, buffer.view = view.nbytes, view
+        buffer.is_locked = buffer.is_shared = False
         return buffer

@@ -275,7 +275,8 @@ class DiskCache(SourceInFront):
         except StorageError:
             return list(range(*_blocks(read)))  # it was removed, cut off, or the disk is broken
         damaged = sorted(check.damaged)
-        self.near_bytes += read.stop - read.start - len(damaged) * BLOCK_BYTES
+        spoiled = sum(min((block + 1) * BLOCK_BYTES, read.stop) - block * BLOCK_BYTES for block in damaged)
+        self.near_bytes += read.stop - read.start - spoiled
         await self._forget(read.chunk, read.form, blob, damaged)
         return damaged
 

@@ -29,16 +29,19 @@ def stream_objects(objects: list[str], backend: S3Backend) -> float:
     Raises:
         SurfwError: it fails.
     """
-    done = subprocess.run(
-        [sys.executable, "-m", "surfw.bench.peers.runai"],
-        input="\n".join(objects),
-        capture_output=True,
-        text=True,
-        errors="replace",
-        timeout=_PATIENCE_SECONDS,
-        check=False,
-        env=os.environ | _environment(backend),
-    )
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "surfw.bench.peers.runai"],
+            input="\n".join(objects),
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_PATIENCE_SECONDS,
+            check=False,
+            env=os.environ | _environment(backend),
+        )
+    except subprocess.TimeoutExpired as exc:
+        raise SurfwError(f"Run:ai Model Streamer was not ready after {_PATIENCE_SECONDS} s") from exc
     lines = done.stdout.splitlines()
     if done.returncode or not lines:
         raise SurfwError(f"Run:ai Model Streamer {describe_end(done.returncode, done.stderr)}")
