@@ -1,8 +1,8 @@
-"""A storage of your own: chunk a model into a dictionary, serve it from there, and run it.
+"""A custom storage backend: chunk a model into a dictionary, serve it from there, and run it.
 
     python examples/custom_backend.py
 
-It needs no hub: the model is the small one that comes with surfw. A backend is tested with `surfw.testing`.
+It works offline, with the small model that comes with surfw. Test your own backends with `surfw.testing`.
 """
 
 import asyncio
@@ -12,35 +12,35 @@ from surfw import ModelChunker, NotFoundError, StorageBackend, StreamingModel, W
 
 
 class DictBackend(StorageBackend):
-    """Objects in a dictionary: the four methods that a backend needs."""
+    """A backend that stores objects in a dictionary, with only the four required methods."""
 
     url = "a dictionary"
 
     def __init__(self) -> None:
-        """Start empty."""
+        """Create an empty storage."""
         self.objects: dict[str, bytes] = {}
 
     async def load(self, key: str) -> bytes:
-        """The whole object."""
+        """Return the whole object."""
         if key not in self.objects:
             raise NotFoundError(f"{key} is not in the dictionary")
         return self.objects[key]
 
     async def save(self, key: str, data: bytes | BinaryIO) -> None:
-        """Keep an object; large ones come as a binary file."""
+        """Store an object; large objects are passed as a binary file."""
         self.objects[key] = data if isinstance(data, bytes) else data.read()
 
     async def exists(self, key: str) -> bool:
-        """Whether the object is there."""
+        """Return whether the object exists."""
         return key in self.objects
 
     async def list(self, prefix: str = "") -> list[str]:
-        """The keys that start with the prefix."""
+        """Return the keys that start with the prefix."""
         return [key for key in self.objects if key.startswith(prefix)]
 
 
 async def main() -> None:
-    """From the checkpoint to a sentence."""
+    """Chunk, serve and run the model."""
     backend = DictBackend()
     chunker = ModelChunker(str(demo_checkpoint()), storage_backend=backend)
     await chunker.chunk_model()

@@ -1,4 +1,4 @@
-"""A model class of one's own, which transformers does not know: chunked, streamed, and equal to the resident model.
+"""Chunk and stream a custom model class that transformers does not know, and compare it with the resident model.
 
 python examples/custom_model.py
 """
@@ -25,7 +25,7 @@ class TinyConfig(PreTrainedConfig):
 
 
 class TinyMixer(PreTrainedModel):
-    """Embeddings, and a list of layers: what surfw looks for is the `ModuleList`."""
+    """Embeddings and a list of layers; surfw finds the layers by the `ModuleList`."""
 
     config_class = TinyConfig
 
@@ -37,7 +37,7 @@ class TinyMixer(PreTrainedModel):
         self.post_init()
 
     def forward(self, input_ids: torch.Tensor) -> BaseModelOutput:
-        """States of shape (batch, tokens, width), of ids of shape (batch, tokens)."""
+        """Return states of shape (batch, tokens, width) for ids of shape (batch, tokens)."""
         hidden = self.embeddings(input_ids)
         for layer in self.layers:
             hidden = hidden + torch.tanh(layer(hidden))
@@ -45,18 +45,18 @@ class TinyMixer(PreTrainedModel):
 
 
 class StreamingTinyMixer(StreamingBaseModel):
-    """The same model, with its weights on the way. Naming the class is all it takes; methods of one's own go here."""
+    """The same model, streamed. Only `model_class` is required; custom methods go here."""
 
     model_class = TinyMixer
 
     def similarity(self, one: torch.Tensor, other: torch.Tensor) -> float:
-        """The cosine of two inputs' mean states."""
+        """Return the cosine similarity of two inputs' mean states."""
         states = [self(input_ids=ids).last_hidden_state.mean(1) for ids in (one, other)]
         return float(torch.cosine_similarity(*states))
 
 
 def main() -> None:
-    """Save a random model as any checkpoint is saved, chunk it, and run it with two layers in memory."""
+    """Save a random model as a checkpoint, chunk it, and run it with two layers in memory."""
     torch.manual_seed(0)
     resident = TinyMixer(TinyConfig()).eval()
     ids = torch.randint(100, (1, 12))

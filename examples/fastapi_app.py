@@ -4,8 +4,8 @@
     SURFW_SOURCE=ws://127.0.0.1:8765 uvicorn fastapi_app:app --app-dir examples
     curl -N 'http://127.0.0.1:8000/generate?prompt=Weight+streaming+is'
 
-Whoever hangs up stops the generation. Forwards of one model run one after another, so requests take turns.
-Without SURFW_SOURCE it serves the small model that comes with surfw, from a store made for this.
+A client that disconnects stops its generation. A model runs one forward at a time, so requests take turns.
+Without SURFW_SOURCE it serves the small model that comes with surfw, from a temporary store.
 """
 
 import tempfile
@@ -21,8 +21,8 @@ from surfw import ModelChunker, Settings, StreamingModel, demo_checkpoint
 
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-    """Keep the model open as long as the service runs."""
-    settings = Settings.load()  # SURFW_* variables, and the file that SURFW_CONFIG names
+    """Keep the model open while the service runs."""
+    settings = Settings.load()  # from SURFW_* variables, and the file named by SURFW_CONFIG
     with tempfile.TemporaryDirectory() as store:
         if settings.source is None:
             await ModelChunker(demo_checkpoint(), output_dir=store).chunk_model()
@@ -52,7 +52,7 @@ app = FastAPI(lifespan=lifespan)
 async def generate(
     request: Request, prompt: str, max_new_tokens: Annotated[int, Query(ge=1, le=1000)] = 64
 ) -> StreamingResponse:
-    """Tokens as plain text, as they come."""
+    """Stream the generated text."""
     return StreamingResponse(
         request.app.state.model.stream(prompt, max_new_tokens=max_new_tokens), media_type="text/plain; charset=utf-8"
     )
@@ -60,6 +60,6 @@ async def generate(
 
 @app.get("/stats")
 async def stats(request: Request) -> dict[str, object]:
-    """What is kept in memory, and what the runs took."""
+    """Return statistics of the layer cache and of the runs."""
     model = request.app.state.model
     return {"cache": model.get_cache_info(), "inference": model.get_inference_stats()}

@@ -1,9 +1,9 @@
-"""Train a streamed model with FSDP2 and AdamW on several ranks, save a checkpoint, and chunk what was saved.
+"""Train a model with FSDP2 and AdamW on several ranks, save a checkpoint, and chunk it.
 
     torchrun --nproc-per-node 2 examples/fsdp_training.py [CHECKPOINT [STORE [OUTPUT]]]
 
 CHECKPOINT is a local directory; default: the small model that comes with surfw. It is chunked into STORE (default:
-./chunks), of which each rank reads its share. OUTPUT (default: ./trained) is where the ranks save what they learned.
+./chunks), from which each rank reads its share. OUTPUT (default: ./trained) is the folder of the saved checkpoint.
 """
 
 import sys
@@ -21,8 +21,8 @@ STEPS, LENGTH = 20, 64
 
 
 def main(checkpoint: str, store: str, output: str) -> None:
-    """Chunk a model, train it, save it, chunk that, and generate with it."""
-    dist.init_process_group("gloo")  # "nccl" on cards
+    """Chunk a model, train and save it, chunk the result, and generate with it."""
+    dist.init_process_group("gloo")  # "nccl" for GPUs
     rank, count = dist.get_rank(), dist.get_world_size()
     if rank == 0:
         ModelChunker(checkpoint, store, name="base").chunk_model_sync()
@@ -41,7 +41,7 @@ def main(checkpoint: str, store: str, output: str) -> None:
     else:
         ids = torch.empty(count * LENGTH, dtype=torch.int64)
     dist.broadcast(ids, src=0)
-    mine = ids.view(count, LENGTH)[rank : rank + 1]  # each rank learns from another part of the text
+    mine = ids.view(count, LENGTH)[rank : rank + 1]  # each rank trains on a different part of the text
 
     model.train()
     for step in range(STEPS):

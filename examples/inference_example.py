@@ -1,8 +1,8 @@
-"""Inference in its ways: a forward, many at once beside the event loop, generation, and what it cost.
+"""Ways to run a model: a forward, concurrent asynchronous forwards, prefetching, generation, and statistics.
 
     python examples/inference_example.py [SOURCE] [MODEL]
 
-SOURCE is a server (ws://host:port) or a store; default: a store with the model that comes with surfw, made for this.
+SOURCE is a server (ws://host:port) or a store; default: a temporary store with the model that comes with surfw.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ from surfw import ModelChunker, StreamingModel, demo_checkpoint
 
 
 async def main(source: str, name: str | None) -> None:
-    """Open a model, and use it."""
+    """Open a model and run it."""
     async with StreamingModel(source, model=name, cache_size=4) as model:
         print(f"{model.manifest.name}: {type(model.model).__name__} with {len(model.layers)} layers")
         print("warm:", ", ".join(await model.warmup([0, 1, 2])))
@@ -29,7 +29,7 @@ async def main(source: str, name: str | None) -> None:
         print("twice the same:", torch.equal(both[0].logits, both[1].logits))
 
         await model.prefetch_next_layers(current_layer=2, prefetch_count=2)
-        model.cache_size = 8  # at run time
+        model.cache_size = 8  # can be changed at run time
         tokens = await model.generate_async(**inputs, max_new_tokens=12, do_sample=False)
         print("generated:", model.tokenizer.batch_decode(tokens, skip_special_tokens=True))
 

@@ -1,4 +1,4 @@
-"""The whole way of a LLaMA: chunk a checkpoint, serve it, and generate with three layers in memory.
+"""The whole path for a LLaMA: chunk a checkpoint, serve it, and generate with three layers in memory.
 
     python examples/llama_example.py [MODEL]
 

@@ -3,10 +3,9 @@
     export SURFW_EXAMPLE_BUCKET=my-bucket
     python examples/llama_s3_example.py [MODEL]
 
-MODEL is a hub id or a local directory; by default the small LLaMA that comes with surfw. Credentials and region
-are found as every AWS tool finds them: `AWS_ACCESS_KEY_ID` and `AWS_SECRET_ACCESS_KEY`, or `AWS_PROFILE`, or the
-machine's role.
-`SURFW_EXAMPLE_ENDPOINT` is the address of an S3 server that is not Amazon's, such as http://127.0.0.1:9000.
+MODEL is a hub id or a local directory; default: the small LLaMA that comes with surfw. Credentials and region are
+resolved as in every AWS tool: from `AWS_ACCESS_KEY_ID` and `AWS_SECRET_ACCESS_KEY`, from `AWS_PROFILE`, or from the
+machine's role. `SURFW_EXAMPLE_ENDPOINT` is the URL of an S3 server other than Amazon's, such as http://127.0.0.1:9000.
 """
 
 import asyncio
@@ -17,7 +16,7 @@ from surfw import ModelChunker, S3Backend, StreamingModel, WeightServer, demo_ch
 
 
 async def main(checkpoint: str) -> None:
-    """From the checkpoint through S3 to a text."""
+    """Chunk a model into S3, serve it from there, and generate text."""
     backend = S3Backend(
         os.environ["SURFW_EXAMPLE_BUCKET"],
         prefix="surfw-example",

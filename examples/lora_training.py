@@ -1,10 +1,10 @@
-"""Fine-tune a LoRA over a LLaMA whose weights are streamed, in a memory budget, and generate with it.
+"""Fine-tune a LoRA over a streamed LLaMA within a memory budget, and generate with it.
 
     pip install peft
     python examples/lora_training.py [CHECKPOINT [BUDGET [LENGTH]]]
 
-CHECKPOINT is a hub id or a local directory; default: the small model that comes with surfw. BUDGET is what its weights,
-activations, and all that learns may take, such as 1GB. LENGTH is how many tokens each step learns from.
+CHECKPOINT is a hub id or a local directory; default: the small model that comes with surfw. BUDGET limits the memory
+for weights, activations and training state, such as 1GB. LENGTH is the number of tokens per step.
 """
 
 import resource
@@ -19,25 +19,25 @@ from transformers import PreTrainedTokenizerBase
 
 from surfw import ModelChunker, StreamingModel, demo_checkpoint
 
-warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)  # peft asks transformers for it
+warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)  # triggered by peft
 
 TEXT = "Weights come by sea. They come when the tide is in, and they leave with the next wave. "
 STEPS = 20
 
 
 def make_learner(model: torch.nn.Module) -> peft.PeftModel:
-    """The model with a LoRA, whose weights alone learn."""
+    """Add a LoRA to the model; only its weights are trained."""
     torch.manual_seed(0)
     return peft.get_peft_model(model, peft.LoraConfig(r=8, target_modules=["q_proj", "v_proj"]))
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, length: int) -> torch.Tensor:
-    """So many tokens of the sentence, again and again."""
+    """Repeat the text up to `length` tokens."""
     return tokenizer(TEXT * length, truncation=True, max_length=length, return_tensors="pt").input_ids
 
 
 def learn(learner: torch.nn.Module, ids: torch.Tensor) -> None:
-    """Take the steps, and print what each comes to."""
+    """Run the training steps, and print each step's loss and time."""
     learning = [parameter for parameter in learner.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr=5e-3)
     for step in range(STEPS):
@@ -50,7 +50,7 @@ def learn(learner: torch.nn.Module, ids: torch.Tensor) -> None:
 
 
 def train(store: str, name: str, adapter: str, budget: str, length: int) -> None:
-    """Learn a sentence by heart."""
+    """Train an adapter to memorise the text, and save it."""
     with StreamingModel.open(store, name, memory_budget=budget) as model:
         learner = make_learner(model.model)
         ids = encode(model.tokenizer, length)
@@ -61,7 +61,7 @@ def train(store: str, name: str, adapter: str, budget: str, length: int) -> None
 
 
 def main(checkpoint: str, budget: str, length: int) -> None:
-    """Chunk a model, train an adapter over it, chunk that, and generate with both."""
+    """Chunk a model, train an adapter over it, chunk the adapter, and generate with both."""
     with tempfile.TemporaryDirectory() as folder:
         info = ModelChunker(checkpoint, output_dir=f"{folder}/store").chunk_model_sync()
         train(f"{folder}/store", info.name, f"{folder}/sea", budget, length)

@@ -1,14 +1,14 @@
-"""Write a mixture of experts with random weights, and routers as skewed as those of trained models, to measure with.
+"""Write a mixture of experts for benchmarks: random weights, and routers as skewed as those of trained models.
 
     python examples/mixture.py my-mixture
     surfw bench infer my-mixture --cap 1.2GB --against resident,accelerate
 
 It has the shape of a small Qwen3-MoE: 10 layers of 128 experts, 8 of which compute each token, 3.2 GB in bfloat16.
 
-How the routers are skewed: every embedding has a large part in one direction, which the residual stream keeps, as all
-else that is added to it is small. A router's row for an expert has a part in that direction that falls with the
-logarithm of the expert's rank, in an order of its own for each layer; the rest of the row is noise. So an expert is
-chosen about as often as its rank ** -SKEW, whatever the text is. Nothing of it depends on surfw.
+The routers are skewed as follows. Every embedding has a large component in one common direction, which the residual
+stream keeps because everything added to it is small. A router's row for an expert has a component in that direction
+that falls with the logarithm of the expert's rank; the ranks are shuffled per layer, and the rest of the row is noise.
+So an expert is chosen with a probability of about rank ** -SKEW, whatever the text. Nothing here depends on surfw.
 """
 
 import argparse
@@ -21,11 +21,11 @@ from transformers import Qwen3MoeConfig
 
 SKEW = 1.0
 DIRECTION = 0.9
-"""How much of an embedding lies in the common direction, of its length."""
+"""The component of an embedding in the common direction, as a share of its length."""
 
 
 def write(folder: Path, *, layers: int, experts: int, chosen: int, hidden: int, width: int) -> None:
-    """Write config.json, an index, and a shard for each layer."""
+    """Write config.json, an index, and one shard per layer."""
     config = Qwen3MoeConfig(
         architectures=["Qwen3MoeForCausalLM"],
         hidden_size=hidden,
@@ -70,8 +70,8 @@ def write(folder: Path, *, layers: int, experts: int, chosen: int, hidden: int, 
     for layer in range(layers):
         path = f"model.layers.{layer}"
         ranks = torch.randperm(experts, generator=generator) + 1
-        # A normed input has about hidden ** 0.5 * DIRECTION in the common direction, and so much noise besides that
-        # rows of length 1 / noise_length turn it into noise of variance 1.
+        # A normed input has a component of about hidden ** 0.5 * DIRECTION in the common direction. The rows are scaled
+        # so that its remaining noise becomes noise of variance 1.
         gate = torch.randn(experts, hidden, generator=generator) / (hidden * (1 - DIRECTION**2)) ** 0.5
         gate -= (gate @ common)[:, None] * common
         gate += -SKEW * ranks.log()[:, None] * common / (hidden**0.5 * DIRECTION)
@@ -99,7 +99,7 @@ def write(folder: Path, *, layers: int, experts: int, chosen: int, hidden: int, 
 
 
 def main() -> None:
-    """Read the options, and write the model."""
+    """Parse the options and write the model."""
     parser = argparse.ArgumentParser(description="Write a mixture of experts with random weights.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", type=int, default=10)

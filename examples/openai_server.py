@@ -1,13 +1,13 @@
-"""A server that clients of OpenAI's API can talk to; requests that come together share each pass over the layers.
+"""A server with OpenAI's API; concurrent requests share each pass over the layers.
 
     pip install fastapi uvicorn
     SURFW_SOURCE=ws://127.0.0.1:8765 uvicorn openai_server:app --app-dir examples
     curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' \
         -d '{"model": "demo", "prompt": "Weight streaming is", "max_tokens": 32}'
 
-It has `/v1/models`, `/v1/completions` and `/v1/chat/completions`, both also with `"stream": true`. Requests with the
-same temperature, top_p and seed run together; others wait for their turn. Whoever hangs up gives its place to the next.
-Without SURFW_SOURCE it serves the small model that comes with surfw, from a store made for this.
+It has `/v1/models`, `/v1/completions` and `/v1/chat/completions`; the last two support `"stream": true`. Requests with
+the same temperature, top_p and seed run in one batch; others are queued. A client that disconnects frees its slot.
+Without SURFW_SOURCE it serves the small model that comes with surfw, from a temporary store.
 """
 
 import asyncio
@@ -29,14 +29,14 @@ from surfw import InferenceRequest, ManyResult, ModelChunker, Settings, Streamin
 logger = logging.getLogger("uvicorn.error")
 
 MOST_WAITING = 256
-"""More requests than that are refused, so that nobody waits for ever."""
+"""The longest queue; further requests are refused, so that none waits forever."""
 
 TURN_SECONDS = 10.0
-"""After so long, those who sample differently get their turn."""
+"""The time after which queued requests with other sampling settings are run next."""
 
 
 class Sampling(BaseModel):
-    """What requests of both kinds have."""
+    """The fields that both kinds of requests share."""
 
     model: str = ""
     max_tokens: int | None = Field(None, ge=1)
@@ -69,34 +69,34 @@ class Chat(Sampling):
 
 
 class Answer:
-    """An answer on its way: its new tokens, then None; `result` is there at the end."""
+    """An answer in progress: `tokens` yields new tokens, then None; `result` is set at the end."""
 
     def __init__(self, request: InferenceRequest) -> None:
-        """Nothing has come yet."""
+        """Create the answer to a request."""
         self.request = request
-        self.tokens: asyncio.Queue[list[int] | None] = asyncio.Queue()  # one pass adds one token, so it stays short
+        self.tokens: asyncio.Queue[list[int] | None] = asyncio.Queue()  # one token per pass, so it stays short
         self.result: ManyResult | None = None
-        self.failure: str | None = None  # of the model, not of this request
+        self.failure: str | None = None  # an error of the model, not of this request
         self.is_wanted = True
 
     @property
     def sampling(self) -> tuple[Any, ...]:
-        """What has to be the same for requests that run together."""
+        """The settings that all requests of a batch must share."""
         return self.request.temperature, self.request.top_p, self.request.seed
 
 
 class Batcher:
-    """Runs what waits, as many together as fit."""
+    """Runs queued requests in batches, as many at a time as fit."""
 
     def __init__(self, model: StreamingModel) -> None:
-        """Take an open model."""
+        """Use an open model."""
         self.model = model
         self._waiting: list[Answer] = []
         self._running: dict[int, Answer] = {}
         self._changed = asyncio.Event()
 
     def add(self, answer: Answer) -> None:
-        """Put a request into the line."""
+        """Queue a request."""
         self._waiting = [one for one in self._waiting if one.is_wanted]
         if len(self._waiting) >= MOST_WAITING:
             raise HTTPException(429, "too many requests wait already; try again later")
@@ -104,7 +104,7 @@ class Batcher:
         self._changed.set()
 
     async def run(self) -> None:
-        """Answer requests for ever."""
+        """Answer requests until cancelled."""
         while True:
             while not self._waiting:
                 self._changed.clear()
@@ -112,7 +112,7 @@ class Batcher:
             await self._turn(self._waiting[0].sampling)
 
     async def _turn(self, sampling: tuple[Any, ...]) -> None:
-        """Answer all that sample in one way, until there are none, or others have waited for long."""
+        """Answer requests with the same sampling settings until none is left, or others have waited long enough."""
         temperature, top_p, seed = sampling
         loop, until = asyncio.get_running_loop(), time.monotonic() + TURN_SECONDS
         self._running = {}
@@ -158,8 +158,8 @@ class Batcher:
 
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-    """Keep the model open as long as the service runs."""
-    settings = Settings.load()  # SURFW_* variables, and the file that SURFW_CONFIG names
+    """Keep the model open while the service runs."""
+    settings = Settings.load()  # from SURFW_* variables, and the file named by SURFW_CONFIG
     with tempfile.TemporaryDirectory() as store:
         if settings.source is None:
             await ModelChunker(demo_checkpoint(), output_dir=store).chunk_model()
@@ -185,26 +185,26 @@ app = FastAPI(lifespan=lifespan)
 
 @app.exception_handler(HTTPException)
 async def tell(_: Request, exc: HTTPException) -> JSONResponse:
-    """What is wrong, where clients of OpenAI look for it."""
+    """Report an error in OpenAI's format."""
     return JSONResponse({"error": {"message": exc.detail, "code": exc.status_code}}, exc.status_code)
 
 
 @app.get("/v1/models")
 async def models() -> dict[str, Any]:
-    """The one model there is."""
+    """List the one model."""
     name = app.state.batcher.model.manifest.name
     return {"object": "list", "data": [{"id": name, "object": "model", "created": 0, "owned_by": "surfw"}]}
 
 
 @app.post("/v1/completions")
 async def completions(asked: Completion, http: Request) -> Any:
-    """A text that goes on where the prompt ends."""
+    """Continue a prompt."""
     return await respond(asked, http, "text_completion", prompt=asked.prompt, raw=True)
 
 
 @app.post("/v1/chat/completions")
 async def chat_completions(asked: Chat, http: Request) -> Any:
-    """The next message of a chat; a model without a chat template gets the last message as it is."""
+    """Answer a chat; a model without a chat template gets only the last message, unchanged."""
     *history, last = [message.model_dump() for message in asked.messages]
     template = app.state.batcher.model.tokenizer.chat_template
     return await respond(
@@ -213,7 +213,7 @@ async def chat_completions(asked: Chat, http: Request) -> Any:
 
 
 async def respond(asked: Sampling, http: Request, kind: str, **prompt: Any) -> Any:
-    """Answer a request, at once or as it comes."""
+    """Answer a request, as a whole or as a stream."""
     batcher: Batcher = app.state.batcher
     name = batcher.model.manifest.name
     if asked.model not in {"", name}:
@@ -238,7 +238,7 @@ async def respond(asked: Sampling, http: Request, kind: str, **prompt: Any) -> A
     try:
         while await answer.tokens.get() is not None:
             if await http.is_disconnected():
-                return Response(status_code=499)  # which nobody reads
+                return Response(status_code=499)  # the client is gone
     finally:
         answer.is_wanted = False
     result = finished(answer)
@@ -256,7 +256,7 @@ async def respond(asked: Sampling, http: Request, kind: str, **prompt: Any) -> A
 
 
 async def stream(answer: Answer, kind: str, common: dict[str, Any]) -> AsyncIterator[str]:
-    """Server-sent events, one for each piece of text."""
+    """Yield server-sent events, one per piece of text."""
     tokenizer, ids, shown = app.state.batcher.model.tokenizer, [], ""
     kind_of_piece = "chat.completion.chunk" if kind == "chat.completion" else kind
 
@@ -267,7 +267,7 @@ async def stream(answer: Answer, kind: str, common: dict[str, Any]) -> AsyncIter
         while (tokens := await answer.tokens.get()) is not None:
             ids += tokens
             text = tokenizer.decode(ids, skip_special_tokens=True)
-            held = max((len(one) for one in answer.request.stop), default=1) - 1  # may be the beginning of a stop text
+            held = max((len(one) for one in answer.request.stop), default=1) - 1  # a stop text may begin here
             text = text[: len(text) - held]
             if not text.endswith("\ufffd") and len(text) > len(shown):
                 yield event(text[len(shown) :], None)
@@ -286,7 +286,7 @@ async def stream(answer: Answer, kind: str, common: dict[str, Any]) -> AsyncIter
 
 
 def finished(answer: Answer) -> Any:
-    """The result of an answer that has ended."""
+    """Return the result of an answer that has ended, or raise its error."""
     if answer.failure is not None:
         raise HTTPException(503, answer.failure)
     assert answer.result is not None
@@ -296,12 +296,12 @@ def finished(answer: Answer) -> Any:
 
 
 def reason(answer: Answer) -> str:
-    """Why an answer ended."""
+    """Return OpenAI's reason for the end of an answer."""
     return "length" if len(finished(answer).token_ids) >= answer.request.max_new_tokens else "stop"
 
 
 def choice(kind: str, text: str, why: str | None, *, is_whole: bool = False) -> dict[str, Any]:
-    """A text as each of the two kinds of answers has it."""
+    """Format a text as the `choices` entry of either kind of answer."""
     if kind == "text_completion":
         return {"index": 0, "text": text, "finish_reason": why, "logprobs": None}
     message = {"role": "assistant", "content": text}

@@ -1,7 +1,7 @@
-"""surfw runs transformer models whose weights are somewhere else, or are bigger than memory.
+"""surfw runs transformer models whose weights are remote or bigger than memory.
 
-The public names are those of the stub beside this file. Each is loaded at its first use, so that `import surfw` alone
-loads neither torch nor transformers.
+The public names are listed in the stub next to this file. They are loaded lazily, so that `import surfw` alone loads
+neither torch nor transformers.
 """
 
 import logging

@@ -1,6 +1,6 @@
-"""Sizes with units, folders, limits, and the defaults that several rooms share.
+"""Shared constants, defaults and limits; sizes with units, folders, and text that is safe to display.
 
-Knows nothing of torch or the network. Values are frozen and keyword-only; a room takes the value object it needs.
+Depends on neither torch nor the network. Value objects are frozen and keyword-only.
 """
 
 import ipaddress
@@ -22,37 +22,37 @@ BLOCK_BYTES = MIB
 """Stored bytes are digested in blocks of this size, so that any range of blocks can be verified alone."""
 
 PIECE_BYTES = 8 * MIB
-"""What is read, digested or written of a file or object at a time, while the piece before it is worked on."""
+"""The size of the pieces in which files and objects are read, digested and written, as a pipeline."""
 
 ALIGNMENT = 64
-"""Tensors lie at multiples of this in memory, whatever computes with them; see `aligned`."""
+"""The alignment of tensors in memory, in bytes; see `aligned`."""
 
 MIN_FRAME_BYTES, MAX_FRAME_BYTES = 128 * KIB, 512 * KIB
-"""What the protocol allows for the payload of a binary frame."""
+"""The payload sizes that the protocol allows for a binary frame."""
 
 SHARED_LOADS_BYTES = 256 * MB
-"""Whole objects that are kept for the ranges of them that are still to be read, in a storage that knows no ranges."""
+"""The most memory for whole objects with ranges still to be read, if a storage does not support range reads."""
 
 PAGE_BYTES = 4 * MIB
 """A server reads its storage, and caches it, in pages of at most this size."""
 
 PROGRESS_BYTES = 64 * 1024
-"""So many bytes of an answer, or all that is left of it, are progress; fewer do not reset anybody's patience."""
+"""The least number of received bytes that resets a silence timeout; fewer count only if they complete the answer."""
 
 DAMAGE_RETRIES = 2
 """How often the same block is fetched again because it arrived damaged."""
 
 MANIFEST_BYTES = 64 * MIB
-"""The largest manifest, in a store (with the line that has its digest) and from a server."""
+"""The largest manifest, in a store (including its digest line) and from a server."""
 
 FILE_BYTES = 256 * MIB
-"""The largest file of a tokenizer."""
+"""The largest tokenizer file."""
 
 MAX_JSON_DEPTH = 64
-"""How deep objects and lists may be nested in a JSON document that somebody else wrote."""
+"""The deepest nesting of objects and lists in an untrusted JSON document."""
 
 MAX_JSON_PARTS, MAX_JSON_VALUES = 1_000_000, 4_000_000
-"""The most objects and lists, and values, of such a document: each takes up to a hundred times its bytes in memory."""
+"""The most objects and lists, and values, in untrusted JSON; each takes up to 100 times its size in memory."""
 
 _STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
@@ -66,53 +66,53 @@ DEFAULT_SLOW_SECONDS = 120.0
 DEFAULT_DRAIN_SECONDS = 10.0
 
 OnMissing = Literal["error", "uninitialized"]
-"""What to do about weights that a model's class has and its checkpoint or manifest has not."""
+"""What to do about weights that the model's class has but its checkpoint or manifest lacks."""
 
 Policy = Literal["auto", "lru"]
-"""Which layers stay in memory: those that a plan chose for the order they run in, or those that were used last."""
+"""Which layers stay resident: those that a plan chose from the execution order, or the most recently used."""
 
 SourceOrder = Literal["given", "speed"]
 """Which of several sources is asked first."""
 
 CachePolicy = Literal["schedule", "lru"]
-"""What a server's cache keeps: what clients need soonest, as they announce it, or what was used last."""
+"""What a server's cache keeps: what clients announced that they need soonest, or the most recently used."""
 
 LogFormat = Literal["text", "json"]
-"""How a server logs without its screen: lines for people, or one JSON object a line."""
+"""How a server logs without its screen: as text, or as one JSON object per line."""
 
 CodecChoice = Literal["auto", "none", "lossless", "int8", "int4"]
-"""Which form of a chunk is read: the one that a run is faster with, as measured, or that of one codec."""
+"""Which form of a chunk is read: the one measured to be fastest, or that of one codec."""
 
 DTYPES = {
     "float32": "float32", "fp32": "float32", "float16": "float16", "fp16": "float16", "bfloat16": "bfloat16",
     "bf16": "bfloat16", "float64": "float64",
 }  # fmt: skip
-"""What models can compute with: torch's names, by the names that are understood."""
+"""The dtypes that models can compute with: accepted names mapped to torch's."""
 
 _UNITS = {
     "": 1, "B": 1, "KB": KB, "MB": MB, "GB": GB, "TB": 1000**4, "KIB": KIB, "MIB": MIB, "GIB": GIB, "TIB": 1024**4,
 }  # fmt: skip
 _SECRET = re.compile(r"[^/]*@|[^/@]*:.*@")
-"""What stands before the host: `user@`, or `user:password@` whose password may have been left unquoted."""
+"""Matches the part of a URL before the host: `user@`, or `user:password@` with a password that may be unquoted."""
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>)]+")
 
 _CHAIN = re.compile(r"::(?=[A-Za-z0-9+.-]+://)")
-"""Between the links of a chained URL, such as `simplecache::s3://bucket`."""
+"""Matches the separator in a chained URL, such as `simplecache::s3://bucket`."""
 
 _LEAST_MEGABYTES = 128
-"""From this number on, whoever forgot the unit of a memory size probably thought of megabytes, not of gigabytes."""
+"""A memory size without a unit probably means megabytes from this number on, and gigabytes below it."""
 
 _SIZE = re.compile(r"\s*([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*([KMGT]?I?B?)\s*", re.IGNORECASE)
 
 
 def aligned(place: int) -> int:
-    """The first place from this one on where a tensor may begin."""
+    """Round an offset up to the next one at which a tensor may begin."""
     return -(-place // ALIGNMENT) * ALIGNMENT
 
 
 def parse_size(text: str) -> int:
-    """Bytes from a size such as `200MB`, `1.5GiB` or `4096`.
+    """Parse a size such as `200MB`, `1.5GiB` or `4096` into bytes.
 
     Raises:
         ConfigurationError: the text is not a size.
@@ -140,12 +140,12 @@ def is_size(text: str) -> bool:
 
 
 def is_rate(text: str) -> bool:
-    """Whether a text is a size that a server may be limited to per second: at least 1 MB."""
+    """Whether a text is a size that can limit a server's bytes per second: at least 1 MB."""
     return is_size(text) and parse_size(text) >= MB
 
 
 def suggest_size(text: str) -> str | None:
-    """The size that was probably meant by a number without a unit that is too small for anything; else None."""
+    """Suggest a size with a unit for a bare number under 1 MB, which is too small to be meant; else None."""
     number = text.strip()
     if not is_size(number) or not number.replace(".", "").isdigit() or parse_size(number) >= MB:
         return None
@@ -153,7 +153,7 @@ def suggest_size(text: str) -> str | None:
 
 
 def format_size(count_bytes: float) -> str:
-    """A size for people, in decimal units: `88.1 MB`."""
+    """Format a size for display, in decimal units: `88.1 MB`."""
     value = float(count_bytes)
     for unit in ("B", "kB", "MB", "GB"):
         if abs(value) < 999.5:
@@ -163,12 +163,12 @@ def format_size(count_bytes: float) -> str:
 
 
 def count(number: int, one: str, more: str = "") -> str:
-    """A number of things for people: `1 model`, `2 models`; `more` is the plural where it is not one with s."""
+    """Format a count for display: `1 model`, `2 models`; `more` is an irregular plural."""
     return f"{number} {one if number == 1 else more or f'{one}s'}"
 
 
 def check_on_missing(choice: str) -> None:
-    """Make sure that it is a choice there is.
+    """Check that `choice` is an `OnMissing` value.
 
     Raises:
         ConfigurationError: it is not.
@@ -177,7 +177,7 @@ def check_on_missing(choice: str) -> None:
 
 
 def check_dtype(name: str) -> None:
-    """Make sure that models can compute with a dtype of this name.
+    """Check that models can compute with a dtype of this name.
 
     Raises:
         ConfigurationError: they cannot.
@@ -187,7 +187,7 @@ def check_dtype(name: str) -> None:
 
 
 def check_policy(choice: str) -> None:
-    """Make sure that it is a policy there is.
+    """Check that `choice` is a `Policy` value.
 
     Raises:
         ConfigurationError: it is not.
@@ -196,7 +196,7 @@ def check_policy(choice: str) -> None:
 
 
 def check_source_order(choice: str) -> None:
-    """Make sure that it is an order there is.
+    """Check that `choice` is a `SourceOrder` value.
 
     Raises:
         ConfigurationError: it is not.
@@ -205,7 +205,7 @@ def check_source_order(choice: str) -> None:
 
 
 def check_cache_policy(choice: str) -> None:
-    """Make sure that it is a policy of a server's cache.
+    """Check that `choice` is a `CachePolicy` value.
 
     Raises:
         ConfigurationError: it is not.
@@ -214,10 +214,10 @@ def check_cache_policy(choice: str) -> None:
 
 
 def check_codec(choice: str) -> None:
-    """Check which form of chunks is to be read.
+    """Check that `choice` is a `CodecChoice` value.
 
     Raises:
-        ConfigurationError: it is something else.
+        ConfigurationError: it is not.
     """
     _check_choice("codec", choice, get_args(CodecChoice))
 
@@ -228,12 +228,12 @@ def _check_choice(name: str, choice: str, choices: tuple[str, ...]) -> None:
 
 
 def is_server_url(place: str) -> bool:
-    """Whether an address is that of a surfw server; others are stores."""
+    """Whether an address is that of a surfw server; otherwise it is a store."""
     return place[:6].lower().startswith(("ws://", "wss://"))
 
 
 def is_loopback(host: str) -> bool:
-    """Whether the host is this machine and no other."""
+    """Whether the host is a loopback address or `localhost`."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -241,27 +241,27 @@ def is_loopback(host: str) -> bool:
 
 
 def display_url(url: str) -> str:
-    """The URL as it may be shown: without the user and password, and without the values of its query.
+    """The URL in a form that is safe to display: without user, password, and the values of its query.
 
-    A path that is no URL stays as it is. More may be hidden than is secret, never less.
+    A path that is not a URL is returned unchanged. This may hide more than is secret, never less.
     """
     return "::".join(_without_secrets(link) for link in _CHAIN.split(url))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TlsFiles:
-    """Certificates in PEM files: what `ssl=` takes besides an `ssl.SSLContext`. Nothing is read here.
+    """Paths of PEM files for TLS, an alternative to an `ssl.SSLContext` for `ssl=`. Nothing is read here.
 
-    A server reads them again when they change, a client whenever it connects.
+    A server rereads the files when they change, a client on every connection.
 
     Attributes:
-        certfile: the certificate to show, followed by those that lead to its issuer. A server needs one.
-        keyfile: its private key, without a passphrase; None if that is in `certfile`.
-        ca_certs: the issuers to trust. With them, a server lets in only clients that show a certificate of theirs;
-            for a client, they take the place of those that the system trusts.
+        certfile: the certificate to present, followed by its chain. A server needs one.
+        keyfile: its private key, without a passphrase; None if it is in `certfile`.
+        ca_certs: the issuers to trust. A server with `ca_certs` accepts only clients with a certificate from one of
+            them; a client uses them instead of the system's.
 
     Raises:
-        ConfigurationError: one is no path, or there is a key without a certificate.
+        ConfigurationError: a value is not a path, or there is a key without a certificate.
     """
 
     certfile: str | Path | None = None
@@ -269,7 +269,6 @@ class TlsFiles:
     ca_certs: str | Path | None = None
 
     def __post_init__(self) -> None:
-        """Check the paths."""
         for name in ("certfile", "keyfile", "ca_certs"):
             expect(name, getattr(self, name), str | Path | None, "the path of a file, or None")
         if self.keyfile is not None and self.certfile is None:
@@ -279,28 +278,28 @@ class TlsFiles:
 
 
 def expect(name: str, value: object, kind: type | UnionType, what: str) -> None:
-    """Make sure that an argument has a type that can be used; a `bool` is no number.
+    """Check the type of an argument; a `bool` is not a number.
 
     Raises:
-        ConfigurationError: it has another.
+        ConfigurationError: it has another type.
     """
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise ConfigurationError(f"{name} is {value!a:.80}, expected {what}")
 
 
 def display_text(text: str) -> str:
-    """A text of others, such as an exception's, with every URL in it as it may be shown."""
+    """A foreign text, such as an exception's, with every URL in it made safe to display; see `display_url`."""
     return _URL.sub(lambda found: display_url(found[0]), text)
 
 
 def printable(text: str, *, lines: bool = False) -> str:
-    """A text from anywhere, with `?` for the characters that could steer a terminal or mislead whoever reads it.
+    """An untrusted text with `?` for characters that could control a terminal or mislead a reader.
 
     Args:
-        text: what a peer, a file or a model says.
-        lines: the text may have several lines, and be in any script: only control characters but newline and tab,
-            other ends of lines, and what turns the direction of writing around are replaced. Without it, everything
-            that Python does not call printable is, so that the result is one line.
+        text: a text from a peer, a file or a model.
+        lines: allow several lines and any script: replace only control characters other than newline and tab, other
+            line separators, and bidirectional controls. If false, everything that Python calls unprintable is
+            replaced, so that the result is one line.
     """
     if lines:
         return _STEERING.sub("?", text)
@@ -308,22 +307,22 @@ def printable(text: str, *, lines: bool = False) -> str:
 
 
 DEQUANTISED = ("compressed-tensors", "fp8", "mxfp4", "mxfp8")
-"""Methods of quantised checkpoints that transformers makes dense weights of on a CPU, as configurations name them."""
+"""Quantisation methods, by their names in configurations, that transformers can dequantise on a CPU."""
 
 
 def is_crowded(document: bytes) -> bool:
-    """Whether JSON has more objects, lists or values than may be parsed; no document that is meant well has."""
+    """Whether a JSON document has too many objects, lists or values to be parsed safely."""
     parts = document.count(b"{") + document.count(b"[")
     return parts > MAX_JSON_PARTS or document.count(b",") > MAX_JSON_VALUES
 
 
 def quote(name: object) -> str:
-    """A name from a file as it may stand in an error: quoted, on one line, of bounded length."""
+    """Quote a name from a file for an error: on one line, of bounded length."""
     return ascii(str(name)[:120])
 
 
 def escape_json(text: str) -> str:
-    """JSON with escapes for the characters that JSON allows in its strings, and that could steer a terminal."""
+    """Escape characters that JSON allows in strings but that could control a terminal."""
     return _STEERING.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
@@ -339,7 +338,7 @@ def _without_secrets(url: str) -> str:
 
 
 def surfw_home() -> Path:
-    """The folder for everything surfw keeps: `$SURFW_HOME`, else `surfw` in the user's cache folder."""
+    """The folder for surfw's files: `$SURFW_HOME`, else `surfw` in the user's cache folder."""
     if home := os.environ.get("SURFW_HOME"):
         return expand_home(home)
     from platformdirs import user_cache_path
@@ -348,20 +347,20 @@ def surfw_home() -> Path:
 
 
 def default_store() -> str:
-    """Where `chunk` writes and `serve` reads unless told otherwise: `$SURFW_HOME/store`."""
+    """The default store: `$SURFW_HOME/store`."""
     return str(surfw_home() / "store")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WireLimits:
-    """Sizes that both sides of a connection hold each other to, in bytes unless the name says otherwise.
+    """Limits that both sides of a connection enforce, in bytes unless the name says otherwise.
 
     Attributes:
-        frame_bytes: payload of one binary frame; the last one of a run may be smaller.
-        run_bytes: the most that a server announces, and sends of one request, at a time; less where links are slow.
-        window_bytes: how much a server may have sent that the client has not yet credited.
+        frame_bytes: the payload of one binary frame; the last frame of a run may be smaller.
+        run_bytes: the most that a server announces and sends for one request at a time; less on slow links.
+        window_bytes: the most bytes that a server may have sent without credit from the client.
         control_bytes: the largest JSON message either side accepts.
-        requests_in_flight: the most requests a client may have open on one connection.
+        requests_in_flight: the most open requests of a client on one connection.
         manifest_bytes: the largest manifest a client accepts.
         file_bytes: the largest tokenizer file a client accepts.
     """
@@ -375,7 +374,11 @@ class WireLimits:
     file_bytes: int = FILE_BYTES
 
     def __post_init__(self) -> None:
-        """Refuse limits that the protocol rules out, or that would block a transfer."""
+        """Validate the limits.
+
+        Raises:
+            ConfigurationError: the protocol does not allow them, or they would block a transfer.
+        """
         if not MIN_FRAME_BYTES <= self.frame_bytes <= MAX_FRAME_BYTES:
             raise ConfigurationError(f"frame_bytes is {self.frame_bytes}; frames have from 128 to 512 KiB")
         if self.run_bytes < self.frame_bytes or self.window_bytes < 2 * self.frame_bytes:

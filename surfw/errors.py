@@ -1,27 +1,27 @@
-"""The whole error tree. Every error surfw raises on purpose is one of these, and its text is one line.
+"""The exception hierarchy. Every error that surfw raises on purpose is one of these, with a one-line message.
 
     SurfwError
     ├── ConfigurationError          a setting or an argument cannot be used
-    ├── StorageError                a storage could not do what was asked
-    │   ├── NotFoundError           the object is not there
-    │   ├── NotAStoreError          no surfw store lies at the place, or nothing at all
-    │   └── StorageFullError        no space is left; nothing half-written stays
-    ├── WireError                   something between client and server
-    │   ├── ConnectionFailedError   no surfw server answers at the address, or it went away
-    │   ├── LocalProtocolError      we broke the protocol: a bug in surfw
-    │   ├── RemoteProtocolError     the peer broke the protocol
-    │   └── RefusedError            the peer understood and refused; `code` says why
-    ├── IntegrityError              bytes are not the bytes that their digest promises
-    ├── RankError                   another process of a job that several run together failed, or is gone
-    └── ModelError                  something about a model
+    ├── StorageError                a storage operation failed
+    │   ├── NotFoundError           the object does not exist
+    │   ├── NotAStoreError          the place is not a surfw store, or is empty
+    │   └── StorageFullError        no space is left; no partial object remains
+    ├── WireError                   a failure between client and server
+    │   ├── ConnectionFailedError   no surfw server answers at the address, or the connection was lost
+    │   ├── LocalProtocolError      this side violated the protocol: a bug in surfw
+    │   ├── RemoteProtocolError     the peer violated the protocol
+    │   └── RefusedError            the peer refused the request; `code` is the reason
+    ├── IntegrityError              bytes do not match their digest
+    ├── RankError                   another process of a distributed job failed, or is gone
+    └── ModelError                  a problem with a model
         ├── ModelClosedError        the model, or the client it reads from, has been closed
         ├── CheckpointError         the source checkpoint is damaged or incomplete
         ├── UnsupportedModelError   surfw cannot run this kind of model or checkpoint
-        ├── UnknownModelError       no model of that name; `known` lists the ones there are
+        ├── UnknownModelError       no model has that name; `known` lists the existing ones
         └── ManifestError           a manifest is malformed, or disagrees with its model
 
-An error names the object, what was seen, what was expected and what to do next.
-The command line turns any of them into one line on stderr and exit code 1.
+A message names the object, what was seen, what was expected and what to do next.
+The command line prints it as one line on stderr and exits with code 1.
 """
 
 from collections.abc import Sequence
@@ -54,23 +54,23 @@ _NAMES_SHOWN = 50
 
 
 class SurfwError(Exception):
-    """The root of every error surfw raises on purpose."""
+    """The base class of every error that surfw raises on purpose."""
 
 
 class ConfigurationError(SurfwError):
-    """A setting or an argument cannot be used as it is."""
+    """A setting or an argument cannot be used."""
 
 
 class StorageError(SurfwError):
-    """A storage could not do what was asked of it."""
+    """A storage operation failed."""
 
 
 class NotFoundError(StorageError):
-    """The object asked for is not in the storage."""
+    """The requested object does not exist in the storage."""
 
 
 class NotAStoreError(StorageError):
-    """No surfw store lies at the place, or nothing at all."""
+    """The place is not a surfw store, or is empty."""
 
 
 class StorageFullError(StorageError):
@@ -78,37 +78,36 @@ class StorageFullError(StorageError):
 
 
 class WireError(SurfwError):
-    """Something went wrong between a client and a server."""
+    """A failure between a client and a server."""
 
 
 class ConnectionFailedError(WireError):
-    """No surfw server answers at the address, or it went away.
+    """No surfw server answers at the address, or the connection was lost.
 
     Attributes:
-        transient: whether trying again may help: a connection that was refused or lost, a server with too many clients.
-        absent: whether it is sure that no surfw server is there: nothing listens, or something else does.
+        transient: whether a retry may help, as after a refused or lost connection, or if a server has too many clients.
+        absent: whether there is certainly no surfw server: nothing listens at the address, or something else does.
     """
 
     def __init__(self, message: str, *, transient: bool = False, absent: bool = False) -> None:
-        """Keep beside the text whether trying again may help, and whether anybody is there."""
         super().__init__(message)
         self.transient = transient
         self.absent = absent
 
 
 class LocalProtocolError(WireError):
-    """This side was about to break the protocol: a bug in surfw, not in the peer."""
+    """This side was about to violate the protocol: a bug in surfw, not in the peer."""
 
 
 class RemoteProtocolError(WireError):
-    """The peer broke the protocol.
+    """The peer violated the protocol.
 
     Attributes:
-        close_code: the WebSocket close code that tells the peer so.
+        close_code: the WebSocket close code to send to the peer.
     """
 
     def __init__(self, message: str, *, close_code: int = 1002) -> None:
-        """Keep the close code beside the text; 1002 is 'protocol error'."""
+        """Store the close code; 1002 means protocol error."""
         super().__init__(message)
         self.close_code = close_code
 
@@ -121,25 +120,24 @@ class RefusedError(WireError):
     """
 
     def __init__(self, message: str, *, code: str) -> None:
-        """Keep the reason beside the text."""
         super().__init__(message)
         self.code = code
 
 
 class IntegrityError(SurfwError):
-    """Bytes are not the bytes that their digest promises."""
+    """Bytes do not match their digest."""
 
 
 class RankError(SurfwError):
-    """Another process of a job that several run together failed, is gone, or has something else than this one."""
+    """Another process of a distributed job failed, is gone, or has another model than this one."""
 
 
 class ModelError(SurfwError):
-    """Something about a model prevents the work."""
+    """A problem with a model."""
 
 
 class ModelClosedError(ModelError):
-    """The model, or the client it reads from, has been closed: before this use, or while it ran."""
+    """The model, or the client it reads from, has been closed, before this call or during it."""
 
 
 class CheckpointError(ModelError):
@@ -151,14 +149,14 @@ class UnsupportedModelError(ModelError):
 
 
 class UnknownModelError(ModelError):
-    """No model has the name that was asked for, or several have it as their last part.
+    """No model has the requested name, or it is the last part of several names.
 
     Attributes:
-        known: the names there are, sorted.
+        known: the existing names, sorted.
     """
 
     def __init__(self, name: str | None, known: Sequence[str], *, where: str) -> None:
-        """Say which names there are instead; `name` None means that none was given and several are there."""
+        """Build the message; `name` is None if no name was given and there are several models, or none."""
         self.known = sorted(known)
         fitting = [one for one in self.known if one.rpartition("/")[2] == name]
         if not self.known:
@@ -177,14 +175,14 @@ class UnknownModelError(ModelError):
 
 
 def _suggest(name: str, known: Sequence[str]) -> str:
-    """Which of several models was probably meant, as a question, or nothing. A last part is enough to be like one."""
+    """Ask whether a similar name was meant, by full name or last part; empty if none is similar."""
     full = {one.rpartition("/")[2]: one for one in known} | {one: one for one in known}
     near = get_close_matches(name[:80], full, 1) if len(known) > 1 else ()
     return f"; did you mean {full[near[0]]}?" if near else ""
 
 
 def _some(names: Sequence[str]) -> str:
-    """The names, or as many as a person reads."""
+    """Join the names, shortened to the first `_NAMES_SHOWN`."""
     more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
     return ", ".join(names[:_NAMES_SHOWN]) + more
 
@@ -197,10 +195,9 @@ class ManifestError(ModelError):
     """
 
     def __init__(self, complaint: str, *, advice: str = "") -> None:
-        """Say what is wrong, and what to do about it."""
         super().__init__(f"{complaint}; {advice}" if advice else complaint)
         self.complaint = complaint
 
 
 class UninitializedWeightsWarning(UserWarning):
-    """A model has weights that its checkpoint does not have; `on_missing="uninitialized"` asked for it all the same."""
+    """A model has weights that its checkpoint lacks, and `on_missing="uninitialized"` allowed that."""

@@ -1,7 +1,7 @@
-"""Local files that others may have put there: only regular ones are opened, and none is read further than it may be.
+"""Safe access to untrusted local files: only regular files are opened, and reads are bounded.
 
-A FIFO would wait for its writer, a device may have no end, a sparse file may be larger than any memory. What errors say
-of a file that stands in a folder's place, and of who lacks rights, is here too.
+A FIFO would block until it has a writer, a device may be endless, a sparse file may be larger than memory. This module
+also has helpers for error messages about files.
 """
 
 import errno
@@ -14,12 +14,12 @@ from surfw.errors import ConfigurationError
 
 
 def open_regular(path: str | os.PathLike[str], flags: int = 0) -> int:
-    """A descriptor of a regular file, open for reading; a link to one is followed.
+    """Open a regular file for reading and return its descriptor; symbolic links are followed.
 
     Raises:
-        OSError: there is none, it is something else, or it cannot be opened.
+        OSError: the file does not exist, is not regular, or cannot be opened.
     """
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | flags)  # or opening a FIFO waits for its writer
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | flags)  # else opening a FIFO may block
     mode = os.fstat(fd).st_mode
     if stat.S_ISREG(mode):
         return fd
@@ -30,10 +30,10 @@ def open_regular(path: str | os.PathLike[str], flags: int = 0) -> int:
 
 
 def read_regular(path: Path, most_bytes: int) -> bytes:
-    """The contents of a regular file, which may have at most so many bytes.
+    """Read a regular file of at most `most_bytes` bytes.
 
     Raises:
-        OSError: as `open_regular`, or it is larger.
+        OSError: as for `open_regular`, or the file is larger.
     """
     with os.fdopen(open_regular(path), "rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -43,7 +43,7 @@ def read_regular(path: Path, most_bytes: int) -> bytes:
 
 
 def describe_file(path: Path) -> str:
-    """Say of a file that stands where a folder was expected what it is, and which folder to name instead."""
+    """Describe a file that was given instead of a folder, and suggest the folder to name."""
     if path.suffix.lower() == ".gguf":
         return f"{path} is a GGUF file, expected a folder; surfw chunk {path} makes dense weights of it"
     if path.suffix not in {".safetensors", ".bin", ".pt", ".pth"}:
@@ -55,10 +55,10 @@ def describe_file(path: Path) -> str:
 
 
 def expand_home(path: str | os.PathLike[str]) -> Path:
-    """The path with the home folder that `~` or `~user` at its beginning stands for.
+    """Expand a leading `~` or `~user` to the home folder.
 
     Raises:
-        ConfigurationError: nobody of that name has a home here.
+        ConfigurationError: the user is unknown or has no home folder.
     """
     try:
         return Path(path).expanduser()
@@ -70,7 +70,7 @@ def expand_home(path: str | os.PathLike[str]) -> Path:
 
 
 def user_name() -> str:
-    """Return who this process is when it asks for a file: a user's name, or the number of one that has none."""
+    """Return the effective user's name, or the user id if it has no name."""
     try:
         return pwd.getpwuid(os.geteuid()).pw_name
     except KeyError:

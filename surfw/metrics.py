@@ -1,6 +1,6 @@
-"""Counters, latency histograms and spans. `snapshot()` returns plain data; rendering is the command line's.
+"""Counters, latency histograms and time spans. `snapshot()` returns plain data; the command line renders it.
 
-Safe to use from several threads. A histogram keeps the latest observations only, so its memory is bounded.
+Thread-safe. A histogram keeps only the latest observations, so its memory is bounded.
 """
 
 import threading
@@ -16,7 +16,6 @@ class Latency:
     """Percentiles over the latest `keep` observations, in seconds."""
 
     def __init__(self, keep: int = 2048) -> None:
-        """Start empty."""
         self._recent: deque[float] = deque(maxlen=keep)
         self._lock = threading.Lock()
         self.count = 0
@@ -30,7 +29,7 @@ class Latency:
             self.total_seconds += seconds
 
     def percentiles(self, *ranks: int) -> dict[str, float]:
-        """Nearest-rank percentiles, keyed `p50`, `p95`, …; zeros while there is nothing to rank."""
+        """Nearest-rank percentiles, keyed `p50`, `p95`, …; zeros if there are no observations."""
         with self._lock:
             values = sorted(self._recent)
         if not values:
@@ -39,7 +38,7 @@ class Latency:
 
 
 class _Record:
-    """What was counted and timed."""
+    """A set of counters, times and latencies."""
 
     def __init__(self) -> None:
         self.counters: Counter[str] = Counter()
@@ -48,7 +47,7 @@ class _Record:
 
 
 _aside: ContextVar[Mapping["Metrics", _Record]] = ContextVar("surfw_aside", default=MappingProxyType({}))
-"""The records that this thread, or task, keeps aside."""
+"""The records used by this thread or task inside `off_the_record`."""
 
 
 class Metrics:
@@ -65,7 +64,7 @@ class Metrics:
         return _aside.get().get(self, self._kept)
 
     def _seen(self) -> list[_Record]:
-        """What the caller sees: what is kept, and what it keeps aside."""
+        """The records visible to the caller: the kept one, and its own inside `off_the_record`."""
         record = self._record()
         return [self._kept] if record is self._kept else [self._kept, record]
 
@@ -87,21 +86,21 @@ class Metrics:
             record.seconds[name] = record.seconds.get(name, 0.0) + seconds
 
     def seconds(self, name: str) -> float:
-        """Time spent on something so far, spans that are still open included."""
+        """Time spent on something so far, including open spans."""
         now, seen = time.perf_counter(), self._seen()
         with self._lock:
             running = sum(now - start for span, start, record in self._open.values() if span == name and record in seen)
             return sum(record.seconds.get(name, 0.0) for record in seen) + running
 
     def latency(self, name: str) -> Latency:
-        """The latency histogram of that name, made on first use."""
+        """The latency histogram of that name, created on first use."""
         record = self._record()
         with self._lock:
             return record.latencies.setdefault(name, Latency())
 
     @contextmanager
     def span(self, name: str) -> Iterator[None]:
-        """Add the time the body takes to `name`."""
+        """Add the body's duration to `name`."""
         key, start, record = object(), time.perf_counter(), self._record()
         with self._lock:
             self._open[key] = (name, start, record)
@@ -114,10 +113,10 @@ class Metrics:
 
     @contextmanager
     def off_the_record(self) -> Iterator[None]:
-        """Leave out whatever is counted and timed by the body, and by the tasks that it starts.
+        """Discard everything that the body, and tasks started by it, count and time.
 
-        The body reads what it counts itself as always, latencies without those before. What other threads count
-        meanwhile stays, and they see nothing of this.
+        The body itself sees its own counts added to the kept ones, but only its own latencies. Other threads are not
+        affected.
         """
         token = _aside.set({**_aside.get(), self: _Record()})
         try:
@@ -126,11 +125,11 @@ class Metrics:
             _aside.reset(token)
 
     def snapshot(self) -> dict[str, dict[str, float]]:
-        """All counters and spans that are kept, as plain data."""
+        """All kept counters and spans, as plain data."""
         with self._lock:
             return {"counters": dict(self._kept.counters), "seconds": dict(self._kept.seconds)}
 
 
 def hit_rate(hits: int, misses: int) -> float:
-    """`hits ÷ (hits + misses)`; 0 while nothing was asked for."""
+    """`hits ÷ (hits + misses)`; 0 if both are 0."""
     return hits / (hits + misses) if hits + misses else 0.0

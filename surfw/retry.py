@@ -1,7 +1,4 @@
-"""Rules for networks: what is tried again, how often and after how long, and what a redirect changes.
-
-Pure: callers do the waiting and the requests.
-"""
+"""Rules for retries and redirects. Pure: callers do the waiting and the requests."""
 
 import random
 import sys
@@ -22,18 +19,18 @@ _BOUNDS = {
 }
 
 TRANSIENT_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504})
-"""HTTP statuses of errors that may pass."""
+"""HTTP statuses that may succeed on a retry."""
 
 REDIRECT_STATUSES = frozenset({301, 302, 303, 307, 308})
 
 MOST_REDIRECTS = 5
-"""How many redirects are followed in a row."""
+"""The most redirects followed in a row."""
 
 RESTART_DELAY_SECONDS = 0.5
-"""How often a server that is being restarted is tried, after the delays of the policy."""
+"""The interval between attempts to reach a restarting server, after the policy's delays."""
 
 HAS_TLS = {"http": False, "ws": False, "https": True, "wss": True}
-"""The schemes of HTTP and WebSocket, and whether they are encrypted."""
+"""The schemes of HTTP and WebSocket, and whether they use TLS."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +38,11 @@ class Redirect:
     """The target of a redirect.
 
     Attributes:
-        url: the absolute address, without its fragment.
-        has_tls: whether it is encrypted.
-        loses_tls: whether it is not, although the address before it was. It must not be followed then.
-        leaves_origin: whether scheme, host or port change. Tokens and other secrets must not be sent there then.
-        names_user: whether the address has a user name, which is not ours.
+        url: the absolute URL, without its fragment.
+        has_tls: whether it uses TLS.
+        loses_tls: whether it drops TLS, which the previous URL used. Such a redirect must not be followed.
+        leaves_origin: whether TLS, host or port change. If so, tokens and other secrets must not be sent there.
+        names_user: whether the URL has a user name, which is not ours.
     """
 
     url: str
@@ -56,7 +53,7 @@ class Redirect:
 
 
 def parse_redirect(url: str, location: str) -> Redirect:
-    """The redirect that a server at `url` answered with; `location` may be relative.
+    """Parse a redirect from `url` to `location`, which may be relative.
 
     Raises:
         ValueError: it is not the address of an HTTP or WebSocket server.
@@ -76,21 +73,21 @@ def _origin(url: str) -> tuple[bool, str, int]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RetryPolicy:
-    """How often, and after which delays, to try again after a connection was refused or lost.
+    """How often, and after which delays, to retry after a connection was refused or lost.
 
-    The n-th delay is `first_delay_seconds * backoff ** (n - 1)`, at most `most_delay_seconds`. A random share of it, up
-    to `jitter`, is left out, so that many clients of one server do not come back at the same moment.
+    The n-th delay is `first_delay_seconds * backoff ** (n - 1)`, at most `most_delay_seconds`. It is shortened by a
+    random share, up to `jitter`, so that a server's clients do not reconnect at the same moment.
 
-    A server that says that it stops is probably being restarted. It is tried until `restart_seconds` after that, too,
-    every `RESTART_DELAY_SECONDS`.
+    A server that announces that it is stopping is probably being restarted. It is also retried every
+    `RESTART_DELAY_SECONDS`, until `restart_seconds` after the announcement.
 
     Attributes:
-        attempts: the number of attempts in all; 1 never tries again.
+        attempts: the total number of attempts; 1 disables retries.
         first_delay_seconds: the delay before the second attempt.
         backoff: the factor from each delay to the next, 1 or more.
         most_delay_seconds: the longest delay.
-        jitter: the largest share of a delay that may be left out, from 0 to 1.
-        restart_seconds: how long a server may take to be back that said that it stops; of no effect with one attempt.
+        jitter: the largest share by which a delay is shortened, from 0 to 1.
+        restart_seconds: how long to wait for a server that announced that it is stopping; no effect with one attempt.
     """
 
     attempts: int = 4
@@ -114,7 +111,7 @@ class RetryPolicy:
                 raise ConfigurationError(complaint.format(value))
 
     def delays(self, draw: Callable[[], float] = random.random) -> Iterator[float]:
-        """The seconds to wait before the second, third, … attempt. `draw` returns random numbers from 0 to 1."""
+        """Yield the seconds to wait before the second, third, … attempt; `draw` returns random numbers from 0 to 1."""
         delay = min(self.first_delay_seconds, self.most_delay_seconds)
         for _ in range(self.attempts - 1):
             yield delay * (1 - self.jitter * draw())

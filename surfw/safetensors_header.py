@@ -1,15 +1,15 @@
-"""The safetensors header, both ways and without I/O: bytes to names, dtypes, shapes and byte ranges, and back.
+"""Parses and writes safetensors headers, without I/O.
 
 Format: https://github.com/huggingface/safetensors#format. A file is 8 bytes (little-endian length of the header), the
-header (a JSON object from tensor name to dtype, shape and offsets into the payload), and the payload. The rules, each
-checked before anything is believed:
+header (a JSON object from tensor name to dtype, shape and offsets into the payload), and the payload. These rules are
+checked:
 
-- The header has at most 100 MB, lies within the file, starts with `{`, and names nothing twice.
-- A tensor's byte range has exactly the size that its dtype and shape give.
+- The header has at most 100 MB, lies within the file, starts with `{`, and has no duplicate keys.
+- A tensor's byte range has exactly the size implied by its dtype and shape.
 - The ranges cover the payload without holes or overlaps, and the payload ends where the file ends.
 
-Whatever the bytes are, they parse or raise `HeaderError`, never anything else. Its text does not name the file: source
-checkpoints and the blobs of a store are parsed here, and only the caller knows what to do about damage.
+Any input either parses or raises `HeaderError`. The message does not name the file: both source checkpoints and blobs
+of a store are parsed here, and only the caller knows what to do about damage.
 """
 
 import json
@@ -23,30 +23,30 @@ from surfw.config import quote
 from surfw.manifest import DTYPE_BITS, TensorInfo, nbytes
 
 PREFIX_BYTES = 8
-"""The length of the header stands in this many bytes before it."""
+"""The size of the header's length field, which precedes the header."""
 
 MAX_HEADER_BYTES = 100_000_000
 """The format's own limit."""
 
 UNSUPPORTED_DTYPES = frozenset({"F4", "F6_E2M3", "F6_E3M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
-"""Types of the format that surfw does not read."""
+"""Dtypes of the format that surfw does not read."""
 
 HEADER_ALIGNMENT = 4096
-"""The payloads of files that surfw writes begin at a multiple of this."""
+"""The alignment of the payload in files that surfw writes, in bytes."""
 
 _MAX_ELEMENTS = 1 << 63
 
 
 class HeaderError(ValueError):
-    """A rule of the format is broken; the text says which."""
+    """A rule of the format is violated; the message says which."""
 
 
 class TruncatedFileError(HeaderError):
-    """The file ends before its header or its payload does."""
+    """The file ends before its header or its payload is complete."""
 
 
 class UnsupportedDtypeError(HeaderError):
-    """A tensor has a type of the format that surfw does not read."""
+    """A tensor has a dtype of the format that surfw does not read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,17 +62,17 @@ class HeaderTensor:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """The tensors of a file in the order of their bytes, and what `__metadata__` says."""
+    """The tensors of a file, by offset, and its `__metadata__`."""
 
     tensors: tuple[HeaderTensor, ...]
     metadata: Mapping[str, str]
 
 
 def header_length(prefix: bytes, file_bytes: int) -> int:
-    """Length of the header in bytes, from the first 8 bytes of a file of `file_bytes` bytes.
+    """Parse the length of the header from the first 8 bytes of a file of `file_bytes` bytes.
 
     Raises:
-        HeaderError: the file is too short, or the length is beyond the format's limit or the file's end.
+        HeaderError: the file is too short, or the length exceeds the format's limit or the file.
     """
     if len(prefix) < PREFIX_BYTES:
         raise HeaderError(f"it has {file_bytes} bytes, expected at least {PREFIX_BYTES}")
@@ -85,10 +85,10 @@ def header_length(prefix: bytes, file_bytes: int) -> int:
 
 
 def parse_header(header: bytes, file_bytes: int) -> Header:
-    """The header of a file of `file_bytes` bytes; `header` is what follows the first 8 bytes, in its full length.
+    """Parse the header of a file of `file_bytes` bytes; `header` is the whole header, without the 8 length bytes.
 
     Raises:
-        HeaderError: a rule of the format is broken.
+        HeaderError: a rule of the format is violated.
     """
     document = _decode(header)
     metadata = document.pop("__metadata__", {})
@@ -111,7 +111,7 @@ def parse_header(header: bytes, file_bytes: int) -> Header:
 
 
 def is_header(data: bytes, file_bytes: int) -> bool:
-    """Return whether these bytes are the length and the header of a file of `file_bytes` bytes, and nothing more."""
+    """Whether these bytes are exactly the length and the header of a file of `file_bytes` bytes."""
     try:
         parse_header(data[PREFIX_BYTES:], file_bytes)
         return header_length(data, file_bytes) == len(data) - PREFIX_BYTES
@@ -120,9 +120,9 @@ def is_header(data: bytes, file_bytes: int) -> bool:
 
 
 def encode_header(tensors: Sequence[TensorInfo]) -> bytes:
-    """The safetensors header of a chunk's file, padded with spaces so that the payload starts at a multiple of 4096.
+    """Encode the length and the header of a chunk's file, padded so that the payload starts at a multiple of 4096.
 
-    The format allows trailing spaces.
+    The padding is trailing spaces, which the format allows.
     """
     entries = {
         tensor.name: {
@@ -154,7 +154,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     for name, value in pairs:
         if name in document:
             raise ValueError(f"the key {quote(name)} stands there twice")
-        name.encode()  # a lone surrogate is JSON to Python, but no text
+        name.encode()  # Python's JSON parser accepts lone surrogates, which are not valid text
         document[name] = value
     return document
 
@@ -178,7 +178,7 @@ def _tensor(name: str, entry: Any, payload_start: int) -> HeaderTensor:
         raise HeaderError(f"{what} has shape {quote(shape)}, expected integers from 0")
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise HeaderError(f"{what} has data_offsets {quote(offsets)}, expected [begin, end] with 0 <= begin <= end")
-    counts = accumulate((max(size, 1) for size in shape), operator.mul)  # a dimension of 0 does not excuse the others
+    counts = accumulate((max(size, 1) for size in shape), operator.mul)  # a 0 must not hide absurd other sizes
     if any(count >= _MAX_ELEMENTS for count in counts):
         raise HeaderError(f"{what} has shape {quote(shape)}, more elements than 64 bits can count")
     begin, end = offsets
@@ -188,7 +188,7 @@ def _tensor(name: str, entry: Any, payload_start: int) -> HeaderTensor:
 
 
 def _are_sizes(value: Any) -> TypeGuard[list[int]]:
-    """Whether a value is a list of integers from 0; JSON's true and false do not count."""
+    """Whether a value is a list of non-negative integers, excluding booleans."""
     return isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)
 
 

@@ -1,7 +1,7 @@
-"""One setting: its type, its bounds, and how a value of it is told from something else.
+"""The definition of one setting: its type and bounds, and how its values are parsed and validated.
 
-Knows no particular setting, and neither the environment nor files. Whatever is wrong with a value ends in one line that
-names where it came from, what it is and what was expected.
+Independent of particular settings, the environment and files. Every error is one line that names where the value came
+from, the value, and what was expected.
 """
 
 import contextlib
@@ -20,23 +20,22 @@ _SHOWN = 80
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Setting:
-    """What is known of a setting.
+    """A setting's definition.
 
     Attributes:
         name: the keyword in Python and the key in a file.
         kind: the type of its values.
-        optional: whether it may be None, which no variable and no file can say.
+        optional: whether it may be None, which neither a variable nor a file can express.
         default_text: the default in words; empty for a switch that is off.
         help: its meaning, in one line.
-        least: the smallest number; None for any.
-        most: the largest number; None for any.
-        choices: the only texts; empty for any.
-        words: for a switch, texts that it may be besides on and off.
+        least: the smallest number; None for no limit.
+        most: the largest number; None for no limit.
+        choices: the allowed texts; empty for any.
+        words: for a switch, texts it may be besides on and off.
         metavar: what help shows instead of the type.
-        form: what a value has to be, in words, where not every one of its type will do; such as `a size such as 1.5GB`.
-        has_form: whether a text or a table is that; None for any.
-        many: whether it may also be several such texts: an option that may be repeated, a list in a file, and a list as
-            JSON in a variable.
+        form: describes valid values if the type alone does not, such as `a size such as 1.5GB`.
+        has_form: whether a text or a table is valid; None if all are.
+        many: whether several texts may be given: as a repeated option, a list in a file, or a JSON list in a variable.
     """
 
     name: str
@@ -60,13 +59,13 @@ class Setting:
 
     @property
     def option(self) -> str:
-        """The option of the command line: `--port`; of a table, one for each of its entries."""
+        """The command-line option: `--port`; for a table, an option that sets one entry."""
         name = self.name.removesuffix("s") if self.kind is dict else self.name
         return f"--{name.replace('_', '-')}"
 
     @property
     def expected(self) -> str:
-        """What a value has to be, in words."""
+        """Describes valid values, for errors."""
         if self.choices:
             return " or ".join(self.choices)
         if self.kind not in {int, float}:
@@ -78,14 +77,14 @@ class Setting:
         return f"{number} from {self.least} to {self.most}" if self.most is not None else f"{number} >= {self.least}"
 
     def check(self, value: object, where: str) -> Any:
-        """A value of this setting; whole numbers do as numbers, and paths as texts.
+        """Validate a value; integers are accepted as floats, and paths as texts.
 
         Args:
-            value: from an argument or a file.
-            where: names it in errors, such as `surfw.toml: port`.
+            value: a value from an argument or a file.
+            where: names the value in errors, such as `surfw.toml: port`.
 
         Raises:
-            ConfigurationError: it is of another type, or out of bounds.
+            ConfigurationError: the value has the wrong type or is out of bounds.
         """
         if value is None and self.optional:
             return None
@@ -102,14 +101,14 @@ class Setting:
         return value
 
     def parse(self, text: str, where: str) -> Any:
-        """A value of this setting, from its text in a variable.
+        """Parse and validate a value from an environment variable.
 
         Args:
             text: the variable's value.
-            where: names it in errors, such as `SURFW_PORT`.
+            where: names the variable in errors, such as `SURFW_PORT`.
 
         Raises:
-            ConfigurationError: the text is none of this setting's type, or the value is out of bounds.
+            ConfigurationError: the text has the wrong type, or the value is out of bounds.
         """
         if self.kind is dict:
             return self._parse_table(text, where)
@@ -128,7 +127,7 @@ class Setting:
         try:
             value = json.loads(text)
         except (ValueError, RecursionError):
-            raise ConfigurationError(f"{where} is not JSON, expected {expected}") from None  # it shows the text
+            raise ConfigurationError(f"{where} is not JSON, expected {expected}") from None  # the cause has the text
         if not self._fits(value):
             raise ConfigurationError(f"{where} is {_kind_of(value)}, expected {expected}")
         return value
@@ -157,7 +156,7 @@ class Setting:
 
 
 def _kind_of(value: object) -> str:
-    """What stands where a table should, without its values."""
+    """Describe something that is not a valid table, without its values."""
     if isinstance(value, dict):
         return "a table with a name of other characters than letters, digits and _"
     kinds = {str: "a text", list: "a list", bool: "true or false", int: "a number", float: "a number"}
@@ -165,7 +164,7 @@ def _kind_of(value: object) -> str:
 
 
 def _show(value: object) -> str:
-    """A value that was refused, short enough for a line."""
+    """Format a refused value for an error, shortened to fit on a line."""
     try:
         text = {True: "true", False: "false"}[value] if isinstance(value, bool) else repr(value)
     except ValueError:

@@ -1,10 +1,10 @@
-"""The settings: the one registry of what can be set, and where a value comes from.
+"""The registry of all settings, and how their values are resolved.
 
-A field of `Settings` is a setting, with its type, its default, its bounds and its meaning. Its name is the keyword in
-Python and the key in a file; `SURFW_` and the name in capitals is its variable; the command line makes its options from
-the same fields. An argument goes before a variable, a variable before the file, the file before the default.
+Each field of `Settings` is a setting, with its type, default, bounds and meaning. Its name is the keyword in Python and
+the key in a settings file; the environment variable is `SURFW_` plus the name in capitals; the command line builds its
+options from the same fields. Arguments override variables, variables override the file, the file overrides defaults.
 
-The token that clients show to a server is no setting: it is read when it is needed, and never shown.
+The token that a client sends to a server is not a setting: it is read when it is needed, and never displayed.
 """
 
 import difflib
@@ -42,28 +42,28 @@ from surfw.setting import Setting
 from surfw.storage_options import is_options
 
 CONFIG_VARIABLE = "SURFW_CONFIG"
-"""Names a TOML file, as `--config` does."""
+"""The path of a TOML settings file, like `--config`."""
 
 TOKEN_VARIABLE = "SURFW_TOKEN"  # noqa: S105 - a name
-"""Holds the token itself: the one variable that has no option and no key."""
+"""The token itself. This variable has no matching option or file key."""
 
 _OTHER_VARIABLES = ("SURFW_HOME", "SURFW_DEBUG")
-"""Variables that are read elsewhere."""
+"""Variables read outside this module."""
 
 _PREFIX, _NEAR = "SURFW_", 0.7
-"""How variables begin; and how alike, at least, the rest of an unknown one and of a known one have to be."""
+"""The prefix of all variables, and the `difflib` similarity cutoff for suggesting a known variable."""
 
 _MOST_TOKEN_BYTES = 64 * 1024
 _MOST_FILE_BYTES = 1 << 20
 
 TABLE = "tool.surfw"
-"""The table of a TOML file that holds settings."""
+"""The TOML table that holds the settings."""
 
 _PLACES = ("argument", "variable", "file", "default")
-"""Where a value can come from, the nearest first."""
+"""Where a value can come from, highest precedence first."""
 
 EXCLUSIVE = ("cache_layers", "memory_budget")
-"""Two settings that say the same thing in two ways, and have no default. The one from the nearer place counts."""
+"""Two settings for the same thing, both without a default. The one given with higher precedence wins."""
 
 _RETRY = RetryPolicy()
 _SHORTEST_SECONDS = 0.001
@@ -81,7 +81,7 @@ def _setting(
     has_form: Callable[[Any], bool] | None = None,
     in_repr: bool = True,
 ) -> Any:
-    """A field with what `Setting` knows of it; `shown` says in words what no default or a computed one means."""
+    """A field with the metadata of its `Setting`; `shown` describes a missing or computed default in words."""
     known = {
         "help": meaning, "default_text": shown, "least": least, "most": most, "metavar": metavar, "form": form,
         "has_form": has_form,
@@ -92,15 +92,15 @@ def _setting(
 
 
 class SeveralTokensError(ConfigurationError):
-    """A file of tokens for a server is given to a client, which shows one."""
+    """A client was given a server's file of several tokens; a client sends one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
-    """All settings, checked. `Settings.load()` also asks the environment and a file; `Settings()` has the defaults.
+    """All settings, validated. `Settings.load()` also reads the environment and a file; `Settings()` is the defaults.
 
     Raises:
-        ConfigurationError: a value is of another type, or out of bounds.
+        ConfigurationError: a value has the wrong type or is out of bounds.
     """
 
     store: str = _setting(
@@ -282,7 +282,6 @@ class Settings:
     on_missing: OnMissing = _setting("error", "What to do about weights that a model lacks.")  # noqa: RUF009 - it makes a field
 
     def __post_init__(self) -> None:
-        """Check every value."""
         for name, setting in SETTINGS.items():
             object.__setattr__(self, name, setting.check(getattr(self, name), name))
         if None not in [getattr(self, name) for name in EXCLUSIVE]:
@@ -290,25 +289,25 @@ class Settings:
 
     @classmethod
     def load(cls, config: str | os.PathLike[str] | None = None, **arguments: Any) -> Self:
-        """The settings from arguments, `SURFW_*` variables, a file and the defaults, the first of these going first.
+        """Load settings from arguments, `SURFW_*` variables, a file and the defaults, in this order of precedence.
 
         Args:
-            config: a TOML file with a table `[tool.surfw]`; default: the one that `$SURFW_CONFIG` names, if any.
-            arguments: settings by name; None means that it is not given.
+            config: a TOML file with a table `[tool.surfw]`; by default the file named by `$SURFW_CONFIG`, if set.
+            arguments: settings by name; None means not given.
 
         Raises:
-            ConfigurationError: a value cannot be used, a name is unknown, or the file cannot be read.
+            ConfigurationError: a value is invalid, a name is unknown, or the file cannot be read.
         """
         return cls(**{name: value for name, (value, _) in trace_settings(config, arguments).items()})
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """The sources, the one that is wanted first; empty if none is named."""
+        """The sources in the order given; empty if none is set."""
         return (self.source,) if isinstance(self.source, str) else self.source or ()
 
     @property
     def retry(self) -> RetryPolicy:
-        """How often, and after how long, a connection is tried again."""
+        """The retry policy for connections."""
         return RetryPolicy(
             attempts=self.retry_attempts,
             first_delay_seconds=self.retry_first_delay,
@@ -320,23 +319,23 @@ class Settings:
 
     @property
     def token(self) -> str | None:
-        """A client's token: what `token_file` holds, else what `$SURFW_TOKEN` holds. It is read at every use.
+        """A client's token, from `token_file`, else from `$SURFW_TOKEN`. It is read on every access.
 
         Raises:
-            ConfigurationError: the file cannot be read, or holds no token, or several.
+            ConfigurationError: the file cannot be read, or does not hold exactly one token.
         """
         return read_token(self.token_file)
 
     def tls_for(self, url: str) -> TlsFiles | None:
-        """As `tls`, for a client of the server at this address; None if that is without TLS."""
+        """`tls` for a client of the server at this URL; None if the URL does not use TLS."""
         return self.tls if url.startswith("wss://") else None
 
     @property
     def tls(self) -> TlsFiles | None:
-        """The certificates of this side, and those that it trusts; None if nothing is set.
+        """This side's certificate and the certificates it trusts; None if nothing is set.
 
         Raises:
-            ConfigurationError: there is a key without a certificate.
+            ConfigurationError: a key is set without a certificate.
         """
         if self.ssl_certfile is self.ssl_keyfile is self.ssl_ca_certs is None:
             return None
@@ -344,7 +343,7 @@ class Settings:
 
 
 def _read_registry() -> dict[str, Setting]:
-    """The settings by name, from the fields of `Settings`."""
+    """Build the settings from the fields of `Settings`."""
     hints = get_type_hints(Settings)
     found = {}
     for one in fields(Settings):
@@ -368,7 +367,7 @@ def _read_registry() -> dict[str, Setting]:
 
 
 SETTINGS: Mapping[str, Setting] = _read_registry()
-"""What is known of each setting, by its name."""
+"""All settings by name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -376,8 +375,8 @@ class SettingOrigin:
     """Where a value comes from.
 
     Attributes:
-        kind: which of the four ways.
-        name: the argument, the variable, or the path of the file; `default` for a default.
+        kind: the kind of place.
+        name: the argument, the variable, or the file's path; `default` for a default.
     """
 
     kind: Literal["argument", "variable", "file", "default"]
@@ -387,12 +386,12 @@ class SettingOrigin:
 def trace_settings(
     config: str | os.PathLike[str] | None, arguments: Mapping[str, Any]
 ) -> dict[str, tuple[Any, SettingOrigin]]:
-    """Return every setting's value and where it comes from; takes what `Settings.load` takes.
+    """Return every setting's value and origin. Takes the arguments of `Settings.load`.
 
-    A table, such as `storage_options`, has the entries of all places that give it; the nearest place wins for each.
+    A table such as `storage_options` is merged from all places that give it; per entry, the highest precedence wins.
 
     Raises:
-        ConfigurationError: as `Settings.load` does.
+        ConfigurationError: as in `Settings.load`.
     """
     for name in arguments:
         if name not in SETTINGS:
@@ -416,14 +415,14 @@ def trace_settings(
         found[name] = value, nearest
     if os.environ.get(TOKEN_VARIABLE) and found["token_file"][1].kind != "argument":
         _check_token(os.environ[TOKEN_VARIABLE], TOKEN_VARIABLE)
-        found["token_file"] = None, SettingOrigin("variable", TOKEN_VARIABLE)  # which holds the token itself
+        found["token_file"] = None, SettingOrigin("variable", TOKEN_VARIABLE)  # the token itself, not a path
     return found
 
 
 def _places_of(
     setting: Setting, arguments: Mapping[str, Any], table: Mapping[str, Any], path: Path | None
 ) -> list[SettingOrigin]:
-    """The places that give a setting, the nearest first; the default if none does."""
+    """The places that give a setting, highest precedence first; the default if there are none."""
     given = {
         SettingOrigin("argument", setting.name): arguments.get(setting.name) is not None,
         SettingOrigin("variable", setting.variable): bool(os.environ.get(setting.variable)),
@@ -433,7 +432,7 @@ def _places_of(
 
 
 def _read(setting: Setting, origin: SettingOrigin, arguments: Mapping[str, Any], table: Mapping[str, Any]) -> Any:
-    """The value that a place gives, checked."""
+    """The validated value of a setting from one place."""
     if origin.kind == "argument":
         return setting.check(arguments[setting.name], setting.name)
     if origin.kind == "variable":
@@ -442,7 +441,7 @@ def _read(setting: Setting, origin: SettingOrigin, arguments: Mapping[str, Any],
 
 
 def _decide_between(places: Mapping[str, Sequence[SettingOrigin]]) -> str | None:
-    """Return which of the two exclusive settings yields, because the other is given in a nearer place.
+    """Return which of the two exclusive settings is dropped because the other has higher precedence.
 
     Raises:
         ConfigurationError: both are given in the same place.
@@ -462,10 +461,10 @@ def _exclude_each_other(names: str) -> ConfigurationError:
 
 
 def read_settings_file(path: Path) -> dict[str, Any]:
-    """The settings of a TOML file, checked.
+    """Read and validate the settings in a TOML file.
 
     Raises:
-        ConfigurationError: it cannot be read, is no TOML, has no table `[tool.surfw]`, or something in it is wrong.
+        ConfigurationError: the file cannot be read, is not TOML, has no table `[tool.surfw]`, or has an invalid entry.
     """
     import tomllib
 
@@ -503,7 +502,7 @@ def _check_entry(path: Path, key: str, value: object) -> Any:
 
 
 def find_misspelt_variables() -> dict[str, str]:
-    """The variables of the environment that look like one of surfw's and are none, with the one that was meant."""
+    """Return unknown `SURFW_*` environment variables, each with the known variable that it resembles."""
     known = {setting.variable for setting in SETTINGS.values()} | {CONFIG_VARIABLE, TOKEN_VARIABLE, *_OTHER_VARIABLES}
     words = [name.removeprefix(_PREFIX) for name in known]
     found = {}
@@ -514,16 +513,16 @@ def find_misspelt_variables() -> dict[str, str]:
 
 
 def _closest(name: str, known: Iterable[str]) -> str:
-    """A hint for a name that is not known."""
+    """A hint for an unknown name."""
     near = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {near[0]}?" if near else "; 'surfw config' lists all settings"
 
 
 def read_token(token_file: str | None) -> str | None:
-    """What a file holds, else what `$SURFW_TOKEN` holds, else None.
+    """Return the token in a file, else in `$SURFW_TOKEN`, else None.
 
     Raises:
-        ConfigurationError: the file cannot be read, or holds no token.
+        ConfigurationError: the file cannot be read, or does not hold exactly one token.
     """
     if token_file is None:
         given = os.environ.get(TOKEN_VARIABLE)
@@ -541,7 +540,7 @@ def read_token(token_file: str | None) -> str | None:
 
 
 def _check_token(text: str, where: str) -> str:
-    """The token without white space around it; errors do not show it."""
+    """Validate a token and strip surrounding whitespace. Errors never include the token."""
     token = text.strip()
     if not token:
         raise ConfigurationError(f"{where} is empty, expected a token; put one in, or unset it")

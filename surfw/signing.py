@@ -1,8 +1,8 @@
-"""Who made a model: signed when it is chunked, checked by whoever runs it before anything of it is used.
+"""Signatures of models: made when a model is chunked, and checked before any of it is used.
 
-A signature (Ed25519) is part of the manifest, so that it comes along wherever that goes: stores, servers, copies, disk
-caches. It says what the model is (`Manifest.identity`, as pins do) and how its bytes are proven, not where it lies or
-what it is called. `cryptography` (the extra `surfw[encryption]`) is imported once a key is used.
+A signature (Ed25519) is part of the manifest, so it is preserved in stores, servers, copies and disk caches. It covers
+the model's content (`Manifest.identity`, as pins do) and the digests of its forms, but not its location or name.
+`cryptography` (the extra `surfw[encryption]`) is imported when a key is first used.
 """
 
 import os
@@ -30,26 +30,25 @@ _PRIVATE = re.compile(rb"-----BEGIN [A-Z ]*PRIVATE KEY-----")
 
 
 class SigningKey:
-    """The secret half of a pair of keys.
+    """A private key for signing models.
 
     Attributes:
-        id: names the pair: 32 hex digits.
+        id: the id of the key pair, 32 hex digits.
     """
 
     def __init__(self, private: "Ed25519PrivateKey") -> None:
-        """Take the key."""
         self._private = private
         self.id = _key_id(private.public_key())
 
     def __repr__(self) -> str:
-        """The key's id; never the key."""
+        """Show the key's id, never the key."""
         return f"<SigningKey {self.id}>"
 
     def sign(self, manifest: Manifest) -> Manifest:
-        """The manifest with a signature of this key, instead of another it may have.
+        """Return the manifest with this key's signature, which replaces any existing one.
 
         Raises:
-            ConfigurationError: digests of its weights are not known, so that a signature would say nothing of them.
+            ConfigurationError: digests of its weights are unknown, so that a signature could not cover them.
         """
         if not manifest.is_known:
             raise ConfigurationError(
@@ -62,26 +61,26 @@ class SigningKey:
 
 
 class VerifyKeys:
-    """The public halves of one or more pairs of keys: a model signed with any of them is accepted.
+    """One or more public keys; a model signed with any of them is accepted.
 
     Attributes:
-        where: names the file that they come from, for errors.
+        where: names the file of the keys in errors.
     """
 
     def __init__(self, public: "list[Ed25519PublicKey]", *, where: str) -> None:
-        """Take the keys."""
         self.where = where
         self._public = {_key_id(one): one for one in public}
 
     def check(self, manifest: Manifest, *, where: str) -> None:
-        """Check that a model was signed with one of the keys, and is what was signed.
+        """Check that a model was signed with one of the keys, and was not changed since.
 
         Args:
             manifest: the model.
             where: names its source in errors.
 
         Raises:
-            IntegrityError: it was not, or is not; or nobody can tell, because digests of its weights are not known.
+            IntegrityError: the signature is missing, invalid, of another key, or does not cover all forms; or digests
+                of the weights are unknown.
         """
         from cryptography.exceptions import InvalidSignature
 
@@ -119,23 +118,23 @@ class VerifyKeys:
 
 
 class VerifyingSource(SourceInFront):
-    """A source whose models have to be signed: nobody gets a manifest that is not, and nothing without a manifest."""
+    """A source that refuses models without a valid signature: it never returns an unsigned manifest."""
 
     def __init__(self, source: ChunkSource, keys: VerifyKeys) -> None:
-        """Read from a source, which is closed with this."""
+        """Wrap a source, which is closed with this one."""
         super().__init__(source)
         self._keys = keys
 
     @property
     def url(self) -> str:  # type: ignore[override]
-        """The place that the bytes come from."""
+        """Where the bytes come from, for display and error messages."""
         return self._source.url
 
     async def manifest(self, model: str) -> Manifest:
-        """The manifest of a model that is signed.
+        """Return the manifest of a signed model.
 
         Raises:
-            IntegrityError: it is not, or with another key.
+            IntegrityError: the model has no valid signature; see `VerifyKeys.check`.
         """
         manifest = await self._source.manifest(model)
         await in_thread(lambda: self._keys.check(manifest, where=self.url))
@@ -143,11 +142,11 @@ class VerifyingSource(SourceInFront):
 
 
 def read_signing_key(file: str | os.PathLike[str]) -> SigningKey:
-    """The private key in a PEM file, which only its owner may have rights to.
+    """Read a private key from a PEM file, which must be accessible to its owner only.
 
     Raises:
-        ConfigurationError: there is no such file, others can read it, or it holds none of Ed25519; or `cryptography`
-            is not installed. Nothing of what the file holds is shown.
+        ConfigurationError: the file is missing, others have access to it, or it holds no Ed25519 private key; or
+            `cryptography` is not installed. The message never contains any of the file's contents.
     """
     serialization, ed25519 = _import_keys()
     where, data, mode = _read(file, "signing key", MAKE_PRIVATE)
@@ -162,7 +161,7 @@ def read_signing_key(file: str | os.PathLike[str]) -> SigningKey:
             f"{where} is protected by a passphrase, expected one that is not; write one with "
             f"(umask 077; openssl pkey -in {_quoted(file)} -out OTHER.pem)"
         ) from None
-    except Exception:  # noqa: BLE001 - of ValueError and those that cryptography has beside it
+    except Exception:  # noqa: BLE001 - ValueError, or one of cryptography's own
         key = None
     if not isinstance(key, ed25519.Ed25519PrivateKey):
         seen = "a public key" if _PUBLIC.search(data) else "another kind of key" if key else "no private key in PEM"
@@ -173,11 +172,11 @@ def read_signing_key(file: str | os.PathLike[str]) -> SigningKey:
 
 
 def read_verify_keys(file: str | os.PathLike[str]) -> VerifyKeys:
-    """The public keys in a PEM file: one, or several of which any may have signed.
+    """Read one or more public keys from a PEM file.
 
     Raises:
-        ConfigurationError: there is no such file, or it holds something else than public keys of Ed25519; or
-            `cryptography` is not installed. Nothing of what the file holds is shown.
+        ConfigurationError: the file is missing, or holds anything but Ed25519 public keys; or `cryptography` is not
+            installed. The message never contains any of the file's contents.
     """
     serialization, ed25519 = _import_keys()
     where, data, _ = _read(file, "verify key", MAKE_PUBLIC.replace("{}", "KEY.pem").replace("PUBLIC.pem", "{}"))
@@ -185,7 +184,7 @@ def read_verify_keys(file: str | os.PathLike[str]) -> VerifyKeys:
     for block in _PUBLIC.findall(data):
         try:
             found.append(serialization.load_pem_public_key(block))
-        except Exception:  # noqa: BLE001 - of ValueError and those that cryptography has beside it
+        except Exception:  # noqa: BLE001 - ValueError, or one of cryptography's own
             found.append(None)
     if not found or _PRIVATE.search(data) or not all(isinstance(one, ed25519.Ed25519PublicKey) for one in found):
         seen = "a private key" if _PRIVATE.search(data) else "another kind of key" if found else "no public key in PEM"
@@ -197,7 +196,7 @@ def read_verify_keys(file: str | os.PathLike[str]) -> VerifyKeys:
 
 
 def _read(file: str | os.PathLike[str], kind: str, make: str) -> tuple[str, bytes, int]:
-    """Name a file of a key for errors; its contents, and its mode."""
+    """Read a key file; returns its description for errors, its contents, and its mode."""
     path = expand_home(file)
     where = f"{kind} {printable(str(path))}"
     try:

@@ -1,7 +1,7 @@
-"""The source of weights: the one interface that the runtime knows, whether a storage or a server is behind it.
+"""The source of weights: the one interface between the runtime and a storage or a server.
 
-A `ChunkSource` delivers *verified stored bytes* into memory that the caller owns. It never decodes, and it is
-read-only. Stored bytes may be encrypted: `surfw.encryption` makes a source of plain ones of it.
+A `ChunkSource` delivers *verified stored bytes* into memory that the caller owns. It is read-only and never decodes.
+Stored bytes may be encrypted; `surfw.encryption` wraps such a source in one that delivers plaintext.
 """
 
 from abc import ABC, abstractmethod
@@ -20,13 +20,14 @@ from surfw.manifest import Chunk, Digests, Form, Manifest, is_digest
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """A range of a chunk's stored bytes, and the writable memory it goes to.
+    """A range of a chunk's stored bytes, and the writable memory it is read into.
 
-    `start` and `stop` (end-exclusive) count stored bytes of the form. Both lie on block boundaries (1 MiB), except that
-    `stop` may be the end of the form: only whole blocks can be verified. `destination` has `stop - start` bytes.
+    `start` and `stop` (end-exclusive) are offsets into the form's stored bytes. Both lie on block boundaries (1 MiB),
+    except that `stop` may be the end of the form: only whole blocks can be verified. `destination` has `stop - start`
+    bytes.
 
-    `on_verified` may be told of each block as soon as it is right, with its index and its memory, which it may change:
-    by the thread that verified it, before `fetch` ends, and again if the block arrives again.
+    `on_verified`, if set, is called with the index and the memory of each block once it is verified. It may modify that
+    memory. It runs in the thread that verified the block, before `fetch` returns, and again if the block is refetched.
     """
 
     chunk: Chunk
@@ -37,7 +38,11 @@ class Read:
     on_verified: Callable[[int, memoryview], None] | None = None
 
     def __post_init__(self) -> None:
-        """Refuse ranges that cannot be verified."""
+        """Validate the range.
+
+        Raises:
+            ValueError: the range is not made of whole blocks, or `destination` has another size.
+        """
         ends_well = self.stop % BLOCK_BYTES == 0 or self.stop == self.form.stored_bytes
         if self.start % BLOCK_BYTES or not ends_well or not 0 <= self.start <= self.stop <= self.form.stored_bytes:
             raise ValueError(f"range {self.start}-{self.stop} of chunk {self.chunk.name} is not made of whole blocks")
@@ -46,10 +51,10 @@ class Read:
 
 
 def find_damage(form: Form, first: int, data: memoryview) -> dict[int, str]:
-    """Return which blocks of a run, starting with block `first` of the form, do not match their digests.
+    """Find the blocks of `data`, which starts with block `first` of the form, that do not match their digests.
 
     Returns:
-        The BLAKE3 that each of them has instead, in hex, by its index.
+        The actual BLAKE3 of each damaged block, in hex, by block index.
     """
     damage = {}
     with tracing.span("verify", "verify", bytes=len(data)):
@@ -61,7 +66,7 @@ def find_damage(form: Form, first: int, data: memoryview) -> dict[int, str]:
 
 
 def check_blocks(read: Read, first: int, data: memoryview) -> dict[int, str]:
-    """As `find_damage`, for blocks in the destination of a read, which is told of those that are right."""
+    """Like `find_damage`, for blocks in a read's destination; calls `read.on_verified` for each valid block."""
     if read.on_verified is None:
         return find_damage(read.form, first, data)
     damage: dict[int, str] = {}
@@ -75,27 +80,26 @@ def check_blocks(read: Read, first: int, data: memoryview) -> dict[int, str]:
 
 
 class Verification:
-    """A check that notes which blocks of a read are damaged, counted from the read's start.
+    """A callable that records the damaged blocks of a read.
 
-    It raises nothing, so that the other ranges of a read go on. It may be called in several threads at once.
+    It never raises, so that the read's other ranges can continue. It is thread-safe.
 
     Attributes:
-        damaged: the BLAKE3 that each of them has instead, in hex, by its index.
+        damaged: the actual BLAKE3 of each damaged block, in hex, by its index in the form.
     """
 
     def __init__(self, read: Read) -> None:
-        """Expect the blocks of the read."""
         self.damaged: dict[int, str] = {}
         self._read = read
         self._first = read.start // BLOCK_BYTES
 
     def __call__(self, at: int, piece: memoryview) -> None:
-        """Look at whole blocks, `at` bytes after the first one."""
+        """Check whole blocks; `piece` starts `at` bytes after the start of the read."""
         self.damaged.update(check_blocks(self._read, self._first + at // BLOCK_BYTES, piece))
 
 
 def describe_damage(chunk: Chunk, form: Form, block: int, seen: str, *, where: str) -> str:
-    """Describe a damaged block, without advice; `seen` is the BLAKE3 that it has."""
+    """Describe a damaged block, without advice; `seen` is its actual BLAKE3."""
     return (
         f"chunk {chunk.name} from {where} is damaged: block {block} has BLAKE3 {seen[:16]}…, "
         f"the manifest promises {form.block_digest(block).hex()[:16]}…"
@@ -103,11 +107,11 @@ def describe_damage(chunk: Chunk, form: Form, block: int, seen: str, *, where: s
 
 
 def locate_damage(seen: Sequence[object], *, stored: str = "the store") -> str:
-    """Say where the damage of something is that was fetched several times, and what to do about it.
+    """Say whether data that was damaged on every read was damaged in storage or in transit, and what to do.
 
     Args:
         seen: what arrived each time, such as digests.
-        stored: the place where it is stored.
+        stored: names the storage.
     """
     if len(set(seen)) == 1:
         return f"chunk the model again: it was the same {len(seen)} times, so the damage lies in {stored}"
@@ -118,11 +122,14 @@ def locate_damage(seen: Sequence[object], *, stored: str = "the store") -> str:
 
 
 async def read_again(read: Callable[[], Awaitable[str | None]], seen: list[str]) -> bool:
-    """Read something damaged again until it is right, and return whether it is; at most `1 + DAMAGE_RETRIES` are seen.
+    """Reread damaged data until it is valid or `seen` has `1 + DAMAGE_RETRIES` digests.
 
     Args:
-        read: reads it, past all caches, and returns the digest of what came, or None if that is right.
-        seen: the digests seen so far; those of this are added. See `locate_damage`.
+        read: reads the data, bypassing all caches; returns None if it is valid, else its digest.
+        seen: the digests seen so far; extended in place. See `locate_damage`.
+
+    Returns:
+        Whether a read was valid.
     """
     while len(seen) <= DAMAGE_RETRIES:
         digest = await read()
@@ -134,13 +141,13 @@ async def read_again(read: Callable[[], Awaitable[str | None]], seen: list[str])
 
 @dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
 class View:
-    """Stored bytes in memory that is not the caller's: in most cases a mapped file.
+    """Stored bytes in memory that the caller does not own, usually a mapped file.
 
     Attributes:
         memory: the bytes.
-        expect_unchanged: call it before the bytes are used again. It is cheap, and raises `IntegrityError` or
-            `StorageError` if the file shows that they are no longer what was verified.
-        is_mapped: whether it is a mapped file, whose memory the system can take back.
+        expect_unchanged: must be called before the bytes are used again. It is cheap, and raises `IntegrityError` or
+            `StorageError` if the file was changed since it was verified.
+        is_mapped: whether this is a mapped file, whose pages the system can reclaim.
     """
 
     memory: memoryview
@@ -150,13 +157,13 @@ class View:
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """What a source waits for; times are those of `time.monotonic`.
+    """A pending retry after a source failed. Times are `time.monotonic` values.
 
     Attributes:
         lost: the address that failed.
-        since: when it did.
-        trying: the address that is tried next.
-        at: when.
+        since: when it failed.
+        trying: the address to be tried next.
+        at: when it will be tried.
     """
 
     lost: str
@@ -169,10 +176,10 @@ _PIN = "@b3:"
 
 
 def split_pin(name: str | None) -> tuple[str | None, str | None]:
-    """A model's name, and the identity that it is pinned to, if it is: `name@b3:DIGEST`.
+    """Split `name@b3:DIGEST` into the model's name and the identity that it is pinned to; None for a missing part.
 
     Raises:
-        ConfigurationError: what stands behind `@b3:` is no BLAKE3.
+        ConfigurationError: the text after `@b3:` is not a BLAKE3 digest.
     """
     name, mark, pin = (name or "").rpartition(_PIN) if _PIN in (name or "") else (name, "", "")
     if mark and not is_digest(pin):
@@ -184,10 +191,10 @@ def split_pin(name: str | None) -> tuple[str | None, str | None]:
 
 
 def check_pin(manifest: Manifest, pin: str | None, *, where: str) -> None:
-    """Check that a model is the one that it is pinned to.
+    """Check that a model has the pinned identity.
 
     Raises:
-        IntegrityError: it is another one, or it cannot be told, because digests of its weights are not known.
+        IntegrityError: it has another identity, or its identity is unknown because digests of its weights are missing.
     """
     if pin is None:
         return
@@ -207,10 +214,10 @@ def check_pin(manifest: Manifest, pin: str | None, *, where: str) -> None:
 
 
 def find_model(name: str | None, known: Sequence[str], *, where: str) -> str:
-    """Return the full name of a model, given in full, by a unique last part, or as None if it is the only one.
+    """Return the full name of a model.
 
     Args:
-        name: what was given.
+        name: the full name, its last part if that is unique, or None for the only model.
         known: the full names of all models.
         where: names the place in errors.
 
@@ -227,10 +234,10 @@ def find_model(name: str | None, known: Sequence[str], *, where: str) -> str:
 
 
 def expect_base(adapter: Manifest, base: Manifest, *, where: str) -> None:
-    """Check that an adapter belongs to the weights of a model, whatever that is called.
+    """Check that an adapter was made for the weights of `base`; names are ignored.
 
     Raises:
-        ManifestError: it belongs to others.
+        ManifestError: it was made for other weights.
     """
     assert adapter.base is not None, "it is an adapter"
     if adapter.base.key != base.weights_key:
@@ -245,9 +252,9 @@ async def find_adapter(source: "ChunkSource", name: str, base: Manifest) -> Mani
     """Return the manifest of an adapter that can be applied to a model.
 
     Raises:
-        UnknownModelError: the source has none of this name.
-        ConfigurationError: it is no adapter.
-        ManifestError: it belongs to another base.
+        UnknownModelError: the source has no model of this name.
+        ConfigurationError: the model is not an adapter.
+        ManifestError: the adapter belongs to another base.
     """
     manifest = await source.manifest(await source.resolve(name))
     if manifest.base is None:
@@ -260,10 +267,10 @@ async def find_adapter(source: "ChunkSource", name: str, base: Manifest) -> Mani
 
 
 def refuse_second_adapter(manifest: Manifest, adapter: str | None) -> None:
-    """Check that no other adapter is wanted over a model that is one itself.
+    """Refuse an adapter on top of a model that is itself an adapter.
 
     Raises:
-        ConfigurationError: one is.
+        ConfigurationError: both are adapters.
     """
     if manifest.base is not None and adapter is not None:
         raise ConfigurationError(
@@ -273,11 +280,10 @@ def refuse_second_adapter(manifest: Manifest, adapter: str | None) -> None:
 
 
 async def find_base(source: "ChunkSource", adapter: Manifest) -> Manifest:
-    """Return the manifest of the model that an adapter changes.
+    """Return the manifest of an adapter's base model.
 
     Raises:
-        UnknownModelError: the source does not have it.
-        ManifestError: the source has other weights under its name.
+        ManifestError: the source does not have the base, or has other weights under its name.
     """
     assert adapter.base is not None, "it is an adapter"
     try:
@@ -292,10 +298,10 @@ async def find_base(source: "ChunkSource", adapter: Manifest) -> Manifest:
 
 
 class ChunkSource(ABC):
-    """Manifests and verified stored bytes, from somewhere. Use it as an async context manager, or `close()` it."""
+    """A source of manifests and verified stored bytes. Use it as an async context manager, or `close()` it."""
 
     url: str
-    """The place that the bytes come from, for people and for error messages."""
+    """Where the bytes come from, for display and error messages."""
 
     @abstractmethod
     async def models(self) -> list[str]:
@@ -322,13 +328,12 @@ class ChunkSource(ABC):
     async def fetch(self, manifest: Manifest, reads: Sequence[Read], *, priority: int = 0) -> None:
         """Fill every read's destination with verified bytes. Lower priorities go first.
 
-        Pass all reads in one call: a far source has several of them under way at a time, in any order, so that many
-        small ones cost few round trips. Their number does not change the memory that it takes besides the destinations
-        (see `buffered_bytes`).
+        Pass all reads in one call: a remote source keeps several in flight, in any order, so that many small reads cost
+        few round trips. The number of reads does not change the buffer memory (see `buffered_bytes`).
 
-        Returns when all destinations are filled. If a read fails, the first failure is raised and the others are given
-        up: the contents of their destinations are undefined then. Once the call has ended, also by a failure or a
-        cancellation, no destination is written to any more.
+        Returns when all destinations are filled. If a read fails, the first failure is raised and the other reads are
+        abandoned; the contents of all destinations are then undefined. Once the call has ended, including by a failure
+        or a cancellation, no destination is written to any more.
 
         Raises:
             IntegrityError: bytes do not match the manifest.
@@ -336,25 +341,24 @@ class ChunkSource(ABC):
         """
 
     async def announce(self, manifest: Manifest, cycle: Sequence[Chunk], kept: Sequence[Chunk]) -> None:
-        """Say what will be read, so that the source can prepare for it; most have no use for that.
+        """Announce upcoming reads so that the source can prepare for them. Most sources ignore this.
 
-        It may be said again, and takes the place of what was said of this model before.
+        Each call replaces the previous announcement for this model.
 
         Args:
             manifest: the model.
-            cycle: the chunks that are used again and again, in this order; one may recur.
-            kept: those of them that are kept once they were read.
+            cycle: the chunks that each pass uses, in this order; a chunk may occur more than once.
+            kept: the chunks of `cycle` that stay resident once they were read.
         """
         del manifest, cycle, kept
 
     async def view(self, manifest: Manifest, chunk: Chunk, form: Form) -> View | None:
-        """Return the form's stored bytes, verified and mapped: no copy of them is made.
+        """Return the form's stored bytes, verified and mapped, without a copy.
 
-        The memory may be written to, which changes nothing but this view. It is page-aligned, and stays valid after
-        `close`.
+        The memory is writable; writes affect this view only. It is page-aligned and stays valid after `close`.
 
         Returns:
-            None if the bytes cannot be mapped and have to be fetched.
+            The view, or None if the bytes cannot be mapped and have to be fetched.
 
         Raises:
             IntegrityError: bytes do not match the manifest.
@@ -364,14 +368,14 @@ class ChunkSource(ABC):
         return None
 
     async def digests(self, manifest: Manifest, chunk: Chunk) -> Digests | None:
-        """Return the digests of a chunk whose manifest lacks them, or None if nobody knows them."""
+        """Return the digests of a chunk whose manifest lacks them, or None if they are unknown."""
         del manifest, chunk
         return None
 
     async def keep(self, manifest: Manifest, chunk: Chunk, form: Form, *, priority: int = 0) -> bool:
-        """Have a form's stored bytes near by, before they are used; return whether all of them are.
+        """Copy a form's stored bytes to local storage ahead of use; return whether all of them are there.
 
-        Most sources have no such place, and do nothing.
+        Most sources have no local storage, and do nothing.
 
         Raises:
             IntegrityError, StorageError, WireError: they could not be read.
@@ -380,15 +384,15 @@ class ChunkSource(ABC):
         return False
 
     def near(self, manifest: Manifest, chunk: Chunk) -> tuple[Form, ...]:
-        """Return the forms of a chunk that are to be preferred, because they are nearer than others of it."""
+        """Return the forms of a chunk to prefer because they are stored locally."""
         del manifest, chunk
         return ()
 
     def expect_readable(self, manifest: Manifest) -> None:
-        """Check that what this delivers of a model are its weights. Whoever computes with them asks this first.
+        """Check that this source delivers the model's weights in plaintext. Call it before computing with them.
 
         Raises:
-            ConfigurationError: they are encrypted, and there is no key, or another one.
+            ConfigurationError: the weights are encrypted, and the key is missing or wrong.
         """
         if manifest.key_id:
             raise ConfigurationError(
@@ -397,18 +401,18 @@ class ChunkSource(ABC):
             )
 
     def identify(self, manifest: Manifest, digest: str) -> str:
-        """The id that a chunk whose payload has this BLAKE3 has in a model: just that, unless it is encrypted."""
+        """Return the id of a chunk whose payload has this BLAKE3: the digest itself, unless the model is encrypted."""
         del manifest
         return digest
 
     @property
     def buffered_bytes(self) -> int:
-        """The most memory that fetching takes besides the destinations."""
+        """The most memory, in bytes, that fetching needs besides the destinations."""
         return 0
 
     @property
     def refetched_blocks(self) -> int:
-        """Blocks that arrived damaged and were fetched again."""
+        """The number of blocks that arrived damaged and were refetched."""
         return 0
 
     @abstractmethod
@@ -422,11 +426,11 @@ class ChunkSource(ABC):
 
     @property
     def waiting(self) -> Waiting | None:
-        """What keeps everything waiting, if a source failed and is to be tried again."""
+        """The pending retry that all reads wait for; None if there is none."""
         return None
 
     async def resolve(self, name: str | None) -> str:
-        """Return the full name of a model, given in full, by a unique last part, or as None if it is the only one.
+        """Return the full name of a model, from its full name, a unique last part, or None for the only model.
 
         Raises:
             UnknownModelError: no model or several models match.
@@ -434,7 +438,7 @@ class ChunkSource(ABC):
         return find_model(name, await self.models(), where=self.url)
 
     async def __aenter__(self) -> Self:
-        """Enter the context. Nothing is opened."""
+        """Return this source. Nothing is opened."""
         return self
 
     async def __aexit__(
@@ -445,73 +449,72 @@ class ChunkSource(ABC):
 
 
 class SourceInFront(ChunkSource):
-    """A source in front of another one: what a subclass does not do otherwise, it hands on."""
+    """A source that wraps another one and forwards every call; subclasses override what they change."""
 
     def __init__(self, source: ChunkSource) -> None:
-        """Stand in front of that source."""
         self._source = source
 
     async def models(self) -> list[str]:
-        """The names of all models."""
+        """Return the names of all models, sorted."""
         return await self._source.models()
 
     async def resolve(self, name: str | None) -> str:
-        """The full name of a model."""
+        """Return the full name of a model."""
         return await self._source.resolve(name)
 
     async def manifest(self, model: str) -> Manifest:
-        """The manifest of a model."""
+        """Return the manifest of a model."""
         return await self._source.manifest(model)
 
     async def file(self, manifest: Manifest, path: str) -> bytes:
-        """A tokenizer file."""
+        """Return a tokenizer file, verified."""
         return await self._source.file(manifest, path)
 
     async def fetch(self, manifest: Manifest, reads: Sequence[Read], *, priority: int = 0) -> None:
-        """Fill every read's destination."""
+        """Fill every read's destination with verified bytes."""
         await self._source.fetch(manifest, reads, priority=priority)
 
     async def announce(self, manifest: Manifest, cycle: Sequence[Chunk], kept: Sequence[Chunk]) -> None:
-        """Tell the source."""
+        """Announce upcoming reads."""
         await self._source.announce(manifest, cycle, kept)
 
     async def view(self, manifest: Manifest, chunk: Chunk, form: Form) -> View | None:
-        """The form's bytes where they are stored."""
+        """Return the form's stored bytes, verified and mapped, if possible."""
         return await self._source.view(manifest, chunk, form)
 
     async def digests(self, manifest: Manifest, chunk: Chunk) -> Digests | None:
-        """The digests of a chunk that its manifest lacks."""
+        """Return the digests of a chunk whose manifest lacks them."""
         return await self._source.digests(manifest, chunk)
 
     async def keep(self, manifest: Manifest, chunk: Chunk, form: Form, *, priority: int = 0) -> bool:
-        """Have the form near by, if the source can."""
+        """Copy a form's stored bytes to local storage, if the source has any."""
         return await self._source.keep(manifest, chunk, form, priority=priority)
 
     def near(self, manifest: Manifest, chunk: Chunk) -> tuple[Form, ...]:
-        """The forms of a chunk that are near by."""
+        """Return the forms of a chunk to prefer because they are stored locally."""
         return self._source.near(manifest, chunk)
 
     def expect_readable(self, manifest: Manifest) -> None:
-        """Check that the source has the key of an encrypted model."""
+        """Check that the source delivers the model's weights in plaintext."""
         self._source.expect_readable(manifest)
 
     def identify(self, manifest: Manifest, digest: str) -> str:
-        """The id of a chunk whose payload has this BLAKE3."""
+        """Return the id of a chunk whose payload has this BLAKE3."""
         return self._source.identify(manifest, digest)
 
     @property
     def buffered_bytes(self) -> int:
-        """The most memory that fetching takes besides the destinations."""
+        """The most memory, in bytes, that fetching needs besides the destinations."""
         return self._source.buffered_bytes
 
     @property
     def waiting(self) -> Waiting | None:
-        """What keeps the source waiting."""
+        """The source's pending retry, if any."""
         return self._source.waiting
 
     @property
     def refetched_blocks(self) -> int:
-        """Blocks that arrived damaged and were fetched again."""
+        """The number of blocks that arrived damaged and were refetched."""
         return self._source.refetched_blocks
 
     @property
@@ -520,5 +523,5 @@ class SourceInFront(ChunkSource):
         return self._source.fetched_bytes
 
     async def close(self) -> None:
-        """Close the source."""
+        """Close the wrapped source."""
         await self._source.close()

@@ -1,8 +1,8 @@
-"""Storage options: what a storage is told besides its URL, by `KEY=VALUE` or a table of a settings file.
+"""Storage options: parameters of a storage besides its URL, given as `KEY=VALUE` or as a table in a settings file.
 
-Options of S3 have words of surfw's own; all others go to fsspec as they are. A secret must not stand on the command
-line, where every user of the machine sees it, and the value of no option but the few that are known to be harmless is
-ever shown.
+For S3, surfw accepts its own names; for other storages, options are passed to fsspec unchanged. Secrets are refused on
+the command line, where every user of the machine could see them. Only values of options known to be harmless are ever
+displayed.
 """
 
 import json
@@ -20,7 +20,7 @@ S3_WORDS = {
     "key": "aws_access_key_id", "secret": "aws_secret_access_key", "token": "aws_session_token",
     "username": "aws_access_key_id", "password": "aws_secret_access_key",
 }  # fmt: skip
-"""Other words for arguments of `S3Backend`: shorter ones, and those of s3fs."""
+"""Aliases for arguments of `S3Backend`: shorter names, and those of s3fs."""
 
 _HARMLESS = {
     "addressing_style", "anon", "anonymous", "endpoint_url", "max_concurrency", "profile", "region", "requester_pays",
@@ -30,7 +30,7 @@ _TUNING = {
     "addressing_style", "anonymous", "aws_access_key_id", "config_kwargs", "headers", "max_concurrency",
     "requester_pays", "s3_additional_kwargs", "silence_timeout", "sse", "sse_kms_key_id",
 }  # fmt: skip
-"""Options that do not change which object an address means."""
+"""Options that do not change which object a URL refers to."""
 
 _FROM_ENVIRONMENT: dict[str, dict[str, tuple[str, ...]]] = {
     "s3": {
@@ -39,7 +39,7 @@ _FROM_ENVIRONMENT: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "hf": {"endpoint": ("HF_ENDPOINT",)},
 }
-"""Options that the libraries take from the environment where they are not given."""
+"""Options that the libraries read from the environment if they are not given, with the variables."""
 
 _SWITCHES = {"true": True, "false": False}
 _SECRET = re.compile(
@@ -51,10 +51,10 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 def parse_options(given: Iterable[str]) -> dict[str, Any]:
-    """Storage options from the command line: `KEY=VALUE`, where `true` and `false` are switches.
+    """Parse `KEY=VALUE` options from the command line; `true` and `false` become booleans.
 
     Raises:
-        ConfigurationError: one is not of this form, or would show a secret to others.
+        ConfigurationError: an option is malformed, or is a secret.
     """
     found: dict[str, Any] = {}
     for text in given:
@@ -73,18 +73,18 @@ def parse_options(given: Iterable[str]) -> dict[str, Any]:
 
 
 def scheme_of(url: str) -> str:
-    """The scheme of an address in small letters; empty for a folder."""
+    """The scheme of a URL in lower case; empty for a folder."""
     scheme, mark, _ = url.partition("://")
     return scheme.lower() if mark else ""
 
 
 def is_options(given: object) -> bool:
-    """Whether something can be storage options: names with values."""
+    """Whether a value is a mapping from valid option names."""
     return isinstance(given, Mapping) and all(isinstance(name, str) and _NAME.fullmatch(name) for name in given)
 
 
 def shown_options(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The options as they may be shown."""
+    """The options in a form that is safe to display."""
     return {
         name: (display_url(value) if isinstance(value, str) else value) if name in _HARMLESS else "***"
         for name, value in given.items()
@@ -92,9 +92,9 @@ def shown_options(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def identify_place(url: str, options: Mapping[str, Any]) -> str:
-    """A text that tells places apart which have the same address: it, and the options that may change what it means.
+    """A text that identifies a storage: its URL, and the options that may change which objects the URL refers to.
 
-    Secrets are left out, so that new credentials are no new place, and so is what only tunes.
+    Secrets and tuning options are left out, so that new credentials do not make a new place.
     """
     scheme = scheme_of(url)
     if scheme in {"", "file"}:
@@ -120,10 +120,10 @@ def _plain(value: Any) -> Any:
 
 
 def s3_arguments(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of `S3Backend` for storage options.
+    """Convert storage options to arguments of `S3Backend`.
 
     Raises:
-        ConfigurationError: an option is given in two words.
+        ConfigurationError: an option is part of the URL, is given under two names, or should be true or false.
     """
     arguments: dict[str, Any] = {}
     for name, value in options.items():
@@ -141,10 +141,10 @@ def s3_arguments(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def connections_of(max_concurrency: object) -> int:
-    """The number of connections, which the option gives as a number or in digits.
+    """Parse `max_concurrency`, a number or a text of digits.
 
     Raises:
-        ConfigurationError: it is anything else.
+        ConfigurationError: it is not a number from 1 to 256.
     """
     given = max_concurrency
     if isinstance(given, str) and given.isdecimal() and len(given) < 4:
@@ -157,10 +157,10 @@ def connections_of(max_concurrency: object) -> int:
 
 
 def seconds_of(silence_timeout: object) -> float:
-    """The seconds, which the option gives as a number or in digits.
+    """Parse `silence_timeout`, a number or a text of one, in seconds.
 
     Raises:
-        ConfigurationError: it is anything else.
+        ConfigurationError: it is not a finite number over 0.
     """
     given = silence_timeout
     with suppress(ValueError):

@@ -1,4 +1,4 @@
-"""Threads and event loops: work that is never left behind, and loops that are never blocked."""
+"""Helpers for threads and event loops: awaiting work to its end, and keeping event loops unblocked."""
 
 import asyncio
 import concurrent.futures
@@ -27,10 +27,10 @@ def sleep_when_idle() -> None:
 async def to_its_end(
     work: "Coroutine[Any, Any, T] | asyncio.Future[T]", *, on_cancel: Callable[[], object] = lambda: None
 ) -> T:
-    """Await work that writes to memory which others will use again.
+    """Await work that must not outlive the call, such as writes to memory that is reused afterwards.
 
-    However often this is cancelled meanwhile, it ends only when the work has, and then with the cancellation;
-    `on_cancel` may tell the work to end sooner.
+    If cancelled, even repeatedly, this still waits until the work has ended, and then raises the cancellation. Each
+    cancellation calls `on_cancel`, which may ask the work to end sooner.
     """
     task = asyncio.ensure_future(work)
     cancelled: asyncio.CancelledError | None = None
@@ -43,17 +43,17 @@ async def to_its_end(
     if cancelled is None:
         return task.result()
     if not task.cancelled():
-        task.exception()  # nobody looks at it any more
+        task.exception()  # retrieve it, so that asyncio does not log it
     raise cancelled
 
 
 async def in_thread(function: Callable[..., T], *arguments: Any, **options: Any) -> T:
-    """As `asyncio.to_thread`, to its end."""
+    """`asyncio.to_thread` that, if cancelled, still waits until the function has returned."""
     return await to_its_end(asyncio.to_thread(function, *arguments, **options))
 
 
 async def together(works: Iterable[Coroutine[Any, Any, object]]) -> None:
-    """Await all of them at once. The first failure ends the others, and is raised."""
+    """Await coroutines concurrently. The first failure cancels the others and is raised."""
     try:
         async with asyncio.TaskGroup() as group:
             for work in works:
@@ -64,7 +64,7 @@ async def together(works: Iterable[Coroutine[Any, Any, object]]) -> None:
 
 
 async def cancel_all(tasks: Iterable["asyncio.Future[Any]"]) -> None:
-    """Cancel all of them, and wait until they have ended, however that is."""
+    """Cancel all tasks and wait until they have ended, ignoring their outcomes."""
     ending = list(tasks)
     for task in ending:
         task.cancel()
@@ -72,13 +72,13 @@ async def cancel_all(tasks: Iterable["asyncio.Future[Any]"]) -> None:
 
 
 class DaemonThreads:
-    """A few threads for calls that may wait long for a network. The interpreter ends without waiting for them.
+    """A pool of daemon threads for calls that may wait long for a network; the interpreter exits without joining them.
 
-    How many calls wait for their turn is up to whoever makes them. The threads end with this, or when it is closed.
+    The queue of calls is unbounded. The threads end when the pool is closed or garbage-collected.
     """
 
     def __init__(self, most: int, name: str) -> None:
-        """No thread runs before there is a call."""
+        """Create a pool of at most `most` threads, started on demand."""
         self._most = most
         self._name = name
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -86,7 +86,7 @@ class DaemonThreads:
         self._lock = threading.Lock()
 
     def submit(self, function: Callable[[], T]) -> "asyncio.Future[T]":
-        """Have a thread call the function. Cancelling what this gives prevents the call, or ends the waiting for it."""
+        """Call the function in a thread. Cancelling the future prevents the call, or ends the wait for its result."""
         settled: concurrent.futures.Future[T] = concurrent.futures.Future()
 
         def call() -> None:
@@ -94,7 +94,7 @@ class DaemonThreads:
                 return
             try:
                 settled.set_result(function())
-            except BaseException as exc:  # noqa: BLE001 - whoever waits gets it
+            except BaseException as exc:  # noqa: BLE001 - raised by the future
                 settled.set_exception(exc)
 
         with self._lock:
@@ -107,7 +107,7 @@ class DaemonThreads:
         return asyncio.wrap_future(settled)
 
     def close(self) -> None:
-        """Let the threads end, once they have done all calls; later calls start new ones."""
+        """End the threads after all queued calls; later calls start new threads."""
         with self._lock:
             calls, self._calls = self._calls, queue.SimpleQueue()
             _end(calls, self._running)
@@ -117,7 +117,7 @@ class DaemonThreads:
 def _work(calls: "queue.SimpleQueue[Callable[[], None] | None]") -> None:
     while call := calls.get():
         call()
-        del call  # and what it holds, while this waits for the next one
+        del call  # release what it references while waiting for the next call
 
 
 def _end(calls: "queue.SimpleQueue[Callable[[], None] | None]", threads: int) -> None:
@@ -126,7 +126,7 @@ def _end(calls: "queue.SimpleQueue[Callable[[], None] | None]", threads: int) ->
 
 
 async def on_loop(loop: asyncio.AbstractEventLoop, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
-    """Run a coroutine on the event loop of another thread. When this ends, also by a cancellation, it has ended."""
+    """Run a coroutine on another thread's event loop. A cancellation is passed on, and waits until it has ended."""
     if loop is asyncio.get_running_loop():
         return await work()
     running: asyncio.Task[Any] | None = None
@@ -148,10 +148,10 @@ async def on_loop(loop: asyncio.AbstractEventLoop, work: Callable[[], Coroutine[
 
 
 def refuse_event_loop(what: str, instead: str) -> None:
-    """Refuse to do what takes long where an event loop runs.
+    """Refuse a blocking operation in a thread with a running event loop.
 
     Raises:
-        ConfigurationError: one runs in this thread.
+        ConfigurationError: an event loop runs in this thread.
     """
     try:
         asyncio.get_running_loop()

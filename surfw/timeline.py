@@ -1,4 +1,4 @@
-"""What a trace of a run says: where its time went, and that of a token, per layer. Pure, but for reading the file."""
+"""Summarises a trace: where the time of a run and of a token went, and per layer. Pure, except for reading the file."""
 
 import json
 import math
@@ -19,7 +19,7 @@ _MAIN, _TOKEN_KIND, _RUNNING = 1, "token", ("compute", "stall")
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """Something that the main thread did before or after it generated."""
+    """An activity of the main thread other than computing and stalling."""
 
     name: str
     kind: str
@@ -28,7 +28,7 @@ class Phase:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenTime:
-    """Where the main thread's time for a token went: layers, what transformers does between them, and waiting."""
+    """The main thread's time for a token, split into layers, transformers' code between layers, and stalls."""
 
     seconds: float
     layers_seconds: float
@@ -38,11 +38,11 @@ class TokenTime:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerTime:
-    """A layer's seconds per pass: of the main thread the first two, of the background the others.
+    """A layer's mean seconds and bytes per pass; compute and stall are the main thread's, the others the background's.
 
     Attributes:
-        layer: its module.
-        passes: how often it computed.
+        layer: the path of its module.
+        passes: how often it was computed.
     """
 
     layer: str
@@ -57,18 +57,18 @@ class LayerTime:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunTimes:
-    """What a trace says.
+    """The summary of a trace.
 
     Attributes:
         wall_seconds: from the start of the process until the trace was written.
-        covered_share: how much of it the main thread's spans say something about.
-        dropped_spans: how many spans the trace had no places for: what follows lacks them.
-        tokens: how many there were.
+        covered_share: the share of the wall time that the main thread's spans cover.
+        dropped_spans: spans beyond the trace's limit, which all figures lack.
+        tokens: the number of tokens.
         phases: in the order they began.
-        first_token: where its time went; None without tokens.
-        later_token: the mean of all others; None if there was one at most.
-        layers: in the order they ran first.
-        background_seconds: of other threads, by kind; several may have worked at once.
+        first_token: the time of the first token; None without tokens.
+        later_token: the mean of all other tokens; None if there are none.
+        layers: in the order they first ran.
+        background_seconds: the time of other threads, by kind; threads may overlap.
     """
 
     wall_seconds: float
@@ -86,7 +86,7 @@ def read_run(path: Path) -> RunTimes:
     """Read a trace that `surfw infer --trace` wrote.
 
     Raises:
-        ConfigurationError: the file cannot be read, or is no such trace.
+        ConfigurationError: the file cannot be read, or is not such a trace.
     """
     try:
         document = json.loads(read_regular(path, _MOST_BYTES))
@@ -117,7 +117,7 @@ def _span(event: Mapping[str, Any]) -> Span:
 
 
 def summarise(events: Iterable[tuple[int, Span]], *, wall_seconds: float, dropped_spans: int = 0) -> RunTimes:
-    """Sum up spans, each with the number of its track."""
+    """Summarise spans, each with the number of its track."""
     main: list[Span] = []
     tokens: list[Span] = []
     others: list[Span] = []
@@ -144,7 +144,7 @@ def summarise(events: Iterable[tuple[int, Span]], *, wall_seconds: float, droppe
 
 
 def _token_time(token: Span, main: Sequence[Span], starts: Sequence[float]) -> TokenTime:
-    """What the main thread did while a token was made; a span belongs to the token that it began in."""
+    """The main thread's time for one token; a span belongs to the token during which it began."""
     seconds = {"layers": 0.0, "between": 0.0, "stall": 0.0}
     for span in main[bisect_left(starts, token.start) : bisect_left(starts, token.stop)]:
         if span.kind in _RUNNING:
@@ -159,7 +159,7 @@ def _mean(times: list[TokenTime]) -> TokenTime:
 
 
 def _layers(spans: Iterable[Span]) -> tuple[LayerTime, ...]:
-    """Sum up what belongs to each layer, and divide it by its passes; spans of its chunks are its own."""
+    """Average the spans of each layer, including those of its chunks, over its passes."""
     spans = list(spans)
     passes: dict[str, int] = defaultdict(int)
     home: dict[str, str] = {}

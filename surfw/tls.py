@@ -1,7 +1,7 @@
-"""Certificates in files, as both sides of TLS read them.
+"""Reads certificate files for both sides of TLS.
 
-What is wrong with a file is said in one line that names it. A key that has a passphrase is refused: nobody is there to
-type it when the file is read again.
+Every error is one line that names the file. Keys with a passphrase are refused, because nobody could type it when the
+file is reread.
 """
 
 import ssl
@@ -17,10 +17,10 @@ _TRUSTED = "the certificates to trust"
 
 
 def client_context(files: TlsFiles) -> ssl.SSLContext:
-    """A client's context; reads the files.
+    """Create a client's SSL context from the files.
 
     Raises:
-        ConfigurationError: one cannot be read or used.
+        ConfigurationError: a file cannot be read or used.
     """
     trusted = _read_trusted(files)
     try:
@@ -32,10 +32,10 @@ def client_context(files: TlsFiles) -> ssl.SSLContext:
 
 
 def fill_context(files: TlsFiles, context: ssl.SSLContext) -> None:
-    """Fill in a server's context; reads the files.
+    """Load the files into a server's SSL context.
 
     Raises:
-        ConfigurationError: one cannot be read or used, or there is no certificate.
+        ConfigurationError: a file cannot be read or used, or there is no certificate.
     """
     if files.certfile is None:
         raise ConfigurationError("a server with TLS has no certificate; name it with --ssl-certfile (certfile=)")
@@ -49,10 +49,10 @@ def fill_context(files: TlsFiles, context: ssl.SSLContext) -> None:
 
 
 def read_files(files: TlsFiles) -> bytes:
-    """What all files hold, one after another: it tells whether any of them has changed.
+    """Return the concatenated contents of all files, for detecting changes.
 
     Raises:
-        ConfigurationError: one cannot be read.
+        ConfigurationError: a file cannot be read.
     """
     paths = {"the certificate": files.certfile, "the private key": files.keyfile, _TRUSTED: files.ca_certs}
     return b"\0".join(_read(what, path) for what, path in paths.items() if path is not None)
@@ -80,7 +80,7 @@ def _show_certificate(files: TlsFiles, context: ssl.SSLContext) -> None:
 
     try:
         context.load_cert_chain(expand_home(files.certfile), expand_home(key_path), refuse_passphrase)
-    except OSError as exc:  # of which ssl.SSLError is one
+    except OSError as exc:  # includes ssl.SSLError
         if getattr(exc, "reason", None) in {"KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH"}:
             why = "is not that of the certificate"
         else:
@@ -91,10 +91,10 @@ def _show_certificate(files: TlsFiles, context: ssl.SSLContext) -> None:
 
 
 def _read_trusted(files: TlsFiles) -> str | None:
-    """The file's text, which is never empty: with an empty one, `ssl` would trust the system's authorities instead."""
+    """The text of `ca_certs`, or None. Refuses an empty file, with which `ssl` would trust the system's authorities."""
     if files.ca_certs is None:
         return None
-    trusted = _read(_TRUSTED, files.ca_certs).decode("ascii", errors="ignore")  # only comments have other characters
+    trusted = _read(_TRUSTED, files.ca_certs).decode("ascii", errors="ignore")  # non-ASCII is only in comments
     if not trusted:
         raise _not_trustworthy(files, "it is empty")
     return trusted
@@ -116,6 +116,6 @@ def _read(what: str, path: str | Path) -> bytes:
 
 
 def _reason(exc: OSError) -> str:
-    """What the library says, in plain words: `not enough data`."""
+    """The SSL library's reason in plain words, such as `not enough data`."""
     said = getattr(exc, "reason", None) or exc.strerror or type(exc).__name__
     return str(said).lower().replace("_", " ")

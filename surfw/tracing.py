@@ -1,10 +1,10 @@
-"""The timeline of one run: what each thread did when, in memory until it is written. Off unless somebody began one.
+"""Records the timeline of one run: which thread did what, and when. Off by default; kept in memory until written.
 
-The spans of the main thread may be nested in the code, and never overlap in the timeline: a span that begins inside of
-another one interrupts it. So they tile the time, and what no span covers is missing from it, and seen to be. Spans of
-other threads, and of tasks, may overlap; each kind has tracks of its own.
+Spans of the main thread may be nested in the code but never overlap in the timeline: an inner span interrupts the outer
+one. So they tile the time, and gaps show time that no span covers. Spans of other threads and of tasks may overlap;
+each kind has its own tracks.
 
-The file is Chrome's trace format (JSON), which Perfetto and chrome://tracing open:
+The file is in Chrome's trace format (JSON), which Perfetto and chrome://tracing open:
 https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU
 """
 
@@ -20,21 +20,21 @@ from pathlib import Path
 from typing import Any, TextIO
 
 MOST_SPANS = 500_000
-"""What is kept of one run, some 100 MB; later spans are counted only."""
+"""The most spans kept of one run, some 100 MB; later spans are only counted."""
 KINDS = ("connect", "import", "prepare", "fetch", "verify", "decode", "copy", "stall", "compute", "token")
-"""What a span can be, as its category in the file."""
+"""The kinds of spans; a span's category in the file."""
 _MAIN, _TOKENS = 1, 2
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Something that took time.
+    """A period of time in which a thread did one thing.
 
     Attributes:
         kind: one of `KINDS`.
-        name: what it was, for people.
-        start, stop: seconds since the trace's beginning.
-        about: facts, such as the layer's name.
+        name: what was done, for display.
+        start, stop: seconds since the start of the trace.
+        about: details, such as the layer's name.
     """
 
     kind: str
@@ -45,22 +45,22 @@ class Span:
 
     @property
     def seconds(self) -> float:
-        """How long it took."""
+        """The duration in seconds."""
         return self.stop - self.start
 
 
 class Trace:
-    """What happened so far. The thread that makes it is the main one.
+    """The spans recorded so far. The thread that creates the trace is the main thread.
 
     Attributes:
-        main: the spans of the main thread, one after another.
-        tokens: the time from each token to the next.
+        main: the spans of the main thread, which never overlap.
+        tokens: one span per token, from the token before it.
         others: the spans of other threads.
-        dropped: how many spans there were no places for.
+        dropped: the number of spans beyond `MOST_SPANS`.
     """
 
     def __init__(self, started: float | None = None) -> None:
-        """Begin; `started` is when, as `time.perf_counter` has it, if not now."""
+        """Start the trace now, or at `started`, a `time.perf_counter` value."""
         self._zero = time.perf_counter() if started is None else started
         self._thread = threading.get_ident()
         self._lock = threading.Lock()
@@ -75,7 +75,7 @@ class Trace:
 
     @property
     def seconds(self) -> float:
-        """The time since its beginning."""
+        """Seconds since the start of the trace."""
         return time.perf_counter() - self._zero
 
     @property
@@ -84,19 +84,19 @@ class Trace:
         return threading.get_ident() == self._thread
 
     def add(self, kind: str, name: str, start: float, stop: float, about: Mapping[str, Any]) -> None:
-        """Add a span of another thread, by `time.perf_counter`."""
+        """Add a span of another thread; times are `time.perf_counter` values."""
         self._keep(self.others, self._span(kind, name, start, stop, about))
 
     def phase(self, kind: str, name: str) -> None:
-        """The main thread begins something else, until the next phase; within a span, nothing changes."""
+        """Start a phase of the main thread, which lasts until the next phase. Ignored inside a span."""
         if len(self._open) <= 1:
             if self._open or self.main:
-                self._cut()  # else all of the time so far belongs to the first phase
+                self._cut()  # the first phase also covers the time before it
             self._open[:] = [(kind, name, {})]
 
     @contextmanager
     def span(self, kind: str, name: str, about: Mapping[str, Any]) -> Iterator[None]:
-        """The body is a span: of the main thread, or else of the background."""
+        """Record the body as a span, of the main thread or of the background."""
         if not self.is_here:
             start = time.perf_counter()
             try:
@@ -113,7 +113,7 @@ class Trace:
             self._open.pop()
 
     def token(self) -> None:
-        """A token has come; before the first one, call `begin_tokens`."""
+        """Record a token. Call `begin_tokens` before the first one."""
         now = time.perf_counter()
         if self._token_began is not None:
             number = len(self.tokens)
@@ -122,16 +122,16 @@ class Trace:
             self._token_began = now
 
     def begin_tokens(self) -> None:
-        """From here on, the first token is waited for."""
+        """Start the span of the first token."""
         self._token_began = time.perf_counter()
 
     def end(self) -> None:
-        """End what is open in the main thread."""
+        """End all open spans and phases of the main thread."""
         self._cut()
         self._open.clear()
 
     def _cut(self) -> None:
-        """What is open in the main thread, if anything, has a span until now."""
+        """Record a span up to now for the innermost open span or phase of the main thread, if any."""
         now = time.perf_counter()
         if self._open:
             kind, name, about = self._open[-1]
@@ -150,7 +150,7 @@ class Trace:
             spans.append(span)
 
     def write(self, file: TextIO, **facts: str) -> None:
-        """Write it as JSON, an event a line; `facts` are for `otherData`."""
+        """Write the trace as JSON, one event per line; `facts` are added to `otherData`."""
         self.end()
         seconds = self.seconds
         other = {**facts, "wall_seconds": round(seconds, 6), "dropped_spans": self.dropped}
@@ -183,7 +183,7 @@ def _track(name: str, number: int, spans: Sequence[Span]) -> Iterator[dict[str, 
 
 
 def _lanes(spans: Iterable[Span]) -> list[list[Span]]:
-    """The spans in as few lists as have no two that overlap."""
+    """Distribute spans over as few lists as possible so that no list has overlapping ones."""
     lanes: list[list[Span]] = []
     for span in sorted(spans, key=lambda one: one.start):
         free = next((lane for lane in lanes if lane[-1].stop <= span.start), None)
@@ -198,14 +198,14 @@ _NOTHING: AbstractContextManager[None] = nullcontext()
 
 
 def current() -> Trace | None:
-    """The trace of this process, if there is one."""
+    """The process's current trace, or None."""
     return _current
 
 
 @contextmanager
 def recording(trace: Trace) -> Iterator[Trace]:
-    """Collect what happens during the body, in all threads."""
-    global _current  # noqa: PLW0603 - one run of a process is looked at, through all rooms
+    """Record the body into a trace, in all threads."""
+    global _current  # noqa: PLW0603 - a process records one run at a time, across all packages
     before, _current = _current, trace
     try:
         yield trace
@@ -214,24 +214,24 @@ def recording(trace: Trace) -> Iterator[Trace]:
 
 
 def span(kind: str, name: str, **about: Any) -> AbstractContextManager[None]:
-    """A span for the body, where there is a trace."""
+    """Record the body as a span, if a trace is being recorded."""
     return _NOTHING if _current is None else _current.span(kind, name, about)
 
 
 def token() -> None:
-    """A token has come, where there is a trace."""
+    """Record a token, if a trace is being recorded."""
     if _current is not None:
         _current.token()
 
 
 def phase(kind: str, name: str) -> None:
-    """The main thread begins something else, where there is a trace."""
+    """Start a phase of the main thread, if a trace is being recorded."""
     if _current is not None and _current.is_here:
         _current.phase(kind, name)
 
 
 def process_began() -> float:
-    """When this process was started, as `time.perf_counter` has it, to 10 ms; now where the system does not say."""
+    """The start of this process as a `time.perf_counter` value, to 10 ms; the current time if it is unknown."""
     now = time.perf_counter()
     try:
         ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])  # see proc_pid_stat(5)
@@ -241,7 +241,7 @@ def process_began() -> float:
 
 
 def by_kind(spans: Iterable[Span]) -> dict[str, float]:
-    """The seconds of each kind, in the order of `KINDS`."""
+    """The total seconds per kind, in the order of `KINDS`."""
     seconds: defaultdict[str, float] = defaultdict(float)
     for one in spans:
         seconds[one.kind] += one.seconds

@@ -1,5 +1,5 @@
-"""Measurements, returned as data: each against a baseline of the same run.
+"""Benchmarks that return data, each with a baseline from the same run.
 
-`wire`, `storage`, `chunk` and `flood` give rows (`result`). `infer` compares generations: `comparison` says what is
-compared, `process` runs each file of `peers` in a process of its own, under a `cap`, and `infer_result` makes the rows.
+`wire`, `storage`, `chunk` and `flood` return rows (`result`). `infer` compares generations: `comparison` describes what
+to compare, `process` runs each module of `peers` in its own process under a `cap`, and `infer_result` makes the rows.
 """

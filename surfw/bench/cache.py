@@ -1,8 +1,9 @@
-"""Hit rates of a server's cache: its policies, and the best that any could do, on what many clients read.
+"""Hit rates of a server's cache policies, and of the offline optimum, for the reads of many clients.
 
-No server runs, and nothing is read: the policies themselves decide about pages that have no bytes. All pages count as
-equally large, since only for those the offline optimum is known (L. A. Belady, 1966: keep what is needed soonest, also
-before what was just read). It knows all of the future; a policy knows what clients announced, and what they did so far.
+No server runs and nothing is read: the policies decide about pages that have no bytes. All pages count as equally
+large, since the offline optimum is known only for that case (L. A. Belady, 1966: keep the pages needed soonest, even in
+preference to the one just read). The optimum knows the whole future; a policy knows only what clients announced and
+have done so far.
 """
 
 import heapq
@@ -24,13 +25,13 @@ from surfw.server.futures import Future, Futures, Part
 from surfw.server.policies import make_cache
 
 _PAGES = 8
+"""Pages per layer."""
 _MOST_BYTES = 1 << 36
-"""More than any chunk has."""
-"""Of one layer."""
+"""No chunk is larger."""
 
 
 class Announcement(NamedTuple):
-    """A client announces what it reads again and again, and what of it it keeps; nothing when it leaves."""
+    """A client announces the cycle of chunks that it reads, and those it keeps; both are empty when it leaves."""
 
     client: Hashable
     cycle: Sequence[str]
@@ -38,7 +39,7 @@ class Announcement(NamedTuple):
 
 
 class Use(NamedTuple):
-    """A client reads a page, which is a part of a chunk in one of its forms."""
+    """A client reads a page: a part of a chunk in one form."""
 
     client: Hashable
     form: str
@@ -50,13 +51,14 @@ Trace = Sequence[Announcement | Use]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Arrangement:
-    """How clients are to each other.
+    """The timing of a group of clients.
 
     Attributes:
-        name: for people.
-        places: by how much of a pass each client begins later than the first, from 0 to 1.
-        speeds: how many pages each client reads in the same time; with a spread, times vary at random.
+        name: the name shown in the result.
+        places: each client's start time, as a fraction of a pass from 0 to 1.
+        speeds: each client's relative reading speed.
         kept: the layers that each client keeps.
+        varies: whether the time between a client's reads varies at random.
     """
 
     name: str
@@ -70,10 +72,10 @@ def bench_cache(*, clients: int = 10, layers: int = 22, passes: int = 6, cache_s
     """Compare the policies on generated traces, which are the same each time.
 
     Args:
-        clients: how many read the same model.
-        layers: how many chunks it has, all of the same size.
-        passes: how often all of it is read for each client, on average.
-        cache_share: how much of the model the cache holds, from 0 to 1; one page at least.
+        clients: number of clients, all reading the same model.
+        layers: number of its layers, each a chunk of the same size.
+        passes: average number of passes per client.
+        cache_share: fraction of the model that the cache holds, from 0 to 1; at least one page.
     """
     capacity = max(1, round(cache_share * layers * _PAGES))
     rows = [
@@ -83,14 +85,14 @@ def bench_cache(*, clients: int = 10, layers: int = 22, passes: int = 6, cache_s
 
 
 def bench_recorded(path: Path, *, cache_share: float = 0.5) -> Result:
-    """Compare the policies on a trace that `surfw serve --record` wrote; its requests count in their order.
+    """Compare the policies on a trace written by `surfw serve --record`; of time, only the order of requests counts.
 
     Args:
-        path: the file.
-        cache_share: how much of all that is read in it the cache holds, from 0 to 1; one page at least.
+        path: the trace file.
+        cache_share: fraction of the pages in the trace that the cache holds, from 0 to 1; at least one page.
 
     Raises:
-        ConfigurationError: it cannot be read, or is something else.
+        ConfigurationError: the file cannot be read, or is not a recording.
     """
     trace = read_trace(path)
     pages = {(event.form, event.part) for event in trace if isinstance(event, Use)}
@@ -102,10 +104,10 @@ def read_trace(path: Path) -> list[Announcement | Use]:
     """Read a recording of a server.
 
     Raises:
-        ConfigurationError: it cannot be read, or is something else.
+        ConfigurationError: the file cannot be read, or is not a recording.
     """
     trace: list[Announcement | Use] = []
-    known: defaultdict[int, set[str]] = defaultdict(set)  # the models of each client
+    known: defaultdict[int, set[str]] = defaultdict(set)  # the models each client announced
     number = 0
     try:
         with path.open(encoding="ascii", errors="replace") as lines:
@@ -122,7 +124,7 @@ def read_trace(path: Path) -> list[Announcement | Use]:
 
 
 def _events(line: dict[str, Any], known: dict[int, set[str]]) -> Iterator[Announcement | Use]:
-    """What a line says; requests as the pages that they touch."""
+    """The events of one line; a request becomes a use of each page that it touches."""
     client = line["client"]
     if "model" not in line:
         yield from (Announcement((client, model), (), ()) for model in known.pop(client, ()))
@@ -139,7 +141,7 @@ def _events(line: dict[str, Any], known: dict[int, set[str]]) -> Iterator[Announ
 
 
 def _row(name: str, trace: Trace, capacity: int) -> Row:
-    """The hit rate of the default policy, against LRU and the optimum."""
+    """The default policy's hit rate, against LRU and the optimum."""
     rate, lru = (100 * simulate(trace, capacity, policy) for policy in ("schedule", "lru"))
     best = 100 * find_optimum(trace, capacity)
     return Row(
@@ -169,7 +171,7 @@ def _arrangements(clients: int, layers: int) -> Iterator[Arrangement]:
 
 
 def generate(arrangement: Arrangement, *, layers: int, passes: int) -> list[Announcement | Use]:
-    """Make the trace of an arrangement: all clients read until it ends."""
+    """Make the trace of an arrangement; all clients read until it ends."""
     source = random.Random(layers)  # noqa: S311 - the same each time
     names = [str(layer) for layer in range(layers)]
     trace: list[Announcement | Use] = []
@@ -190,13 +192,13 @@ def generate(arrangement: Arrangement, *, layers: int, passes: int) -> list[Anno
 
 
 def _reads(layers: int, kept: Collection[int]) -> Iterator[tuple[int, int]]:
-    """The layers and pages that a client reads, forever: at first all, then those that it does not keep."""
+    """A client's endless reads as (layer, page): all layers in the first pass, then those it does not keep."""
     order = chain(range(layers), cycle([layer for layer in range(layers) if layer not in kept]))
     return ((layer, page) for layer in order for page in range(_PAGES))
 
 
 def simulate(trace: Trace, capacity: int, policy: CachePolicy) -> float:
-    """The share of uses that find their page in a cache of so many pages."""
+    """The hit rate of a policy on a trace, with a cache of `capacity` pages."""
     futures, mine = Futures(), dict[Hashable, Future]()
     cache: ProvingCache[tuple[str, Part], int] = make_cache(
         policy, capacity, lambda size: size, lambda key: futures.next_use(key[1]), lambda: futures.now
@@ -226,14 +228,14 @@ def simulate(trace: Trace, capacity: int, policy: CachePolicy) -> float:
 
 
 def find_optimum(trace: Trace, capacity: int) -> float:
-    """The share of uses that could find their page in a cache of so many pages, if all of the future were known."""
+    """The best possible hit rate on a trace, with a cache of `capacity` pages and full knowledge of the future."""
     keys = [(event.form, event.part) for event in trace if isinstance(event, Use)]
     following, later = [math.inf] * len(keys), dict[tuple[str, Part], int]()
     for index in range(len(keys) - 1, -1, -1):
         following[index] = later.get(keys[index], math.inf)
         later[keys[index]] = index
-    kept: dict[tuple[str, Part], float] = {}  # pages, and when each is used next
-    latest: list[tuple[float, tuple[str, Part]]] = []  # a heap: minus that time, the page
+    kept: dict[tuple[str, Part], float] = {}  # the next use of each cached page
+    latest: list[tuple[float, tuple[str, Part]]] = []  # a heap of (-next use, page)
     hits = 0
     for key, when in zip(keys, following, strict=True):
         hits += key in kept

@@ -1,7 +1,7 @@
-"""A cap on the memory of one process, its page cache included: a control group (cgroup v1 or v2) of its own.
+"""Caps the memory of one process, page cache included, with its own control group (cgroup v1 or v2).
 
-The group lies directly below the mount of the memory controller. At the end it is removed, after everything that still
-runs in it was killed.
+The group is created directly below the mount of the memory controller. At the end, all processes still in it are killed
+and the group is removed.
 """
 
 import os
@@ -19,7 +19,7 @@ from surfw.config import MB, format_size
 from surfw.errors import ConfigurationError, SurfwError
 
 LEAST_BYTES = 128 * MB
-"""Python with the imports of any peer takes this much."""
+"""The least cap: Python with the imports of any peer takes this much."""
 
 _ENTER = 'echo $$ > "$0" && exec "$@"'
 _DROP_CACHES = Path("/proc/sys/vm/drop_caches")
@@ -28,13 +28,13 @@ _REMOVAL_SECONDS = 0.1
 
 
 class _Controls(NamedTuple):
-    """The names of the controller's files."""
+    """The names of the memory controller's files."""
 
-    limit: str  # takes the cap
-    swap: str  # takes what keeps the group from swapping, where the kernel has it:
-    swap_counts_memory: bool  # memory and swap together, or swap alone
-    peak: str  # the most that was used
-    events: str  # a line `oom_kill` with the number of killed processes
+    limit: str  # the memory limit
+    swap: str  # the swap limit, set to prevent swapping; absent in some kernels
+    swap_counts_memory: bool  # whether the swap limit covers memory and swap together, or swap alone
+    peak: str  # the peak memory use
+    events: str  # has a line `oom_kill` with the number of killed processes
 
 
 _V1 = _Controls(
@@ -45,39 +45,39 @@ _V2 = _Controls("memory.max", "memory.swap.max", False, "memory.peak", "memory.e
 
 @dataclass(frozen=True, slots=True)
 class MemoryGroup:
-    """A group with a cap; its folder exists as long as the context of `memory_group`."""
+    """A group with a cap; its folder exists while the context of `memory_group` is open."""
 
     path: Path
     controls: _Controls
 
     def command(self, arguments: Sequence[str]) -> list[str]:
-        """Return the command line that runs these arguments in the group from the start."""
+        """Return the command line that starts these arguments inside the group."""
         return [shutil.which("sh") or "/bin/sh", "-c", _ENTER, str(self.path / "cgroup.procs"), *arguments]
 
     @property
     def peak_bytes(self) -> int | None:
-        """The most memory that was used, page cache included; None if the kernel does not tell."""
+        """The peak memory use, page cache included; None if the kernel does not report it."""
         with suppress(OSError):
             return int((self.path / self.controls.peak).read_text())
         return None
 
     @property
     def kills(self) -> int:
-        """How many processes were killed because the cap left no memory."""
+        """The number of processes killed because they exceeded the cap."""
         events = dict(line.split() for line in (self.path / self.controls.events).read_text().splitlines())
         return int(events.get("oom_kill", 0))
 
     def limit(self, cap_bytes: int) -> None:
         """Set the cap."""
         (self.path / self.controls.limit).write_text(str(cap_bytes))
-        with suppress(OSError):  # a kernel that does not count swap
+        with suppress(OSError):  # a kernel without swap accounting
             (self.path / self.controls.swap).write_text(str(cap_bytes if self.controls.swap_counts_memory else 0))
 
     def remove(self) -> None:
-        """Kill what still runs in the group, and remove it.
+        """Kill all processes still in the group, and remove it.
 
         Raises:
-            SurfwError: it cannot be removed.
+            SurfwError: the group cannot be removed.
         """
         for _ in range(_REMOVALS):
             for process in (self.path / "cgroup.procs").read_text().split():
@@ -92,10 +92,10 @@ class MemoryGroup:
 
 @contextmanager
 def memory_group(cap_bytes: int) -> Iterator[MemoryGroup]:
-    """Make a group whose processes can use this much memory together.
+    """Create a group whose processes can use at most this much memory together.
 
     Raises:
-        ConfigurationError: the cap is too small for anything, or cannot be set here.
+        ConfigurationError: the cap is too small for any peer, or cannot be set here.
     """
     if cap_bytes < LEAST_BYTES:
         raise ConfigurationError(
@@ -119,10 +119,10 @@ def memory_group(cap_bytes: int) -> Iterator[MemoryGroup]:
 
 
 def drop_page_cache() -> bool:
-    """Drop all files that the kernel has cached: a capped process could use those without paying for them.
+    """Drop the kernel's page cache: files already in it would not count against a process's cap.
 
     Returns:
-        Whether that was possible; only root can do it.
+        Whether it was dropped, which takes root.
     """
     os.sync()
     with suppress(OSError):
@@ -132,7 +132,7 @@ def drop_page_cache() -> bool:
 
 
 def _find_controller() -> tuple[Path, _Controls]:
-    """Return the mount below which groups can be made, and the names of its files."""
+    """Return the mount of the memory controller, and the names of its files."""
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         mount, _, kind = line.partition(" - ")
         folder = Path(mount.split()[4])

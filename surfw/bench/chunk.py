@@ -1,4 +1,4 @@
-"""Chunking against `cp` of the same bytes: both write the same file system, both synced, in alternation."""
+"""Chunking against `cp` of the same bytes: both write to the same file system and sync, in alternation."""
 
 import asyncio
 import os
@@ -21,7 +21,7 @@ def bench_chunk(model: str, *, folder: str | None = None, rounds: int = 3) -> Re
 
     Args:
         model: a hub id or a local directory.
-        folder: where to write; must have room for one copy.
+        folder: where to write; must have space for one copy.
         rounds: alternations with the baseline; medians are reported.
     """
     if folder is not None and not Path(folder).is_dir():
@@ -50,7 +50,7 @@ def _measure(prepared: PreparedModel, folder: str | None, rounds: int) -> Result
 
 
 def _copy(prepared: PreparedModel, place: Path) -> float:
-    """Return the seconds that `cp` and a sync of its files take."""
+    """Return the seconds that it takes to copy the shards with `cp` and sync them."""
     cp = shutil.which("cp") or "cp"
     shards = [str(shard.path) for shard in prepared.checkpoint.shards]
     start = time.perf_counter()

@@ -1,8 +1,8 @@
-"""Many clients of one server, each in a process of its own, against as many raw TCP connections with the same bytes.
+"""Many clients of one server, each in its own process, against as many raw TCP connections that move the same bytes.
 
-Every round starts servers anew, with nothing in their caches: once for clients that leave the bytes unverified (for
-this comparison only), and once for clients as they are. All of them read the whole model at the same time, a chunk or
-two at once, as a model does. No client's process has torch.
+Every round starts new servers with empty caches: one for clients that skip verification (for this comparison only) and
+one for clients as users run them. All clients read the whole model at the same time, one or two chunks at once, as a
+model run does. No client process imports torch.
 """
 
 import asyncio
@@ -35,15 +35,15 @@ from surfw.storage.store_source import open_storage_source
 from surfw.threads import together
 
 _MADE_UP = (16 * MB,) * 16
-"""Bytes of the chunks of the model that is made up if there is none."""
+"""Chunk sizes of the generated model, in bytes; used if no store is given."""
 
 _AHEAD = 2
-"""Chunks that a client has under way, as a model does: the current one, and the next."""
+"""Chunks that a client has in flight, as in a model run: the current one and the next."""
 _MOST_MEMORY = 0.4
-"""The share of the free memory that all clients may take; if two chunks each are too much for it, they have one."""
+"""The share of free memory that all clients together may use; if two chunks per client exceed it, each has one."""
 
 _ALLOWED_BYTES = 128 * MB
-"""What a server may take besides its cache and the windows of its clients."""
+"""Server memory allowed beyond its cache and its clients' windows."""
 
 _SPARE_BYTES, _SPARE_CLIENTS = 64 * MB, 8
 _LOOK_SECONDS = 0.1
@@ -53,19 +53,19 @@ _WINDOW_BYTES = WireLimits().window_bytes
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClientsWork:
-    """What is measured.
+    """What to measure.
 
     Attributes:
-        store: the store's folder or URL; None for one that is made up, and removed afterwards.
-        model: a model's name; None for the only one there is.
-        options: the storage's options.
-        clients: how many read.
-        idle: how many more are connected, and do nothing.
-        cache_bytes: the server's cache; None for one that holds the model.
-        policy: the cache's.
-        rounds: medians of so many are reported.
-        seconds: how long the clients go on after the last round; 0 for not at all.
-        direct: whether the clients also read the storage themselves, without a server.
+        store: the store's folder or URL; None for a generated, temporary store.
+        model: the model's name; None for the store's only model.
+        options: storage options.
+        clients: number of clients that read.
+        idle: number of additional clients that connect and do nothing.
+        cache_bytes: size of the server's cache; None for one that holds the whole model.
+        policy: the cache policy.
+        rounds: number of rounds; medians are reported.
+        seconds: how long the clients keep reading after the last round; 0 to stop at once.
+        direct: whether to also measure clients that read the storage directly, without a server.
     """
 
     store: str | None = None
@@ -80,10 +80,10 @@ class ClientsWork:
     direct: bool = False
 
     def __post_init__(self) -> None:
-        """Check the numbers.
+        """Validate the numbers.
 
         Raises:
-            ConfigurationError: one makes no sense.
+            ConfigurationError: a number is too small.
         """
         for name, least in (("clients", 1), ("idle", 0), ("rounds", 1), ("seconds", 0)):
             if not getattr(self, name) >= least:
@@ -91,7 +91,7 @@ class ClientsWork:
 
 
 class _Lap(NamedTuple):
-    """What one client read, and when, on the machine's monotonic clock."""
+    """What one client read, with its start and end on the machine's monotonic clock."""
 
     started: float
     ended: float
@@ -100,13 +100,13 @@ class _Lap(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Way:
-    """How clients read: over a raw TCP connection to a port, or from the source at a URL.
+    """How clients read: over a raw TCP connection, from a server, or directly from the storage.
 
     Attributes:
         kind: which of these.
-        place: the port or URL.
-        is_verified: whether the bytes are verified.
-        seconds: for how long; 0 for once.
+        place: the port of the raw server, otherwise a URL.
+        is_verified: whether the bytes from a server are verified.
+        seconds: how long to keep reading the model again; 0 to read it once.
     """
 
     kind: Literal["raw", "server", "storage"]
@@ -117,15 +117,15 @@ class _Way:
 
 @dataclass(slots=True)
 class _Series:
-    """The rounds of one way.
+    """The rounds of one way to read.
 
     Attributes:
-        rates: bytes per second of all clients together, of each round.
-        uneven: how many times as long as the fastest client the slowest took, of each round.
-        server_cpu: seconds of a processor that the server took for a GB, of each round.
-        read_bytes: what the server read of its storage, in each round.
-        hits: what share of the uses the server's cache had, to its end, in percent.
-        peak_bytes: the most memory that the server's process had.
+        rates: bytes per second of all clients together, per round.
+        uneven: the fastest client's rate ÷ the slowest's, per round.
+        server_cpu: CPU seconds of the server per GB sent, per round.
+        read_bytes: bytes that the server read from its storage, per round.
+        hits: hit rate of the server's cache at the end of each round, in percent.
+        peak_bytes: peak resident memory of the server process over all rounds.
     """
 
     rates: list[float] = field(default_factory=list)
@@ -136,7 +136,7 @@ class _Series:
     peak_bytes: int = 0
 
     def note(self, laps: Sequence[_Lap]) -> None:
-        """Take a round into account."""
+        """Add the figures of a round."""
         seconds = max(lap.ended for lap in laps) - min(lap.started for lap in laps)
         self.rates.append(sum(lap.read_bytes for lap in laps) / seconds)
         paces = [lap.read_bytes / (lap.ended - lap.started) for lap in laps]
@@ -144,12 +144,12 @@ class _Series:
 
     @property
     def rate(self) -> Spread:
-        """In GB/s."""
+        """The rates in GB/s, summarised."""
         return summarise([one / GB for one in self.rates])
 
 
 def bench_clients(work: ClientsWork, *, on_progress: Callable[[str], object] = lambda _: None) -> Result:
-    """Measure.
+    """Run the benchmark.
 
     Raises:
         SurfwError: the store cannot be read, or a client failed.
@@ -178,7 +178,7 @@ class _Measurement:
         self._stayed: list[int] = []
 
     def run(self) -> tuple[Row, ...]:
-        """All rounds, in alternation."""
+        """Run all rounds, alternating between the ways to read."""
         work = self._work
         ways = ["raw", "unverified", "verified", *(["direct"] if work.direct else [])]
         series = {name: _Series() for name in ways}
@@ -198,7 +198,7 @@ class _Measurement:
         return self._rows(series, ahead)
 
     def _serve(self, clients: "_Clients", series: _Series, *, is_verified: bool, is_last: bool) -> None:
-        """A round with a new server."""
+        """Run one round against a new server."""
         work = self._work
         with peer(_serve, work, self._cache_bytes) as server, _watching(server.process) as peak:
             url = f"ws://127.0.0.1:{server.port}"
@@ -258,12 +258,12 @@ async def _read_manifest(work: ClientsWork) -> Manifest:
 
 
 def _form(chunk: Chunk) -> Form:
-    """The form that is read: the plain one, if there is one."""
+    """The form to read: `none` if the chunk has it, otherwise its first one."""
     return chunk.form("none") or chunk.forms[0]
 
 
 def _allow_files() -> None:
-    """Let this process and its children open as many sockets as the system allows."""
+    """Raise the limit on open files to the hard limit, for this process and its children."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
@@ -271,7 +271,7 @@ def _allow_files() -> None:
 
 @contextmanager
 def _watching(process: psutil.Process) -> Iterator[list[int]]:
-    """The memory that a process has, again and again, during the body."""
+    """Sample a process's memory during the body; the list has one item, the peak so far."""
     seen, over = [0], threading.Event()
 
     def watch() -> None:
@@ -288,7 +288,7 @@ def _watching(process: psutil.Process) -> Iterator[list[int]]:
         watcher.join()
 
 
-# The servers, each in a process of its own.
+# The servers, each in its own process.
 
 
 def _serve(work: ClientsWork, cache_bytes: int, ready: Connection) -> None:
@@ -308,7 +308,7 @@ def _serve(work: ClientsWork, cache_bytes: int, ready: Connection) -> None:
 
 
 def _serve_raw(most_bytes: int, ready: Connection) -> None:
-    """A TCP socket that sends as many bytes as it is asked for, each connection in a thread."""
+    """A TCP server that reads 8-byte sizes and sends that many bytes for each, with a thread per connection."""
     payload = memoryview(os.urandom(MIB) * (most_bytes // MIB + 1))
 
     def answer(connection: socket.socket) -> None:
@@ -324,7 +324,7 @@ def _serve_raw(most_bytes: int, ready: Connection) -> None:
 
 @contextmanager
 def _idle(url: str, number: int) -> Iterator[None]:
-    """So many clients that are connected, in a process of their own, during the body."""
+    """Keep this many idle clients connected during the body, all in one separate process."""
     if not number:
         yield
         return
@@ -346,20 +346,20 @@ def _stay(url: str, number: int, ready: Connection) -> None:
     asyncio.run(stay())
 
 
-# The clients: forked from one process, which has imported what they need.
+# The clients, forked from one process that has already imported what they need.
 
 
 class _Clients:
-    """Processes that read together."""
+    """The client processes, which read at the same time."""
 
     def __init__(self, ends: Sequence[Connection]) -> None:
         self._ends = ends
 
     def read(self, way: _Way) -> list[_Lap]:
-        """Have all of them read, from the same moment on, once all are connected.
+        """Make all clients read, starting together once all are connected.
 
         Raises:
-            SurfwError: one failed.
+            SurfwError: a client failed.
         """
         for end in self._ends:
             end.send(way)
@@ -392,7 +392,7 @@ def _clients(work: ClientsWork, sizes: Sequence[int], ahead: int) -> Iterator[_C
 
 
 def _fork(work: ClientsWork, sizes: Sequence[int], ahead: int, ends: Sequence[Connection]) -> None:
-    """Fork the clients, and wait for them; each ends with its connection."""
+    """Fork the clients and wait for them; each exits when its connection closes."""
     children = []
     for index, end in enumerate(ends):
         child = os.fork()
@@ -410,7 +410,7 @@ def _fork(work: ClientsWork, sizes: Sequence[int], ahead: int, ends: Sequence[Co
 
 
 class _Client:
-    """A client: reads in the ways that it is told, one after the other."""
+    """A client: reads as instructed, one request after another."""
 
     def __init__(self, work: ClientsWork, sizes: Sequence[int], ahead: int, end: Connection) -> None:
         self._work = work
@@ -419,7 +419,7 @@ class _Client:
         self._memory = [memoryview(bytearray(b"\1") * max(sizes)) for _ in range(ahead)]
 
     def obey(self) -> None:
-        """Go on until the connection ends."""
+        """Handle requests until the connection closes."""
         while True:
             way = self._end.recv()
             try:
@@ -430,7 +430,7 @@ class _Client:
                 self._end.send(lap)
 
     def _begin(self) -> float:
-        """Say that everything is ready, and wait until it begins."""
+        """Report ready, wait for the start signal, and return the time."""
         self._end.send("ready")
         self._end.recv()
         return time.monotonic()
@@ -464,7 +464,7 @@ class _Client:
             return _Lap(started, time.monotonic(), count_bytes)
 
     async def _read_chunks(self, source: ChunkSource, manifest: Manifest, until: float) -> int:
-        """Read all chunks, and again until it is time; each in memory of its own, as soon as that is free."""
+        """Read all chunks, then start over until the deadline; each buffer takes a new chunk as soon as it is free."""
         left: Iterator[Chunk] = iter(manifest.chunks)
         read_bytes = 0
 

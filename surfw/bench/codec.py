@@ -1,8 +1,9 @@
 """Encoding and decoding the form `lossless`, against Blosc's own functions on the same frames.
 
-The payload is as weights are: normal numbers in bfloat16. Each round does everything three times in turn, so that
-whatever else the machine does falls on all of it, and keeps the medians. Decoding in threads is compared with Blosc in
-as many threads, which other processes slow down as much; what limits it is what one thread does alone.
+The payload resembles weights: normally distributed numbers in bfloat16. Each round runs everything three times in
+alternation, so that other load on the machine affects all of it alike, and keeps the medians. Decoding in threads is
+compared with Blosc in as many threads, which other processes slow down equally; its ceiling is the rate of one thread
+times the number of threads.
 """
 
 import statistics
@@ -23,11 +24,11 @@ _TURNS = 3
 
 
 def bench_codec(*, rounds: int = 15, size: int = SIZE) -> Result:
-    """Measure.
+    """Run the benchmark.
 
     Args:
-        rounds: how often everything is done, in turn; medians are reported.
-        size: bytes of the payload; some three times as much memory is used.
+        rounds: number of rounds; medians are reported.
+        size: bytes of the payload; about three times as much memory is used.
     """
     payload = memoryview(_weights(size))
     frames = [payload[start : start + FRAME_BYTES] for start in range(0, size, FRAME_BYTES)]
@@ -55,7 +56,7 @@ def bench_codec(*, rounds: int = 15, size: int = SIZE) -> Result:
 
 
 def _weights(size: int) -> bytes:
-    """Normal numbers in bfloat16: the upper halves of float32."""
+    """Normally distributed numbers in bfloat16: the upper halves of float32."""
     numbers = np.random.default_rng(0).normal(0, 0.02, size // _ITEM_BYTES).astype(np.float32)
     return (numbers.view(np.uint32) >> 16).astype(np.uint16).tobytes()
 
@@ -81,7 +82,7 @@ def _decode_in_threads(threads: ThreadPoolExecutor, decoder: FrameDecoder, arriv
 
 
 def _measure(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """The seconds of each way's median turn in each round; before the first, each runs once untimed."""
+    """The seconds of each way's median turn in each round, after one untimed run of each."""
     for work in ways.values():
         work()
     seconds: dict[str, list[float]] = {name: [] for name in ways}

@@ -1,9 +1,10 @@
-"""Whether a benchmark's ratios are worse than those of an earlier run of it. Pure, but for its files.
+"""Decides whether a benchmark's ratios are worse than those of an earlier run; also saves and loads results.
 
-Rates differ between machines, and from hour to hour on one. So a row is compared by its ratio to the baseline of the
-same round. All pairs of a round before and a round now are compared: the median of these changes is the estimate
-(Hodges and Lehmann), and its 95 % interval is that of Mann and Whitney's test, which supposes nothing of how rounds are
-distributed. A row is worse if all of its interval is worse than `MARGIN`: so much runs of the same code may differ by.
+Rates differ between machines, and from hour to hour on one machine. So a row is compared by its ratio to the baseline
+of the same round. Every round of the earlier run is paired with every round of this run: the median of these changes is
+the estimate (Hodges and Lehmann), and its 95 % interval is that of Mann and Whitney's test, which assumes nothing about
+the distribution of rounds. A row is worse if its whole interval is worse than `MARGIN`, by which runs of the same code
+may differ.
 """
 
 import json
@@ -28,15 +29,15 @@ Verdict = Literal["worse", "better", "same", "unknown"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Change:
-    """What became of a row's ratio.
+    """The change of a row's ratio between two runs.
 
     Attributes:
-        name: the row's.
-        before: its ratio in the earlier run; None where it had no such row.
-        now: its ratio.
-        change: by which part it is higher; negative is slower. None where it is unknown.
-        low, high: the interval that holds the change with 95 % confidence.
-        verdict: `unknown` where a run had no such row, or fewer than three rounds.
+        name: the row's name.
+        before: its ratio in the earlier run; None if that run lacks the row.
+        now: its ratio in this run; None if this run lacks the row.
+        change: relative change of the ratio; negative is slower. None if unknown.
+        low, high: the 95 % confidence interval of the change.
+        verdict: `unknown` if a run lacks the row or has fewer than three rounds.
     """
 
     name: str
@@ -50,7 +51,7 @@ class Change:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison:
-    """All rows with a ratio, and the machine of the earlier run if it was another one."""
+    """The changes of all rows with ratios, and the earlier run's machine if it was a different one."""
 
     file: str
     margin: float
@@ -67,7 +68,7 @@ def save_results(results: Sequence[Result], path: Path) -> None:
     """Write results to a file.
 
     Raises:
-        ConfigurationError: it cannot be written.
+        ConfigurationError: the file cannot be written.
     """
     document = {"surfw_bench": 1, "results": [asdict(result) for result in results]}
     try:
@@ -77,7 +78,7 @@ def save_results(results: Sequence[Result], path: Path) -> None:
 
 
 def read_results(path: Path) -> dict[str, Result]:
-    """Read the results that were saved, by the names of their benchmarks.
+    """Read saved results, by the names of their benchmarks.
 
     Raises:
         ConfigurationError: the file cannot be read, or was not written by `save_results`.
@@ -151,7 +152,7 @@ def _verdict(low: float, high: float, margin: float) -> Verdict:
 
 
 def interval(before: Sequence[float], now: Sequence[float]) -> tuple[float, float, float]:
-    """By which part values are higher now: the lower end of the interval, the estimate, and the upper end."""
+    """The relative change of values: the lower end of its interval, the estimate, and the upper end."""
     logs = sorted(math.log(one) - math.log(other) for one in now for other in before)
     pairs = len(logs)
     spread = _Z * math.sqrt(pairs * (len(before) + len(now) + 1) / 12)

@@ -1,6 +1,6 @@
-"""What a comparison of generations is asked to do, and what one generation came to.
+"""The settings of a comparison of generations, and the measurements of one generation.
 
-All of it is plain data: a peer's process is given a `Comparison` as JSON, and gives back what it measured.
+All of it is plain data: a peer's process receives a `Comparison` as JSON, and returns what it measured.
 """
 
 from collections.abc import Sequence
@@ -14,10 +14,10 @@ from surfw.errors import ConfigurationError
 
 
 def check_peers(names: Sequence[str]) -> None:
-    """Check that all of these are names of `PEERS`.
+    """Check that all names are in `PEERS`.
 
     Raises:
-        ConfigurationError: one is not.
+        ConfigurationError: a name is not.
     """
     if unknown := sorted(set(names) - PEERS.keys()):
         raise ConfigurationError(f"{unknown[0]!r:.80} is no peer; there are {', '.join(PEERS)}")
@@ -25,26 +25,26 @@ def check_peers(names: Sequence[str]) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison:
-    """A greedy generation that no end token ends, and who runs it how often.
+    """A greedy generation without an end token, the peers that run it, and how often.
 
     Attributes:
         model_dir: the checkpoint, in a local directory.
-        against: names of `PEERS`; None for all that are usual and can run.
-        gguf: the same model for `llama.cpp`; None for one that is made of the checkpoint, if it can be.
+        against: names of `PEERS`; None for all default peers that can run.
+        gguf: a GGUF file of the same model for `llama.cpp`; None to convert the checkpoint, if possible.
         airllm_dir: a copy of `model_dir` for AirLLM, which writes into it.
-        cap_bytes: all the memory that each process can have, page cache included; None for no cap.
+        cap_bytes: memory cap of each process, page cache included; None for no cap.
         codec: the form of the weights that surfw reads.
-        policy: which layers surfw keeps.
-        memory_budget: what surfw's weights may take, as `1.5GB`; None for its own choice.
-        store: a folder that is, or becomes, surfw's store, and stays; None for one that is removed afterwards.
-        folder: where to write what is removed afterwards; None for the temporary folder. To a peer it is empty.
+        policy: which layers surfw keeps resident.
+        memory_budget: budget for surfw's weights, such as `1.5GB`; None lets surfw choose.
+        store: folder of surfw's store, created if missing and kept; None for a temporary store.
+        folder: where to write temporary files; None for the temporary folder. Each peer gets its own empty folder.
         source: a server or a store that surfw reads instead of `store`.
-        model: the model's name there; None for that of the checkpoint.
-        bandwidth_bytes: bytes per second of the source's link; None for a local store, which is measured.
-        prompt_tokens: of the prompt, whose ids are 1, 2, 3 and so on.
-        new_tokens: to generate; 2 or more.
+        model: the model's name at the source; None for the checkpoint's name.
+        bandwidth_bytes: bytes per second of the source's link; None to measure it, which takes a local store.
+        prompt_tokens: length of the prompt, whose ids are 1, 2, 3 and so on.
+        new_tokens: number of tokens to generate; 2 or more.
         rounds: how often each peer runs; medians are reported.
-        patience_seconds: how long one of them may take in one round.
+        patience_seconds: time limit for one peer in one round.
     """
 
     model_dir: str
@@ -67,14 +67,14 @@ class Comparison:
 
     @property
     def prompt_ids(self) -> list[int]:
-        """The prompt."""
+        """The token ids of the prompt."""
         return list(range(1, self.prompt_tokens + 1))
 
     def check(self) -> None:
-        """Refuse what cannot be compared.
+        """Check that the comparison can run.
 
         Raises:
-            ConfigurationError: an argument cannot be used, or a peer that was named lacks what it needs.
+            ConfigurationError: an argument cannot be used, or a named peer lacks something it requires.
         """
         if not (Path(self.model_dir) / "config.json").is_file():
             raise ConfigurationError(
@@ -90,7 +90,7 @@ class Comparison:
             parse_size(self.memory_budget)
         if self.cap_bytes is not None:
             with memory_group(self.cap_bytes):
-                pass  # it can be made: nothing is ever run without the cap that was asked for
+                pass  # fails if the cap cannot be set: nothing may run without a requested cap
 
     def _check_places(self) -> None:
         for what, path in (("gguf file", self.gguf), ("airllm_dir", self.airllm_dir), ("folder", self.folder)):
@@ -104,15 +104,15 @@ class Comparison:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measurement:
-    """One generation; the warm-up before it, and loading, are not in it.
+    """The measurements of one generation; loading and the warm-up are not included.
 
     Attributes:
-        token_ids: what was generated.
-        seconds: all of it, the prompt included.
-        ttft_seconds: until the first token was there.
+        token_ids: the generated tokens.
+        seconds: total time, prompt included.
+        ttft_seconds: time to first token.
         decode_seconds: from the first token to the last one.
-        peak_rss_bytes: the peak of the process so far, mapped files included.
-        streamed_bytes: weights that surfw fetched between the first token and the last one; None for others.
+        peak_rss_bytes: peak resident memory of the process so far, mapped files included.
+        streamed_bytes: bytes of weights that surfw fetched between the first token and the last; None for other peers.
     """
 
     token_ids: list[int]
@@ -125,11 +125,11 @@ class Measurement:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Bandwidth:
-    """A rate of reading.
+    """A measured read rate.
 
     Attributes:
-        bytes_per_second: over all reads.
-        direct: whether the page cache was bypassed; otherwise the files were only dropped from it before.
+        bytes_per_second: the mean over all reads.
+        direct: whether reads bypassed the page cache; otherwise each file was only dropped from it beforehand.
     """
 
     bytes_per_second: float

@@ -1,9 +1,9 @@
-"""A model that streams to a device: against the copy rate, against all of it on the device, and against other tools.
+"""A model streamed to a device: against the copy rate, against a fully resident model, and against other tools.
 
-One model with random weights is made on the device and written to a folder; surfw reads it there. Everything runs in
-this process, one after the other, the most telling figures first, since the device may be lent for minutes only: each
-row is handed on as soon as it is known, what fails becomes a row that says so, and what would begin too late is left
-out.
+A model with random weights is made on the device and written to a folder, from which surfw reads it. All parts run in
+this process, one after another. The device may be available for minutes only, so the most important figures come
+first, each row is reported as soon as it is known, a failed part becomes a row that says so, and no part starts after
+the time limit.
 """
 
 import asyncio
@@ -40,7 +40,7 @@ from surfw.runtime.plan import least_bytes
 PARTS = (
     "streamed", "accelerate", "half", "accelerate-half", "whole", "packed", "diffusers", "server", "disk", "70b",
 )  # fmt: skip
-"""What can be measured, in that order."""
+"""The parts of the benchmark, in the order in which they run."""
 
 _COPIED_BYTES, _MOST_COPIED_BYTES = {"tiny": 16 * MIB}, 1024 * MIB
 _LIBRARIES = ("accelerate", "diffusers", "triton")
@@ -59,20 +59,20 @@ def bench_device(
     on_row: OnRow = lambda _: None,
     on_progress: Callable[[str], object] = lambda _: None,
 ) -> Result:
-    """Measure.
+    """Run the benchmark.
 
     Args:
-        device: where to compute; `simulated` shows that all of this runs, its figures mean nothing.
+        device: where to compute; `simulated` only shows that everything runs, its figures mean nothing.
         shape: one of `SHAPES`.
-        parts: some of `PARTS`; default: all, `disk` only with a folder for it.
-        folder: where the checkpoint is written, best into memory; default: the temporary folder.
+        parts: a subset of `PARTS`; default: all, but `disk` only if its folder is given.
+        folder: where to write the checkpoint, ideally in memory; default: the temporary folder.
         disk: a folder on a disk, for the figures from disk to device.
-        seconds: nothing is begun after so long.
+        seconds: no part starts after this time.
         on_row: called with each row as soon as it is known.
-        on_progress: called with a line whenever something begins.
+        on_progress: called with a line whenever a part starts.
 
     Raises:
-        ConfigurationError: there is no such shape, part or device.
+        ConfigurationError: the shape, a part or the device is unknown, or the folder for `disk` is missing.
     """
     if shape not in SHAPES:
         raise ConfigurationError(f"shape {shape!a:.40} is not known; expected one of {', '.join(SHAPES)}")
@@ -95,7 +95,7 @@ def bench_device(
                 on_progress(name)
                 try:
                     measure()
-                except Exception as exc:  # noqa: BLE001 - whatever fails must not end the others
+                except Exception as exc:  # noqa: BLE001 - one failure must not stop the other parts
                     bench.say(Row(name=name, value=0, unit="", note=f"failed: {exc!r:.300}"))
         finally:
             bench.close()
@@ -103,7 +103,7 @@ def bench_device(
 
 
 class _Bench(Measuring):
-    """The parts, and what one knows of the others."""
+    """The parts, and the results that they share."""
 
     def __init__(self, device: Device, shape: str, folder: Path, disk: str | None, on_row: OnRow) -> None:
         super().__init__(device, shape, folder, on_row)
@@ -114,7 +114,7 @@ class _Bench(Measuring):
         self._streaming: Streaming | None = None
 
     def works(self, parts: Sequence[str]) -> list[tuple[str, Callable[[], object]]]:
-        """What is to be done for these parts, in order."""
+        """The named steps that these parts need, in order."""
         known: dict[str, Callable[[], object]] = {
             "streamed": self.streamed, "half": self.half, "whole": self.whole,
             "packed": partial(self._alone, measure_forms), **{name: partial(self.peer, name) for name in PEERS},
@@ -128,11 +128,11 @@ class _Bench(Measuring):
         return [*first, *((one, known[one]) for one in parts)]
 
     def machine(self) -> dict[str, str]:
-        """The device, and the model."""
+        """The device and the model's shape."""
         return {"device": self.device.name, "shape": self.shape}
 
     def copies(self) -> None:
-        """How fast memory is copied to the device."""
+        """Measure how fast memory is copied to the device."""
         size = _COPIED_BYTES.get(self.shape, _MOST_COPIED_BYTES)
         locked, pageable = Buffer(size), Buffer(size)
         for buffer in (locked, pageable):
@@ -155,7 +155,7 @@ class _Bench(Measuring):
             self.say(make_row(name, rate / GB, "GB/s"))
 
     def make(self) -> None:
-        """The model on the device, and its speed there."""
+        """Make the model on the device, and measure its speed there."""
         place = self.device.torch_device
         start = time.perf_counter()
         self._resident = make_model(SHAPES[self.shape], place)
@@ -168,14 +168,14 @@ class _Bench(Measuring):
             self.say(make_row(f"resident, {_rows(rows)}", found.per_second, "tok/s"))
 
     def write(self) -> None:
-        """Its checkpoint."""
+        """Write the model's checkpoint."""
         start = time.perf_counter()
         save_model(self._resident, self._checkpoint)
         rate = _size_bytes(self._resident) / (time.perf_counter() - start)
         self.say(make_row("the checkpoint written", rate / GB, "GB/s"))
 
     def streamed(self) -> None:
-        """As little of the device's memory as the model runs with."""
+        """Measure with the smallest device budget that the model runs with."""
         name, streaming = "everything streamed", self._open()
         self._measure(name, streaming, 0)
         self._compare(name, streaming, 1)
@@ -185,7 +185,7 @@ class _Bench(Measuring):
         self.say_peak(name, streaming)
 
     def half(self) -> None:
-        """Half of the layers stay on the device; and three quarters."""
+        """Measure with half of the layers resident on the device, and with three quarters."""
         streaming = self._open()
         layers = len(streaming.model.layers)
         for name, kept in (("half on the device", layers // 2), ("three quarters on the device", layers * 3 // 4)):
@@ -194,7 +194,7 @@ class _Bench(Measuring):
             self.say_peak(name, streaming)
 
     def whole(self) -> None:
-        """All of it stays on the device; beside resident, in turns."""
+        """Measure with all weights on the device, in alternation with the plain resident model."""
         name, streaming = "everything on the device", self._open()
         self._measure(name, streaming, None)
         self._compare(name, streaming, 1)
@@ -204,7 +204,7 @@ class _Bench(Measuring):
         turns: list[Callable[[], None]] = [lambda: ours.append(streaming.time(1, 32).per_second)]
         turns.append(lambda: theirs.append(self._time_resident(1, 32).per_second))
         for index in range(_TURNS.get(self.shape, _MOST_TURNS)):
-            for turn in turns if index % 2 else turns[::-1]:  # each is first as often
+            for turn in turns if index % 2 else turns[::-1]:  # each goes first equally often
                 turn()
         found, base = summarise(ours), summarise(theirs)
         note = f"resident {base.low:.2f} to {base.high:.2f}"
@@ -216,7 +216,7 @@ class _Bench(Measuring):
         )  # fmt: skip
 
     def peer(self, name: str) -> None:
-        """Another tool, with the resident model's own weights; the rows of surfw that it is to be compared with."""
+        """Measure another tool with the resident model's weights, and compare surfw's matching rows with it."""
         timed = PEERS[name](self._resident, self.device.torch_device)
         if name != LAST_PEER:
             self._resident.to(self.device.torch_device)
@@ -228,7 +228,7 @@ class _Bench(Measuring):
                 self.say(make_row(f"{ours}, against {label}", mine.value, "tok/s", found.per_second))
 
     def server(self) -> None:
-        """From a server on this machine, with little host memory, and little of the device's."""
+        """Measure from a server on this machine, with small host and device budgets."""
         from surfw.bench.wire import peer, serve_store
         from surfw.chunking.in_place import publish_place
 
@@ -238,7 +238,7 @@ class _Bench(Measuring):
             self._capped("over a server", f"ws://127.0.0.1:{served.port}", None)
 
     def disk(self) -> None:
-        """From a disk, with little host memory, and little of the device's."""
+        """Measure from a disk, with small host and device budgets."""
         from surfw.bench.peers.reads import read_files
 
         self._close_streaming()
@@ -253,13 +253,13 @@ class _Bench(Measuring):
             self._capped("from disk", str(copy), rate)
 
     def larger(self) -> None:
-        """A model that needs most of what there is; nothing comes after it."""
+        """Measure a model that needs most of the memory; must run last, since it drops the shared model."""
         self._resident = None
         shutil.rmtree(self._checkpoint, ignore_errors=True)
         self._alone(measure_larger)
 
     def close(self) -> None:
-        """Let go of everything."""
+        """Release the models and the device."""
         self._close_streaming()
         self._resident = None
         self.device.close()
@@ -269,7 +269,7 @@ class _Bench(Measuring):
         return self.folder / "model"
 
     def _alone(self, measure: Callable[[Measuring], object]) -> None:
-        """A part with models of its own."""
+        """Run a part that makes its own models."""
         self._close_streaming()
         measure(self)
 
@@ -292,7 +292,7 @@ class _Bench(Measuring):
         return time_generation(self._resident, ids, count, self.device.synchronize)
 
     def _measure(self, name: str, streaming: Streaming, kept_layers: int | None) -> None:
-        """One budget: the speed, beside resident, and its share of what copies allow."""
+        """Measure one budget: the speed, against the resident model's, and its share of the copy ceiling."""
         streaming.relimit(kept_layers)
         self.measure(name, streaming, self._resident_rate[1])
 
@@ -301,9 +301,10 @@ class _Bench(Measuring):
         self.say(make_row(f"{name}: equal to resident, {_rows(rows)}", float(seen.equals(self._want[rows])), "equal"))
 
     def _capped(self, name: str, source: str, rate: float | None) -> None:
-        """Little memory everywhere: all but a few layers come from the source in every pass.
+        """Measure with small budgets: all but a few layers come from the source in every pass.
 
-        With the least host memory, the source would be read a block at a time. Most have a few layers more.
+        With the smallest possible host budget, the source would be read one block at a time; most hosts have memory for
+        a few more layers.
         """
         probe = Streaming(source, self.name, self.batch)
         try:

@@ -1,4 +1,4 @@
-"""The parts of `bench device` that have models of their own: forms with fewer bytes, and a 70B shape."""
+"""The parts of `bench device` that make their own models: smaller forms, and a 70B shape."""
 
 import asyncio
 import gc
@@ -19,14 +19,14 @@ _LARGER: Mapping[str, Any] = {
     "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 12, "num_attention_heads": 64,
     "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192,
 }  # fmt: skip
-"""A LLaMA of 70B, with so many of its layers: all of them, in bfloat16, are more than the host memory of most."""
+"""A LLaMA of 70B with only some of its layers: all of them, in bfloat16, exceed the memory of most hosts."""
 
 _LARGER_LAYERS = 80
 _LARGER_BUDGET_BYTES = 16 * GB
 
 
 def measure_forms(bench: Measuring) -> None:
-    """A part of the model in int8, int4 and lossless, against the same in bfloat16; all that can be is streamed."""
+    """Measure a part of the model in int8, int4 and lossless, against bfloat16, with the smallest device budget."""
     shape = a_quarter(SHAPES[bench.shape])
     plain, store = bench.folder / "part", bench.folder / "packed"
     start = time.perf_counter()
@@ -53,7 +53,7 @@ def measure_forms(bench: Measuring) -> None:
             streaming.relimit(None)
             equal = seen.equals(streaming.outcome(1, 8))
             bench.say(make_row(f"{name}, streamed: equal to all of it on the device", float(equal), "equal"))
-            if form != "lossless":  # which is bf16 there
+            if form != "lossless":  # resident on the device, lossless is bf16
                 whole = streaming.time(1, NEW_TOKENS).per_second
                 note = f"streamed: {found / whole:.3f} of it"
                 bench.say(make_row(f"{name}, on the device", whole, "tok/s", note=note))
@@ -64,7 +64,7 @@ def measure_forms(bench: Measuring) -> None:
 
 
 def measure_larger(bench: Measuring) -> None:
-    """A few layers of a 70B shape in 16 GB of the device's memory, as they are and lossless, and what all would do."""
+    """Measure a few layers of a 70B shape in 16 GB of device memory, in bf16 and lossless; extrapolate to all."""
     is_tiny = bench.shape == "tiny"
     shape = a_quarter(SHAPES["tiny"]) if is_tiny else _LARGER
     place, start = bench.folder / "larger", time.perf_counter()
@@ -99,7 +99,7 @@ def measure_larger(bench: Measuring) -> None:
 
 
 def _coded(streaming: Streaming) -> str:
-    """How many layers are coded."""
+    """The number of coded layers, as an addition to a note; empty if there are none."""
     coded = set(streaming.engine.below.coded).intersection(streaming.model.layers)
     return f", {len(coded)} of them coded" if coded else ""
 

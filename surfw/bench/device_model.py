@@ -1,4 +1,4 @@
-"""The models of `bench device`: their shapes, random weights made on the device, and how a generation is timed."""
+"""The models of `bench device`: shapes, random weights made on the device, and the timing of generations."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -23,28 +23,28 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
         "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192,
     },
 }  # fmt: skip
-"""LLaMAs in bfloat16, by name."""
+"""Shapes of LLaMAs in bfloat16, by name."""
 
 PROMPT_TOKENS = 16
 
 _LEAST_LAYERS = 4
-"""Fewer would all find a place in the ring."""
+"""With fewer, all layers would fit in the ring of buffers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """What a model came to with one prompt.
+    """A model's output, to compare with another model's.
 
     Attributes:
-        logits: of a forward, of shape (rows, tokens, vocabulary), on the CPU.
-        tokens: of a greedy generation.
+        logits: logits of one forward pass, of shape (rows, tokens, vocabulary), on the CPU.
+        tokens: tokens of a greedy generation, per row.
     """
 
     logits: torch.Tensor
     tokens: list[list[int]]
 
     def equals(self, other: "Outcome") -> bool:
-        """Whether all bits are the same, of as many tokens as both have."""
+        """Whether the logits have the same bits, and the tokens are equal up to the shorter length."""
         count = min(len(self.tokens[0]), len(other.tokens[0]))
         same = all(a[:count] == b[:count] for a, b in zip(self.tokens, other.tokens, strict=True))
         return same and torch.equal(self.logits, other.logits)
@@ -52,7 +52,7 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Timing:
-    """A generation: tokens per second after the first one of each row, and the seconds until that."""
+    """The speed of a generation: tokens per second after the first of each row, and the seconds until that one."""
 
     per_second: float
     first_seconds: float
@@ -60,14 +60,14 @@ class Timing:
 
 
 def a_quarter(shape: Mapping[str, Any]) -> dict[str, Any]:
-    """A shape with a quarter of the layers, and of the vocabulary: its head weighs as much against them."""
+    """A shape with a quarter of the layers and of the vocabulary, so that its head has the same share of the bytes."""
     layers = max(_LEAST_LAYERS, shape["num_hidden_layers"] // 4)
     return {**shape, "num_hidden_layers": layers, "vocab_size": max(4 * PROMPT_TOKENS, shape["vocab_size"] // 4)}
 
 
 def make_model(shape: Mapping[str, Any], device: torch.device) -> Any:
-    """A LLaMA of that shape with seeded random weights, in evaluation mode."""
-    classes: Any = transformers  # lazily imported, and without types for the check
+    """Make a LLaMA of this shape with seeded random weights, in evaluation mode."""
+    classes: Any = transformers  # lazily imported, and untyped
     torch.manual_seed(0)
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
@@ -82,18 +82,18 @@ def make_model(shape: Mapping[str, Any], device: torch.device) -> Any:
 
 
 def save_model(model: Any, folder: Path) -> None:
-    """Write it as a checkpoint."""
+    """Write a model as a checkpoint."""
     model.save_pretrained(folder, max_shard_size="4GB")
 
 
 def prompt(rows: int, device: torch.device) -> torch.Tensor:
-    """Token ids of shape (rows, 16), each row its own."""
+    """Token ids of shape (rows, 16), different in each row."""
     ids = torch.stack([torch.arange(1, PROMPT_TOKENS + 1) + row for row in range(rows)])
     return ids.to(device)
 
 
 def generate(model: Any, ids: torch.Tensor, count: int) -> list[list[int]]:
-    """The tokens of a greedy generation that no end token ends."""
+    """Generate greedily without an end token, and return the new tokens."""
     with torch.no_grad():
         found = model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, min_new_tokens=count, do_sample=False
@@ -103,14 +103,14 @@ def generate(model: Any, ids: torch.Tensor, count: int) -> list[list[int]]:
 
 
 def outcome(model: Any, ids: torch.Tensor, count: int) -> Outcome:
-    """What a model comes to."""
+    """Compute a model's logits for a prompt, and generate from it."""
     with torch.no_grad():
         logits = model(input_ids=ids, use_cache=False).logits.cpu()
     return Outcome(logits=logits, tokens=generate(model, ids, count))
 
 
 def time_generation(model: Any, ids: torch.Tensor, count: int, synchronize: Callable[[], object]) -> Timing:
-    """Time a generation, after a short one that warms up."""
+    """Time a generation after a short warm-up."""
     generate(model, ids, 2)
     seconds = []
     tokens: list[list[int]] = []

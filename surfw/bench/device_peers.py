@@ -1,4 +1,4 @@
-"""Other ways to run a model that is larger than a device's memory, for `bench device`: on the very weights given."""
+"""Other tools that run a model larger than a device's memory, for `bench device`: on the same weights."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -8,13 +8,13 @@ import torch
 from surfw.bench.device_model import Timing, prompt, time_generation
 
 Found = Sequence[tuple[str, Timing, str]]
-"""The name of each way, its timing, and the name of the row of surfw that it compares with."""
+"""For each way: its name, its timing, and the name of the surfw row to compare with it."""
 
 _FEW_TOKENS = 6
 
 
 def accelerate_offload(model: Any, device: torch.device) -> Found:
-    """Accelerate's `cpu_offload`: all weights in host memory."""
+    """Time Accelerate's `cpu_offload`: all weights in host memory."""
     from accelerate import cpu_offload
     from accelerate.hooks import remove_hook_from_submodules
 
@@ -27,7 +27,7 @@ def accelerate_offload(model: Any, device: torch.device) -> Found:
 
 
 def accelerate_half(model: Any, device: torch.device) -> Found:
-    """Accelerate's device map: every second half of the layers in host memory, all else on the device."""
+    """Time Accelerate's device map: the second half of the layers in host memory, everything else on the device."""
     from accelerate import dispatch_model
     from accelerate.hooks import remove_hook_from_submodules
 
@@ -44,7 +44,7 @@ def accelerate_half(model: Any, device: torch.device) -> Found:
 
 
 def diffusers_groups(model: Any, device: torch.device) -> Found:
-    """Diffusers' group offloading with a stream, one layer a group."""
+    """Time Diffusers' group offloading with a stream, one layer per group."""
     from diffusers.hooks import apply_group_offloading
 
     model.cpu()
@@ -72,7 +72,7 @@ PEERS: Mapping[str, Peer] = {
     "accelerate-half": accelerate_half,
     "diffusers": diffusers_groups,
 }
-"""By name, in the order in which they run."""
+"""The peers by name, in the order in which they run."""
 
 LAST_PEER = "diffusers"
-"""It leaves its hooks on the model, and the model where it is."""
+"""Runs last, because it leaves its hooks on the model and does not move the model back."""

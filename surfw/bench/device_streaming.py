@@ -1,4 +1,4 @@
-"""What `bench device` measures with: a model that streams to a device, under one budget after another, and rows."""
+"""Measurement tools of `bench device`: a model streamed to a device under changing budgets, and the rows it gives."""
 
 import time
 from collections.abc import Callable
@@ -22,20 +22,20 @@ OnRow = Callable[[Row], object]
 
 NEW_TOKENS = 24
 _LONGEST = 48
-"""Tokens that the KV cache has its place for, besides the prompt's."""
+"""Tokens that the budget reserves KV cache for, besides the prompt's."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Streamed:
-    """How a generation went.
+    """The measurements of a generation.
 
     Attributes:
         timing: its speed.
-        bytes_per_token: what is copied to the device for each token.
-        copied_bytes, copying_seconds: what was copied altogether, and how long copies ran.
-        seconds: the whole time.
-        layers, kept_layers: how many there are, and how many stay on the device.
-        budget_bytes: of the device's memory.
+        bytes_per_token: bytes copied to the device per token.
+        copied_bytes, copying_seconds: total bytes copied, and how long copies ran.
+        seconds: total time.
+        layers, kept_layers: number of layers, and how many of them are resident on the device.
+        budget_bytes: budget of device memory.
     """
 
     timing: Timing
@@ -48,11 +48,11 @@ class Streamed:
     budget_bytes: int
 
     def ceiling(self, bytes_per_second: float) -> float | None:
-        """The most tokens per second at that rate of copies; None where nothing is copied."""
+        """The most tokens per second that this copy rate allows; None if nothing is copied."""
         return bytes_per_second / self.bytes_per_token if self.bytes_per_token else None
 
     def describe(self) -> str:
-        """What a reader has to know about it."""
+        """The text of its row's note."""
         share, rate = self.copying_seconds / self.seconds, self.copied_bytes / max(self.copying_seconds, 1e-9)
         return (
             f"{self.kept_layers} of {self.layers} layers stay, {self.bytes_per_token / GB:.2f} GB are copied for each "
@@ -62,19 +62,18 @@ class Streamed:
 
 
 class Measuring:
-    """What all parts measure with.
+    """The state that all parts share.
 
     Attributes:
-        rows: what is known.
-        device, name: where models compute, and what it is opened with.
+        rows: the rows so far.
+        device, name: the device that models compute on, and the `device` argument that opens it.
         shape: the name of the model's shape.
-        folder: for files.
+        folder: where to write files.
         batch: the most prompts at a time.
-        rate: bytes per second of a copy out of page-locked memory.
+        rate: copy rate from page-locked memory, in bytes per second; 0 until measured.
     """
 
     def __init__(self, device: Device, shape: str, folder: Path, on_row: OnRow) -> None:
-        """Nothing is measured yet."""
         self.rows: list[Row] = []
         self.device = device
         self.name: torch.device | str = SIMULATED if isinstance(device, SimulatedDevice) else device.torch_device
@@ -85,12 +84,12 @@ class Measuring:
         self._on_row = on_row
 
     def say(self, row: Row) -> None:
-        """A row is known."""
+        """Add a row and report it."""
         self.rows.append(row)
         self._on_row(row)
 
     def measure(self, name: str, streaming: "Streaming", baseline: float | None, note: str = "") -> float:
-        """A generation: tokens per second, which are also said, and their share of what copies allow."""
+        """Measure a generation and report its row, with the copy ceiling; return the tokens per second."""
         found = streaming.measure()
         speed = found.timing.per_second
         said = f"{note}; {found.describe()}" if note else found.describe()
@@ -98,7 +97,7 @@ class Measuring:
         return speed
 
     def say_peak(self, name: str, streaming: "Streaming") -> None:
-        """The most memory of the device that was taken, beside its budget."""
+        """Report the peak device memory, against its budget."""
         budget = streaming.engine.plan.budget_bytes or 0
         self.say(make_row(f"{name}: peak of device memory", streaming.peak_bytes / GB, "GB", ceiling=budget / GB))
 
@@ -106,7 +105,7 @@ class Measuring:
 def make_row(
     name: str, value: float, unit: str, baseline: float | None = None, ceiling: float | None = None, **more: Any
 ) -> Row:
-    """A row, with its ratio to a baseline and its share of a ceiling."""
+    """Make a row, with its ratio to the baseline and its share of the ceiling."""
     return Row(
         name=name, value=value, unit=unit, baseline=baseline, ratio=value / baseline if baseline else None,
         ceiling=ceiling, share=value / ceiling if ceiling else None, **more,
@@ -114,7 +113,7 @@ def make_row(
 
 
 class Streaming:
-    """An open model, whose budget of device memory is set anew for each measurement."""
+    """An open model whose device budget can be changed between measurements."""
 
     def __init__(
         self,
@@ -125,14 +124,14 @@ class Streaming:
         codec: CodecChoice = "none",
         memory_budget: int | None = None,
     ) -> None:
-        """Open it with as little of the device's memory as it runs with.
+        """Open the model with the smallest device budget that it runs with.
 
         Args:
             source: where its weights are.
             device: where it computes.
             batch: the most prompts at a time.
-            codec: the form to read; with `auto` exponents are coded on the way.
-            memory_budget: of host memory, in bytes.
+            codec: the form to read; `auto` also lets exponents be coded for the copy to the device.
+            memory_budget: budget of host memory, in bytes.
         """
         self._batch = batch
         self._is_cuda = isinstance(device, torch.device) and device.type == "cuda"
@@ -146,18 +145,18 @@ class Streaming:
 
     @property
     def engine(self) -> DeviceEngine:
-        """The engine of the device's memory."""
+        """The engine that manages device memory."""
         engine: Any = self.model._engine  # noqa: SLF001 - ours
         assert isinstance(engine, DeviceEngine), "it computes on a device"
         return engine
 
     @property
     def device(self) -> Device:
-        """Where it computes."""
+        """The device it computes on."""
         return self.engine.device
 
     def relimit(self, kept_layers: int | None) -> None:
-        """Have so many layers stay on the device, and leave room for the KV cache of a batch; None: all of it stays."""
+        """Set a budget for this many resident layers and a batch's KV cache; None makes the whole model resident."""
         engine = self.engine
         cost = kv_cost(self.model.model.config, torch.bfloat16)
         budget = engine.coding_bytes + least_bytes(engine.needs) + cost.total_bytes(16, _LONGEST, sequences=self._batch)
@@ -168,11 +167,11 @@ class Streaming:
         self.limit(budget)
 
     def limit(self, budget_bytes: int) -> None:
-        """Have so much of the device's memory."""
+        """Set the budget of device memory."""
         self.engine.relimit(Limit(budget_bytes=budget_bytes, tier="device"))
 
     def generate(self, count: int) -> list[list[int]]:
-        """The tokens of a generation with one prompt."""
+        """Generate from one prompt, and return the tokens."""
         found = generate(self.model, self._prompt(1), count)
         self.device.synchronize()
         return found
@@ -182,7 +181,7 @@ class Streaming:
         return time_generation(self.model, self._prompt(rows), count, self.device.synchronize)
 
     def measure(self) -> Streamed:
-        """Time a generation with one prompt, and note what was copied for it."""
+        """Time a generation from one prompt, and record what was copied for it."""
         self._reset_peak()
         metrics, plan, start = self.model.metrics, self.engine.plan, time.perf_counter()
         before = metrics.count("copied_bytes"), metrics.seconds("copy")
@@ -200,22 +199,22 @@ class Streaming:
 
     @property
     def kept_layers(self) -> int:
-        """How many layers stay on the device."""
+        """The number of layers resident on the device."""
         return len(self.engine.plan.pinned.intersection(self.model.layers))
 
     def outcome(self, rows: int, count: int) -> Outcome:
-        """What it comes to."""
+        """The logits and tokens, to compare with another model's."""
         return outcome(self.model, self._prompt(rows), count)
 
     @property
     def peak_bytes(self) -> int:
-        """What it has taken of the device since the last measurement began, at most."""
+        """The most device memory it used since the last measurement began."""
         if self._is_cuda:
             return torch.cuda.max_memory_allocated(self.device.torch_device) - self._outside_bytes
         return self._simulated.peak_bytes
 
     def close(self) -> None:
-        """Close it."""
+        """Close the model."""
         self.model.close()
 
     def _prompt(self, rows: int) -> torch.Tensor:

@@ -1,11 +1,11 @@
-"""A fleet before it is there: many clients, servers and a Redis, simulated with the policies that they really have.
+"""A simulated fleet: many clients, servers and a Redis, with surfw's own cache policies.
 
-A discrete-event simulation (SimPy) in which time and bytes are made up, and nothing else. Each server has surfw's own
-cache and policy (`surfw.server.policies`), which hear what clients announce (`surfw.server.futures`); what a client
-keeps is the plan of its budget (`surfw.runtime.plan`). Links are queues that move bytes at a rate. The same seed gives
-the same fleet and the same figures.
+A discrete-event simulation (SimPy). Only time and bytes are simulated: each server runs surfw's own cache and policy
+(`surfw.server.policies`), which use the cycles that clients announce (`surfw.server.futures`); what a client keeps
+follows from the residency plan of its budget (`surfw.runtime.plan`). Links are queues that move bytes at a fixed rate.
+The same seed gives the same fleet and the same figures.
 
-Bytes move in pages as in the server; where clients are so many that this would be millions of them, in larger parts.
+Bytes move in pages, as in the server. With very many clients they move in larger parts, to limit the number of events.
 """
 
 import math
@@ -31,13 +31,13 @@ if TYPE_CHECKING:
     import simpy
 
 _MOST_USES = 250_000
-"""About so many uses of pages are simulated; where there would be more, parts of a chunk are larger than pages."""
+"""The approximate limit on simulated page uses; above it, the parts of a chunk are larger than pages."""
 
 _MOST_HEARD, _FEWEST_HEARD, _MOST_LOOKUPS = 64, 8, 4_000_000
-"""Of so many clients each server hears what they will read, as about so many looks at that are simulated."""
+"""The most and fewest announcements that each server takes, and about how many lookups in them are simulated."""
 
 AHEAD_CHUNKS, _AHEAD_PARTS = 2, 3
-"""How many chunks a client has under way, and how many parts of them a server reads ahead."""
+"""Chunks that a client has in flight, and parts of each of them that a server has in flight."""
 
 _HOUR = 3600.0
 
@@ -46,28 +46,28 @@ Process = Generator["simpy.Event", Any, None]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fleet:
-    """What is simulated. Rates are in bytes per second.
+    """The fleet to simulate. Rates are in bytes per second.
 
     Attributes:
         clients, servers: how many; clients are spread evenly over servers.
-        model_bytes: of the model, which all of them run.
-        chunks: how many it has, all of the same size.
-        passes: how often each client goes through it; the first ends with the first token.
-        arrivals: the seconds within which clients start, at random.
-        budget_bytes: what each client's weights may take; None for just what is under way.
-        cache_bytes: of each server.
-        policy: of their caches.
-        redis_bytes: what a Redis that all servers share holds; 0 for none.
-        link: of each server to its clients.
-        client_link: of each client.
-        storage_link: of each server to the storage.
-        redis_link: of the Redis to all servers.
-        storage_seconds: until the first byte of a read of the storage comes.
-        reads: how many reads of the storage a server has under way.
-        compute_seconds: of each chunk, for a client.
-        seed: of all that is random.
-        storage_price, server_price, redis_price: for a GB read of the storage; for an hour of a server; for an hour of
-            a GB of Redis.
+        model_bytes: size of the model; all clients run the same one.
+        chunks: number of chunks in the model, all of the same size.
+        passes: forward passes per client; the first one ends with the first token.
+        arrivals: clients start at random times within this many seconds.
+        budget_bytes: each client's memory budget for weights; None to keep nothing but the chunks in flight.
+        cache_bytes: cache size of each server.
+        policy: cache policy of the servers.
+        redis_bytes: capacity of a Redis that all servers share; 0 for no Redis.
+        link: rate of each server to its clients.
+        client_link: rate of each client's own link.
+        storage_link: rate of each server from the storage.
+        redis_link: rate of Redis to all servers together.
+        storage_seconds: time to the first byte of a storage read.
+        reads: the most reads that a server has in flight.
+        compute_seconds: time that a client computes with each chunk.
+        seed: seed of the random start times.
+        storage_price, server_price, redis_price: USD per GB read from the storage, per hour of a server, and per hour
+            of a GB of Redis.
     """
 
     clients: int = 100
@@ -93,10 +93,10 @@ class Fleet:
     redis_price: float = 0.02
 
     def __post_init__(self) -> None:
-        """Check the numbers.
+        """Validate the numbers.
 
         Raises:
-            ConfigurationError: one makes no sense, or the budget is too small for the model.
+            ConfigurationError: a number is out of range, the cache is too small, or there are more chunks than bytes.
         """
         least = {"clients": 1, "servers": 1, "model_bytes": 1, "chunks": 1, "passes": 1, "reads": 1}
         for name in self.__dataclass_fields__:
@@ -116,22 +116,22 @@ class Fleet:
 
     @property
     def names(self) -> list[str]:
-        """Of the chunks, in the order in which they are used."""
+        """The names of the chunks, in the order of their use."""
         return [f"layers.{index}" for index in range(self.chunks)]
 
     @property
     def chunk_bytes(self) -> int:
-        """Of each chunk; what is left over goes."""
+        """The size of each chunk, rounded down; the remainder is dropped."""
         return self.model_bytes // self.chunks
 
     @property
     def starts(self) -> list[float]:
-        """When each client starts."""
+        """The start time of each client, in seconds."""
         source = random.Random(self.seed)  # noqa: S311 - the same each time
         return [source.uniform(0, self.arrivals) for _ in range(self.clients)]
 
     def kept(self) -> frozenset[str]:
-        """The chunks that each client keeps, by the plan of its budget.
+        """The chunks that each client keeps resident, as planned for its budget.
 
         Raises:
             ConfigurationError: the budget is too small for the model.
@@ -146,30 +146,30 @@ class Fleet:
 
     @property
     def parts(self) -> int:
-        """In how many parts a chunk moves."""
+        """The number of parts in which a chunk moves."""
         pages = -(-self.chunk_bytes // PAGE_BYTES)
         return max(1, min(pages, _MOST_USES // (self.clients * self.chunks * self.passes)))
 
     @property
     def heard(self) -> int:
-        """Of how many clients each server hears what they will read."""
+        """The number of clients whose announcements each server takes."""
         uses = self.clients * self.chunks * self.passes * self.parts
         return max(_FEWEST_HEARD, min(_MOST_HEARD, _MOST_LOOKUPS // uses))
 
 
 @dataclass(slots=True)
 class Outcome:
-    """What came of a fleet, simulated or measured.
+    """The result of a fleet, simulated or measured.
 
     Attributes:
-        hits, coalesced, misses: uses of pages: cached; being read already; read for this use.
-        sent_bytes: to clients.
-        storage_bytes: read of the storage.
-        redis_bytes: read of Redis.
-        first: the seconds from each client's start to its first token.
-        later: the seconds of each client's passes after that, on average.
+        hits, coalesced, misses: page uses that found the page cached, joined a read in flight, or started a read.
+        sent_bytes: bytes sent to clients.
+        storage_bytes: bytes read from the storage.
+        redis_bytes: bytes read from Redis.
+        first: seconds from a client's start to its first token, per client.
+        later: mean seconds of the passes after that, per client.
         seconds: from the start of the first client to the end of the last one.
-        by_server: the hit rate of each server.
+        by_server: cache hit rate of each server.
     """
 
     hits: int = 0
@@ -185,7 +185,7 @@ class Outcome:
 
     @property
     def hit_rate(self) -> float:
-        """The share of uses that found their page in the server's cache."""
+        """The share of page uses that were cache hits."""
         uses = self.hits + self.coalesced + self.misses
         return self.hits / uses if uses else 0.0
 
@@ -200,7 +200,7 @@ def bench_fleet(fleet: Fleet) -> Result:
 
 
 def rows_of(fleet: Fleet, found: Outcome) -> tuple[Row, ...]:
-    """What a fleet does and costs; the baselines are of one without servers."""
+    """The rows of a fleet's result and cost; the baselines are for clients that read the storage without servers."""
     hits, first = [100 * one for one in found.by_server], sorted(found.first)
     kept = len(fleet.kept())
     hours = found.seconds / _HOUR
@@ -236,7 +236,7 @@ def rows_of(fleet: Fleet, found: Outcome) -> tuple[Row, ...]:
 
 
 def simulate(fleet: Fleet) -> Outcome:
-    """Let the clients of a fleet go through their passes.
+    """Simulate all passes of a fleet's clients.
 
     Raises:
         ConfigurationError: SimPy is not installed, or the budget is too small for the model.
@@ -269,10 +269,10 @@ def simulate(fleet: Fleet) -> Outcome:
 
 
 class _Link:
-    """Moves bytes at a rate, one request after the other.
+    """Moves bytes at a fixed rate, one request after another.
 
     Attributes:
-        moved_bytes: what it was asked to move so far.
+        moved_bytes: total bytes requested so far.
     """
 
     def __init__(self, env: "simpy.Environment", rate: float) -> None:
@@ -282,14 +282,14 @@ class _Link:
         self._free_at = 0.0
 
     def wait(self, size: int) -> float:
-        """The seconds until it has moved so many bytes more."""
+        """Queue this many bytes, and return the seconds until they have moved."""
         self.moved_bytes += size
         self._free_at = max(self._env.now, self._free_at) + size / self._rate
         return self._free_at - self._env.now
 
 
 class _Redis:
-    """What servers share: parts that it holds, and those that are being read to be written to it."""
+    """The cache that servers share: the parts it holds, and those being read from the storage to be stored in it."""
 
     def __init__(self, env: "simpy.Environment", fleet: Fleet) -> None:
         self.link = _Link(env, fleet.redis_link)
@@ -298,7 +298,7 @@ class _Redis:
 
 
 class _Server:
-    """A server: its cache, what it reads just now, and its links."""
+    """A server: its cache, its reads in flight, and its links."""
 
     def __init__(self, env: "simpy.Environment", fleet: Fleet, redis: _Redis | None) -> None:
         import simpy
@@ -319,7 +319,7 @@ class _Server:
         self._reading_bytes = 0
 
     def use(self, part: Part, size: int) -> "simpy.Event | None":
-        """Count the use of a part, and begin to read it if need be; what to wait for, if it is not cached."""
+        """Count a use of a part; return None on a hit, otherwise the event of its read, started if necessary."""
         if self.cache.get(part) is not None:
             self.hits += 1
             return None
@@ -330,14 +330,14 @@ class _Server:
         return self.join(part, size)
 
     def join(self, part: Part, size: int) -> "simpy.Event":
-        """Read a part, together with everyone else who wants it."""
+        """Start reading a part, or join the read in flight."""
         if part not in self._reads:
             self._reads[part] = self._env.event()
             self._env.process(self._read(part, size))
         return self._reads[part]
 
     def view(self, part: Part, size: int, *, foreseen: bool) -> None:
-        """Count what of the cache is used."""
+        """Credit a use to the cached part, and advance the time of the futures."""
         self.futures.now += size
         self.cache.note_use(part, size, foreseen=foreseen)
 
@@ -352,7 +352,7 @@ class _Server:
         self._reads.pop(part).succeed()
 
     def _load(self, part: Part, size: int) -> Process:
-        """Read a part of Redis or, where that lacks it, of the storage; one server does, the others wait for it."""
+        """Read a part from Redis or, on a miss, from the storage; one server reads it while the others wait."""
         redis = self._redis
         if redis is None:
             yield self._env.timeout(self._latency + self.storage.wait(size))
@@ -370,7 +370,7 @@ class _Server:
 
 
 class _Client:
-    """A client: goes through its passes, with some chunks under way."""
+    """A client: runs its passes with several chunks in flight."""
 
     def __init__(
         self,
@@ -389,10 +389,10 @@ class _Client:
         self._kept = kept
         self._is_heard = is_heard
         self._link = _Link(env, fleet.client_link)
-        self._computed = 0.0  # when it has computed with what it received
+        self._computed = 0.0  # when it is done computing with what has arrived
 
     def run(self, start: float) -> Process:
-        """Start, and go through all passes."""
+        """Wait for the start time, then run all passes."""
         fleet, env = self._fleet, self._env
         yield env.timeout(start)
         future = self._server.futures.add(fleet.names, list(self._kept)) if self._is_heard else None
@@ -413,7 +413,7 @@ class _Client:
             self._server.futures.remove(future)
 
     def _go_on(self, left: Iterator[str], future: Future | None) -> Process:
-        """Receive one chunk after the other into the same memory, and compute with each."""
+        """Receive one chunk after another into the same buffer, and compute with each."""
         for name in left:
             if future is None:
                 yield from self._receive(name, None)
@@ -425,7 +425,7 @@ class _Client:
                 yield self._env.timeout(self._computed - self._env.now)
 
     def _receive(self, name: str, asked: Asked | None) -> Process:
-        """Receive a chunk part by part; as many as are allowed are read ahead (as `surfw.server.pages.use_ahead`)."""
+        """Receive a chunk part by part, reading ahead as permits allow; modelled on `surfw.server.pages.use_ahead`."""
         server, ahead = self._server, self._server.ahead
         parts = self._parts(name)
         coming: deque[tuple[Part, int, simpy.Event | None]] = deque()
@@ -441,16 +441,16 @@ class _Client:
             if coming[0][2] is not None:
                 yield coming[0][2]
             part, size, was_read = coming.popleft()
-            ahead.free += bool(coming)  # of the one that is the first now
-            if was_read is None and server.cache.get(part) is None:  # it was evicted meanwhile
+            ahead.free += bool(coming)  # the next part needs no permit any more
+            if was_read is None and server.cache.get(part) is None:  # evicted in the meantime
                 yield server.join(part, size)
             if asked is not None:
-                asked.start = part.stop  # from now on, it was used
+                asked.start = part.stop  # used up to here
             server.view(part, size, foreseen=asked is not None)
             yield self._env.timeout(max(server.link.wait(size), self._link.wait(size)))
 
     def _parts(self, name: str) -> Iterator[tuple[Part, int]]:
-        """The parts of a chunk, and how large they are."""
+        """The parts of a chunk, each with its size in bytes."""
         count, size = self._fleet.parts, self._fleet.chunk_bytes
         for index in range(count):
             part = Part(name, index / count, (index + 1) / count)

@@ -1,8 +1,8 @@
-"""A small fleet for real, beside its simulation: servers in processes of their own, and clients that only read.
+"""A small real fleet, compared with its simulation: servers in their own processes, and clients that only read.
 
-The store is made up, and lies in a folder. Clients have no torch: each announces what it reads, as a model does, and
-reads it with two chunks under way, no faster than it would compute with them; the servers limit the rates of links.
-They start when the simulated ones do, and keep what those keep.
+The store is generated in a temporary folder. Clients do not use torch: each announces its cycle as a model run does,
+and reads with two chunks in flight, no faster than it would compute with them. The servers limit the link rates.
+Clients start at the same times as the simulated ones, and keep the same chunks.
 """
 
 import asyncio
@@ -42,13 +42,13 @@ SMALL = Fleet(
     storage_seconds=0.002,
     reads=2,
 )
-"""Each client uses 6.4 MB/s, and all of them 102 MB/s, which two cores can move and verify."""
+"""Each client uses 6.4 MB/s, and all together 102 MB/s, which two cores can move and verify."""
 
 _SPARE_CLIENTS = 8
 
 
 class _Lap(NamedTuple):
-    """The seconds that a client took until the end of its first pass, and for each pass after it."""
+    """Seconds from a client's start to the end of its first pass, and mean seconds of each later pass."""
 
     first: float
     later: float
@@ -56,7 +56,7 @@ class _Lap(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Reader:
-    """What one process of clients needs to know: one client for each start."""
+    """The work of one process of clients, with one client per start time."""
 
     url: str
     fleet: Fleet
@@ -64,7 +64,7 @@ class _Reader:
 
 
 def bench_measured(fleet: Fleet = SMALL) -> Result:
-    """Measure a fleet, and simulate it with the rate of the storage that was measured.
+    """Measure a fleet, and simulate it with the measured rate of the storage.
 
     Raises:
         ConfigurationError: SimPy is not installed, or the budget is too small for the model.
@@ -76,7 +76,7 @@ def bench_measured(fleet: Fleet = SMALL) -> Result:
 
 
 def compare(simulated: Outcome, measured: Outcome) -> Iterator[Row]:
-    """Each figure of a simulation, with what was measured as its baseline."""
+    """One row per figure: the simulated value, with the measured one as its baseline."""
     pairs = [
         ("hits of the servers' caches", "%", 100 * simulated.hit_rate, 100 * measured.hit_rate),
         ("read of the storage", "GB", simulated.storage_bytes / GB, measured.storage_bytes / GB),
@@ -98,7 +98,7 @@ def measure(fleet: Fleet) -> tuple[Outcome, float]:
     """Run a fleet on this machine.
 
     Returns:
-        What came of it, and the rate at which its storage was read, alone, in bytes per second.
+        The result, and the read rate of its storage without other load, in bytes per second.
 
     Raises:
         SurfwError: a client failed.
@@ -134,7 +134,7 @@ def measure(fleet: Fleet) -> tuple[Outcome, float]:
 
 
 def _read_rate(place: Path) -> float:
-    """How fast the files of a folder are read, in bytes per second."""
+    """The rate at which the files of a folder are read, in bytes per second."""
     files = [file for file in place.rglob("*.safetensors") if file.is_file()]
     started = time.perf_counter()
     read = sum(len(file.read_bytes()) for file in files)
@@ -142,7 +142,7 @@ def _read_rate(place: Path) -> float:
 
 
 def _start(stack: ExitStack, url: str, fleet: Fleet, starts: tuple[float, ...]) -> Connection:
-    """Start a process with the clients of one server."""
+    """Start a process that runs the clients of one server."""
     here, there = Pipe()
     stack.enter_context(here)
     stack.enter_context(spawned(_run_clients, _Reader(url, fleet, starts), there))
@@ -161,7 +161,7 @@ def _hear(end: Connection) -> list[_Lap]:
     return found
 
 
-# In processes of their own.
+# These functions run in their own processes.
 
 
 def _serve(place: str, fleet: Fleet, ready: Connection) -> None:
@@ -189,7 +189,7 @@ def _run_clients(reader: _Reader, end: Connection) -> None:
 
 
 async def _read_all(reader: _Reader, end: Connection) -> list[_Lap]:
-    """Connect all clients, say so, and let each start in its time."""
+    """Connect all clients, report that they are ready, and start each one at its time."""
     async with AsyncExitStack() as stack:
         sources = [await stack.enter_async_context(await open_wire_source(reader.url)) for _ in reader.starts]
         manifests = [await source.manifest((await source.models())[0]) for source in sources]
@@ -204,7 +204,7 @@ async def _read_all(reader: _Reader, end: Connection) -> list[_Lap]:
 
 
 async def _read(source: ChunkSource, manifest: Manifest, fleet: Fleet, at: float) -> _Lap:
-    """One client's passes, from a moment of the machine's monotonic clock on."""
+    """Run one client's passes, starting at `at` on the machine's monotonic clock."""
     await asyncio.sleep(at - time.monotonic())
     kept = fleet.kept()
     of_name = dict(zip(fleet.names, manifest.chunks, strict=True))
@@ -221,14 +221,14 @@ async def _read(source: ChunkSource, manifest: Manifest, fleet: Fleet, at: float
 
 
 class _Compute:
-    """Computes with one chunk after the other, which only takes time."""
+    """Simulates computing with one chunk after another by sleeping."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
         self._until = 0.0
 
     async def compute(self, chunks: int) -> None:
-        """Compute with so many chunks, once it has computed with those before."""
+        """Wait until these chunks, and all before them, would be computed."""
         self._until = max(self._until, time.monotonic()) + chunks * self._seconds
         await asyncio.sleep(self._until - time.monotonic())
 

@@ -1,8 +1,8 @@
-"""A good client beside clients that flood the server: what rate it keeps, and how long a new one takes to connect.
+"""A good client beside clients that flood the server: its rate, and the time that a new client takes to connect.
 
-The good client fetches and verifies chunks that fit the server's cache, one after the other. The flooders run beside
-it, 20 connections in one process with the least priority, each within the protocol. A new client has connected when the
-hellos are exchanged; it tries again at once where it is refused.
+The good client fetches and verifies chunks that fit in the server's cache, one after another. Beside it run the
+flooders, 20 connections in one process of the lowest priority, each within the protocol. A new client counts as
+connected once the hellos are exchanged; if it is refused, it retries at once.
 """
 
 import asyncio
@@ -25,9 +25,9 @@ from surfw.config import GB, MB
 from surfw.manifest import Manifest
 
 GOOD_SIZES = (16 * MB,) * 6
-"""What the good client fetches; it fits the cache."""
+"""Sizes of the chunks that the good client fetches; they fit in the cache."""
 OTHER_SIZES = (16 * MB,) * 24
-"""What else there is, which does not."""
+"""Sizes of the other chunks, which do not fit."""
 
 _CACHE_MB = 200
 _FLOODERS = 20
@@ -49,7 +49,7 @@ def _open(port: int) -> Iterator[RawPeer]:
 
 
 def _sends(make: Callable[[Sequence[Get], random.Random], Iterator[bytes]]) -> Flood:
-    """A flood that sends batches of messages, and never reads."""
+    """A flood that sends batches of messages and never reads."""
 
     def flood(port: int, gets: Sequence[Get], chance: random.Random) -> None:
         with _open(port) as opened:
@@ -60,7 +60,7 @@ def _sends(make: Callable[[Sequence[Get], random.Random], Iterator[bytes]]) -> F
 
 
 def _asks(make: Callable[[Sequence[Get], random.Random], RawRequest], *, singly: bool = False) -> Flood:
-    """A flood that sends many requests at once, reads all answers, and starts again; see `_read_answers`."""
+    """A flood that sends a batch of requests, reads all answers, and repeats; for `singly` see `_read_answers`."""
 
     def flood(port: int, gets: Sequence[Get], chance: random.Random) -> None:
         with _open(port) as opened:
@@ -73,7 +73,7 @@ def _asks(make: Callable[[Sequence[Get], random.Random], RawRequest], *, singly:
 
 
 def _read_answers(opened: RawPeer, asked: Mapping[int, RawRequest], *, singly: bool) -> None:
-    """Read until every request is answered; its bytes are credited at the end, or singly at once."""
+    """Read until every request is answered; send credit once at the end, or at once and byte by byte if `singly`."""
     unknown = 1 << 60  # until a `begin` says how much will come
     left = {
         number: rest["stop"] - rest["start"] if kind == "get" else unknown for number, (kind, rest) in asked.items()
@@ -143,17 +143,17 @@ FLOODS: Mapping[str, Flood] = {
     "half-open connections": _half_open,
     "plain HTTP": _plain_http,
 }
-"""What the flooders do, each until it is ended."""
+"""The floods by name; each runs until it is stopped."""
 
 _AT_THE_GOOD = {"fresh bytes of the good client's pages"}
-"""The floods that ask for the chunks of the good client; the others ask for those that do not fit the cache."""
+"""Floods that request the good client's chunks; the others request those that do not fit in the cache."""
 
 
 def bench_flood(*, seconds: float = 3.0, floods: Sequence[str] = tuple(FLOODS)) -> Result:
-    """Measure.
+    """Run the benchmark.
 
     Args:
-        seconds: how long the good client runs, alone and beside each flood.
+        seconds: how long the good client runs, both alone and beside each flood.
         floods: names of `FLOODS`.
     """
     with tempfile.TemporaryDirectory(prefix="surfw-bench-") as place:
@@ -180,7 +180,7 @@ async def _measure(port: int, manifest: Manifest, seconds: float, floods: Sequen
 
 
 async def _rate(source: WireSource, manifest: Manifest, memory: Sequence[memoryview], seconds: float) -> float:
-    """What the good client gets, in GB/s."""
+    """The good client's rate, in GB/s."""
     started, fetched = time.perf_counter(), 0
     while (taken := time.perf_counter() - started) < seconds or not fetched:
         for index, destination in enumerate(memory):
@@ -192,7 +192,7 @@ async def _rate(source: WireSource, manifest: Manifest, memory: Sequence[memoryv
 
 
 def _connect_again_and_again(port: int, seconds: float) -> float:
-    """The longest that a new client took, in seconds."""
+    """The longest time that a new client took to connect, in seconds."""
     ends, slowest = time.perf_counter() + seconds, 0.0
     while (started := time.perf_counter()) < ends:
         while time.perf_counter() < started + _PATIENCE_SECONDS:
@@ -205,25 +205,25 @@ def _connect_again_and_again(port: int, seconds: float) -> float:
 
 @contextmanager
 def _flooding(port: int, name: str, manifest: Manifest) -> Iterator[None]:
-    """Flood during the body, in a process of its own."""
+    """Flood the server during the body, from a separate process."""
     good, other = manifest.chunks[: len(GOOD_SIZES)], manifest.chunks[len(GOOD_SIZES) :]
     gets = [
         {"model": manifest.name, "chunk": chunk.id, "form": "none", "start": 0, "stop": chunk.payload_bytes}
         for chunk in (good if name in _AT_THE_GOOD else other)
     ]
     with spawned(_flood, port, name, gets):
-        time.sleep(1)  # until all of them are at it
+        time.sleep(1)  # until all flooders are running
         yield
 
 
 def _flood(port: int, name: str, gets: Sequence[Get]) -> None:
-    """Run the flooders; in a process of its own."""
+    """Run the flooders; to be called in its own process."""
     os.nice(_NICE)
 
     def run(seed: int) -> None:
         while True:
             with suppress(OSError):
-                FLOODS[name](port, gets, random.Random(seed))  # noqa: S311 - it decides what is asked for
+                FLOODS[name](port, gets, random.Random(seed))  # noqa: S311 - it only picks requests
             time.sleep(_PAUSE_SECONDS)
 
     threads = [threading.Thread(target=run, args=(seed,), daemon=True) for seed in range(_FLOODERS)]

@@ -1,9 +1,9 @@
-"""surfw against its peers on the same generation, in the same run, under the same cap on memory.
+"""surfw against its peers on the same generation, in the same run, under the same memory cap.
 
-Everything runs in a process of its own. A round lets each peer run once, so that whatever else the machine does falls
-on all of them; who was first in a round is last in the next one. Just before and after surfw, a process under the same
-cap reads the store's files for a moment: its rate is the bandwidth of that round, measured while neither a model nor
-imports of one press on the memory.
+Everything runs in its own process. Each round runs every peer once, so that other load on the machine affects all of
+them alike; the first of a round is the last of the next. Just before and after surfw, a process under the same cap
+reads the store's files for a few seconds: its rate is the bandwidth of that round, measured while no model and no
+imports take memory.
 """
 
 import asyncio
@@ -28,19 +28,19 @@ _READS_MODULE = "reads"
 
 
 def bench_infer(comparison: Comparison, *, on_progress: Callable[[str], None] = lambda _: None) -> InferResult:
-    """Measure.
+    """Run the benchmark.
 
     Args:
-        comparison: what is compared.
-        on_progress: called with a line whenever something begins.
+        comparison: what to compare.
+        on_progress: called with a line whenever a step starts.
 
     Raises:
-        ConfigurationError: something of it cannot be used.
+        ConfigurationError: the comparison has an argument that cannot be used.
         SurfwError: the checkpoint cannot be chunked.
     """
     comparison.check()
     names, absent = _choose(comparison)
-    # One folder for all that is removed afterwards: an interruption while a peer's folder is made leaves nothing.
+    # One folder for all temporary files: an interruption while a peer's folder is created leaves nothing behind.
     with tempfile.TemporaryDirectory(prefix="surfw-bench-", dir=comparison.folder) as folder:
         source, model = comparison.source, comparison.model or Path(comparison.model_dir).resolve().name
         if source is None:
@@ -53,7 +53,7 @@ def bench_infer(comparison: Comparison, *, on_progress: Callable[[str], None] = 
 
 
 def _choose(comparison: Comparison) -> tuple[list[str], list[str]]:
-    """Who runs, surfw first, and a remark for each peer that does not."""
+    """The names that run, surfw first, and a note for each peer that does not."""
     names, absent = [SURFW], []
     usual = [name for name, peer in PEERS.items() if peer.is_usual]
     for name in usual if comparison.against is None else dict.fromkeys(comparison.against):
@@ -66,16 +66,16 @@ def _choose(comparison: Comparison) -> tuple[list[str], list[str]]:
 
 
 def _codecs(names: Sequence[str]) -> tuple[str, ...]:
-    """The forms that a store needs for these."""
+    """The forms that the store needs for these names."""
     named = {PEERS[name].options.get("codec") for name in names if name != SURFW}
     return (*DEFAULT_CODECS, *(codec for codec in PEERS if codec in named and codec not in DEFAULT_CODECS))
 
 
 def _work_of(name: str, work: Comparison, on_progress: Callable[[str], None]) -> Comparison:
-    """What one of them is given; llama.cpp's file is made here, where none is named."""
+    """The `Comparison` for one name; makes llama.cpp's file if none was given."""
     peer = PEERS.get(name, STREAMING)
     if peer.gguf_kind is None or (peer.is_usual and work.gguf is not None):
-        return replace(work, **peer.options)  # type: ignore[arg-type]  # texts are checked where the model is opened
+        return replace(work, **peer.options)  # type: ignore[arg-type]  # strings are checked when the model is opened
     from surfw.bench.peers.gguf_file import write_gguf
 
     on_progress(f"converting the checkpoint for {name}")
@@ -86,7 +86,7 @@ def _work_of(name: str, work: Comparison, on_progress: Callable[[str], None]) ->
 async def _chunk(
     model_dir: str, name: str, place: str, codecs: Sequence[str], on_progress: Callable[[str], None]
 ) -> str:
-    """Have the model in the store, under this name or the one that chunking gives it; return its name there."""
+    """Make sure that the store has the model; return its name there: this one, or the one that chunking gives it."""
     from surfw.chunking import prepare_model, write_model
 
     backend = open_backend(place)
@@ -105,7 +105,7 @@ async def _chunk(
 def _run_rounds(
     works: Mapping[str, Comparison], on_progress: Callable[[str], None]
 ) -> tuple[dict[str, list[Outcome[Measurement]]], list[float | None]]:
-    """The outcomes of each name, and the bandwidth, in each round. What fails does not run again."""
+    """Run all rounds; return the outcomes by name, and each round's bandwidth. What fails does not run again."""
     outcomes: dict[str, list[Outcome[Measurement]]] = {name: [] for name in works}
     work = works[SURFW]
     bandwidths: list[float | None] = []
@@ -126,7 +126,7 @@ def _run_rounds(
 
 
 def _bandwidth(work: Comparison, where: str, on_progress: Callable[[str], None]) -> float | None:
-    """Bytes per second; None if it is neither given nor can be measured."""
+    """The source's bandwidth in bytes per second; None if it is neither given nor measurable."""
     if work.bandwidth_bytes is not None:
         return float(work.bandwidth_bytes)
     if work.source is None or is_server_url(work.source) or "://" in work.source:

@@ -1,4 +1,4 @@
-"""The result of a comparison of generations, from the outcomes of all rounds. Pure; see `infer`."""
+"""Makes the result of `infer` from the outcomes of all rounds. No I/O."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -15,26 +15,27 @@ SURFW = "surfw"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InferRow:
-    """surfw or a peer; only `name` and `failed` are set if it could not be measured.
+    """The result of surfw or a peer; only `name` and `failed` are set if it could not be measured.
 
     Attributes:
         name: as in `--against`, or `surfw`.
-        value: tokens per second of the whole generation, the prompt included: the median of all rounds.
+        value: tokens per second of the whole generation, prompt included: the median of all rounds.
         unit: of value, low, high, decode_value and ceiling.
         low: the slowest round.
         high: the fastest round.
-        surfw_ratio: how many times as fast surfw is: its value ÷ this one's.
+        surfw_ratio: surfw's value ÷ this value: how many times as fast surfw is.
         decode_value: tokens per second after the first token.
-        streamed_bytes_per_token: weights fetched for each of those; None for peers, which do not tell.
-        ceiling: the most that decode_value could be: the bandwidth ÷ streamed_bytes_per_token, the median of all
-            rounds; None if nothing was streamed, or the bandwidth is not known.
+        streamed_bytes_per_token: bytes of weights fetched per token after the first; None for peers, which do not
+            report it.
+        ceiling: the highest possible decode_value: bandwidth ÷ streamed_bytes_per_token, the median of all rounds; None
+            if nothing was streamed or the bandwidth is unknown.
         share: decode_value ÷ ceiling, the median of all rounds.
-        ttft_seconds: until the first token, once warm.
-        peak_rss_bytes: the peak of its process in any round, mapped files included.
-        peak_group_bytes: the same with its page cache, where a cap made a group to measure that.
-        new_tokens: how many it generated.
-        token_ids: in its first round.
-        same_tokens: whether it gave, in every round, the tokens that the others gave.
+        ttft_seconds: time to first token, after a warm-up.
+        peak_rss_bytes: peak resident memory of its process in any round, mapped files included.
+        peak_group_bytes: the same with its page cache; None without a cap, whose control group measures it.
+        new_tokens: number of generated tokens.
+        token_ids: the tokens of its first round.
+        same_tokens: whether its tokens agree with the others' in every round.
         failed: why it could not be measured.
     """
 
@@ -59,13 +60,13 @@ class InferRow:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InferResult:
-    """surfw and its peers, surfw first.
+    """The results of surfw and its peers, surfw first.
 
     Attributes:
         benchmark: `infer`.
-        machine: what they were measured on.
-        work: model, prompt and new tokens, rounds, cap and budget, as they were asked for.
-        bandwidth_bytes_per_second: what the ceilings come from: the median of all rounds, or what was given.
+        machine: the machine they were measured on.
+        work: the requested model, prompt and new tokens, rounds, cap and budget.
+        bandwidth_bytes_per_second: the bandwidth behind the ceilings: the median of all rounds, or the given one.
         rows: surfw and its peers.
         notes: which peers are missing and why, and how to read the numbers.
     """
@@ -84,8 +85,8 @@ def make_rows(
     """Make a row for surfw and each peer.
 
     Args:
-        outcomes: of each round, by name, surfw first.
-        bandwidths: bytes per second in each round; None where it is not known.
+        outcomes: the outcome of each round, by name, surfw first.
+        bandwidths: bytes per second in each round; None where unknown.
     """
     measured = {name: [one.found for one in all_of if one.found is not None] for name, all_of in outcomes.items()}
     failed = {name: one.failed for name, all_of in outcomes.items() for one in all_of if one.failed is not None}
@@ -117,12 +118,12 @@ def make_rows(
 
 
 def make_notes(rows: Sequence[InferRow], bandwidth: float | None, *, measured: bool) -> list[str]:
-    """Make the notes: what the rows do not say.
+    """Make the notes, which explain the rows.
 
     Args:
-        rows: of `make_rows`.
-        bandwidth: bytes per second, if it is known.
-        measured: whether it was measured, not given.
+        rows: the result of `make_rows`.
+        bandwidth: bytes per second, if known.
+        measured: whether the bandwidth was measured rather than given.
     """
     notes = [f"{row.name}: {row.failed}" for row in rows if row.failed is not None]
     others = [row.name for row in rows if row.same_tokens is False]
@@ -150,7 +151,7 @@ def make_notes(rows: Sequence[InferRow], bandwidth: float | None, *, measured: b
 
 
 def _decode(found: Sequence[Measurement], bandwidths: Sequence[float | None]) -> dict[str, Any]:
-    """Return the facts about the tokens after the first; each round has the ceiling of its own bandwidth."""
+    """Return the fields about tokens after the first; each round's ceiling uses its own bandwidth."""
     steps = len(found[0].token_ids) - 1
     rates = [steps / one.decode_seconds for one in found]
     facts: dict[str, Any] = {"decode_value": statistics.median(rates)}
@@ -166,11 +167,11 @@ def _decode(found: Sequence[Measurement], bandwidths: Sequence[float | None]) ->
 
 
 def _expected_tokens(answers: Sequence[Sequence[int]]) -> Sequence[int]:
-    """Return the answer that most others agree with; of several, the longest."""
+    """Return the answer that agrees with the most others; in a tie, the longest."""
     return max(answers, key=lambda one: (sum(_agree(one, other) for other in answers), len(one)), default=())
 
 
 def _agree(one: Sequence[int], other: Sequence[int]) -> bool:
-    """Whether one begins with the other."""
+    """Whether one is a prefix of the other."""
     shared = min(len(one), len(other))
     return list(one[:shared]) == list(other[:shared])

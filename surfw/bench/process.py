@@ -1,4 +1,4 @@
-"""A peer in a process of its own, under a cap if there is one, to its end or to its kill."""
+"""Runs a peer in its own process, optionally under a memory cap, until it ends or is killed."""
 
 import json
 import os
@@ -21,12 +21,12 @@ _SHOWN = 300
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome(Generic[T]):
-    """What came of a run.
+    """The outcome of a run.
 
     Attributes:
-        found: what it measured; None if it failed.
+        found: its result; None if it failed.
         failed: why it failed.
-        peak_group_bytes: the most memory its group had, page cache included; None without a cap.
+        peak_group_bytes: peak memory of its control group, page cache included; None without a cap.
         cold: whether the page cache was dropped before the run, so that all files it read counted; False without a cap.
     """
 
@@ -37,12 +37,12 @@ class Outcome(Generic[T]):
 
 
 def run_peer(module: str, work: Comparison | llama_logits.Work, kind: type[T]) -> Outcome[T]:
-    """Run a file of `surfw.bench.peers`; nothing of it is left afterwards, however this ends.
+    """Run a module of `surfw.bench.peers`; leave no process and no file behind, however the run ends.
 
     Args:
-        module: the file.
-        work: what it is given, under its cap, until its patience ends.
-        kind: the class of what it measures.
+        module: the module's name.
+        work: the module's argument, which also sets the cap and the timeout.
+        kind: the class of its result.
 
     Raises:
         ConfigurationError: the cap cannot be set.
@@ -62,7 +62,7 @@ def run_peer(module: str, work: Comparison | llama_logits.Work, kind: type[T]) -
 
 
 def _run(command: list[str], patience_seconds: float, kind: type[T]) -> Outcome[T]:
-    """Run a process that ends when its stdin does, so that it does even if this is interrupted while starting it."""
+    """Run a process that exits when its stdin closes, also if this function is interrupted while starting it."""
     reading, writing = os.pipe()
     try:
         with subprocess.Popen(
@@ -94,7 +94,7 @@ def _run(command: list[str], patience_seconds: float, kind: type[T]) -> Outcome[
 
 
 def describe_end(returncode: int, err: str) -> str:
-    """Say how a process failed: by its exit code or signal, and the last line it wrote to stderr."""
+    """Describe how a process failed: its exit code or signal, and the last line it wrote to stderr."""
     last = next((line.strip() for line in reversed(err.splitlines()) if line.strip()), "it said nothing")
     if returncode < 0:
         return f"was ended by {signal.Signals(-returncode).name}; its last words: {last[:_SHOWN]}"

@@ -1,7 +1,7 @@
-"""How good the quantised forms of a model are: each beside the unquantised model, on the same text, in the same run.
+"""The quality of a model's quantised forms: each against the unquantised model, on the same text, in the same run.
 
-Beside them stands llama.cpp with its own forms, where it is installed and can be given the checkpoint. It reads the
-same token ids in a process of its own, because its kernels have been seen to crash.
+llama.cpp with its own forms is measured as well, if it is installed and the checkpoint can be converted for it. It
+reads the same token ids in its own process, because its kernels have been seen to crash.
 """
 
 import asyncio
@@ -32,12 +32,12 @@ _STRANGE_PERPLEXITY = 100
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QualityRow:
-    """A form; all but `name`, `stored_bytes` and `failed` are as in `Quality`.
+    """The quality of one form; for all fields but `name`, `stored_bytes` and `failed`, see `Quality`.
 
     Attributes:
         name: `unquantised`, a codec, or llama.cpp with one of its forms.
-        stored_bytes: of all weights in this form; of llama.cpp, its file.
-        failed: why it could not be measured; then all else is None.
+        stored_bytes: size of all weights in this form; for llama.cpp, the size of its file.
+        failed: why it could not be measured; all fields but `name` are then None.
     """
 
     name: str
@@ -53,13 +53,13 @@ class QualityRow:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QualityResult:
-    """The forms of a model, the unquantised one first.
+    """The quality of a model's forms, the unquantised one first.
 
     Attributes:
         benchmark: `quality`.
-        machine: what they were measured on.
-        work: model, class, source, text, and how many passages it has.
-        rows: a form each.
+        machine: the machine they were measured on.
+        work: model, class, source, text, and its numbers of passages and tokens.
+        rows: one row per form.
         notes: what is missing and why, and how to read the numbers.
     """
 
@@ -72,17 +72,18 @@ class QualityResult:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QualityWork:
-    """What is measured.
+    """What to measure.
 
     Attributes:
         checkpoint: a local directory; None for a model in a store.
-        source: that store, if there is no checkpoint.
-        model: its name there; None for the only one.
-        codecs: which forms; None for all quantised ones that there are, or of a checkpoint, that can be made.
-        text: a file with the text, in paragraphs; None for the one that comes with surfw.
-        memory_budget: what the weights of one form may take, as `1.5GB`; None for its own choice.
-        folder: where to write what is removed afterwards; None for the temporary folder.
-        storage_options: of the store.
+        source: the store, if there is no checkpoint.
+        model: the model's name in the store; None for its only model.
+        codecs: the forms to measure; None for all quantised forms in the store, or all that can be made of the
+            checkpoint.
+        text: a text file in paragraphs; None for the text that comes with surfw.
+        memory_budget: budget for the weights of one form, such as `1.5GB`; None lets surfw choose.
+        folder: where to write temporary files; None for the temporary folder.
+        storage_options: storage options for the store.
     """
 
     checkpoint: str | None = None
@@ -96,14 +97,14 @@ class QualityWork:
 
 
 def bench_quality(work: QualityWork, *, on_progress: Callable[[str], None] = lambda _: None) -> QualityResult:
-    """Measure.
+    """Run the benchmark.
 
     Args:
-        work: what is measured.
-        on_progress: called with a line whenever something begins.
+        work: what to measure.
+        on_progress: called with a line whenever a step starts.
 
     Raises:
-        ConfigurationError: the text, the codecs or the folder cannot be used, or there is nothing to compare.
+        ConfigurationError: the text, a codec or the folder is unusable, or there are no exact weights to compare with.
         UnsupportedModelError: the model takes no text.
         SurfwError: the model cannot be read, chunked or run.
     """
@@ -194,7 +195,7 @@ def _choose_codecs(work: QualityWork, manifest: Manifest, *, where: str) -> Sequ
     """The codecs to measure.
 
     Raises:
-        ConfigurationError: the model has no exact form, or none of those that were asked for.
+        ConfigurationError: the model has no exact form, or lacks a requested one.
     """
     codecs = work.codecs or stored_packed_codecs(manifest) or PACKED_CODECS
     if not has_exact_forms(manifest):
@@ -216,7 +217,7 @@ def _row(name: str, quality: Quality, stored_bytes: int) -> QualityRow:
 
 
 def _how_to_read(own: Quality, form: QualityRow) -> str | None:
-    """What a reader has to know about the numbers."""
+    """A note on how to read the numbers, if one is needed."""
     if form.cosine is not None:
         return "it generates nothing, so compared are its last hidden states, and their mean over a passage (cosine)"
     if own.perplexity is None:
@@ -230,7 +231,7 @@ def _how_to_read(own: Quality, form: QualityRow) -> str | None:
 
 
 def _without_peer(work: QualityWork) -> str | None:
-    """Why llama.cpp is left out; None if it is not."""
+    """Why llama.cpp is not measured; None if it is."""
     if reason := PEERS["llama.cpp"].installed():
         return reason
     if work.checkpoint is None:
@@ -245,7 +246,7 @@ def _run_peers(
     passages, file, out = scratch / "passages.json", scratch / "model.gguf", scratch / "logits"
     passages.write_text(json.dumps(reference.passages), "utf-8")
     kinds = {name: peer.gguf_kind for name, peer in PEERS.items() if peer.gguf_kind is not None}
-    for name, kind in kinds.items():  # with unquantised weights first: what other arithmetic alone changes
+    for name, kind in kinds.items():  # unquantised first: what different arithmetic alone changes
         on_progress(name)
         try:
             write_gguf(Path(work.checkpoint), file, kind, head=None if kind == "bf16" else "q8_0")

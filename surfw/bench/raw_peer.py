@@ -1,4 +1,4 @@
-"""A client made of a socket and the protocol's page alone, for floods and for tests of the server."""
+"""A client built only from a socket and the protocol's documentation, for floods and for tests of the server."""
 
 import json
 import socket
@@ -16,38 +16,38 @@ _HANDSHAKE = (
 
 
 def message(kind: str, **fields: Any) -> bytes:
-    """A message of less than 64 KiB, ready to be sent."""
+    """Encode a message of less than 64 KiB as a frame."""
     return _frame(_TEXT, json.dumps({"type": kind, **fields}).encode())
 
 
 def ping(payload: bytes = b"") -> bytes:
-    """A frame that wants an answer with the same payload."""
+    """Encode a ping, which the server answers with the same payload."""
     return _frame(_PING, payload)
 
 
 def _frame(opcode: int, payload: bytes) -> bytes:
-    """A masked frame, as a client has to send it; its mask is 0, which leaves the payload as it is."""
+    """A masked frame, as required of clients; its mask is 0, which leaves the payload unchanged."""
     size = len(payload)
     length = struct.pack("!B", 0x80 | size) if size < _SMALL else struct.pack("!BH", 0x80 | _SMALL, size)
     return bytes([0x80 | opcode]) + length + bytes(4) + payload
 
 
 def http_request(port: int, path: str) -> bytes:
-    """Return the answer of a server on this machine to a plain HTTP request."""
+    """Send a plain HTTP request to a server on this machine, and return its whole response."""
     with socket.create_connection(("127.0.0.1", port), _SECONDS) as connection, connection.makefile("rb") as answer:
         connection.sendall(f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode())
         return answer.read()
 
 
 class RawPeer:
-    """One blocking connection. It sends and reads nothing by itself.
+    """One blocking connection, which sends and reads only when told to.
 
     Raises:
         OSError: the server cannot be reached, does not answer, or has closed the connection.
     """
 
     def __init__(self, port: int, *, receive_bytes: int | None = None) -> None:
-        """Connect to a port of this machine, with a receive buffer of so many bytes."""
+        """Connect to a port of this machine, with a receive buffer of this size."""
         self.socket = socket.socket()
         if receive_bytes is not None:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
@@ -71,17 +71,17 @@ class RawPeer:
         return self
 
     def greet(self, window_bytes: int = 8 << 20) -> dict[str, Any]:
-        """Exchange hellos; return the server's."""
+        """Exchange hellos, and return the server's."""
         hello = self.hear_text()
         self.send(message("hello", client="raw", window_bytes=window_bytes))
         return hello
 
     def send(self, frames: bytes) -> None:
-        """Send frames, all of them."""
+        """Send encoded frames."""
         self.socket.sendall(frames)
 
     def hear(self) -> dict[str, Any] | bytes:
-        """The next message: a text one decoded, or the bytes of a binary one."""
+        """Return the next message: a decoded text message, or the bytes of a binary one."""
         while True:
             opcode, size = self._read(2)
             if size >= _SMALL:
@@ -95,7 +95,7 @@ class RawPeer:
                 raise ConnectionResetError(f"closed: {payload[2:].decode(errors='replace')}")
 
     def hear_text(self) -> dict[str, Any]:
-        """The next message that is not binary."""
+        """Return the next text message, skipping binary ones."""
         while isinstance(heard := self.hear(), bytes):
             pass
         return heard
@@ -107,14 +107,12 @@ class RawPeer:
         return payload
 
     def close(self) -> None:
-        """Hang up."""
+        """Close the connection."""
         self._received.close()
         self.socket.close()
 
     def __enter__(self) -> Self:
-        """The peer itself."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Hang up."""
         self.close()

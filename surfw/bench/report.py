@@ -1,4 +1,4 @@
-"""Results as a page: HTML with plots in itself, or Markdown. Neither asks for anything over a network."""
+"""Writes results as an HTML page with inline plots, or as Markdown. Neither loads anything over a network."""
 
 from collections.abc import Sequence
 from html import escape
@@ -25,15 +25,15 @@ svg{max-width:100%;height:auto}svg text{font:12px system-ui,sans-serif;fill:var(
 
 
 def write_report(path: Path, results: Sequence[Result], comparisons: Sequence[Comparison] = ()) -> None:
-    """Write the page that the file's name asks for: `.html` or `.md`.
+    """Write a page: HTML if the file's suffix is `.html`, otherwise Markdown.
 
     Args:
-        path: the file.
-        results: what was measured.
-        comparisons: of each result with an earlier one, or none.
+        path: the file to write.
+        results: the results to show.
+        comparisons: the comparison of each result with an earlier one; or empty.
 
     Raises:
-        ConfigurationError: it cannot be written.
+        ConfigurationError: the file cannot be written.
     """
     page = (html_page if path.suffix == ".html" else markdown_page)(results, comparisons)
     try:
@@ -43,7 +43,7 @@ def write_report(path: Path, results: Sequence[Result], comparisons: Sequence[Co
 
 
 def html_page(results: Sequence[Result], comparisons: Sequence[Comparison] = ()) -> str:
-    """The page in HTML; a plot for each unit."""
+    """Make the HTML page, with one plot per unit."""
     head = (
         "<!doctype html>\n<html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>\n"
         f"<title>surfw bench</title>\n<style>{_STYLE}</style>\n<h1>surfw bench</h1>\n"
@@ -63,7 +63,7 @@ def html_page(results: Sequence[Result], comparisons: Sequence[Comparison] = ())
 
 
 def markdown_page(results: Sequence[Result], comparisons: Sequence[Comparison] = ()) -> str:
-    """The page in Markdown; its plots are made of blocks."""
+    """Make the Markdown page, with bars of block characters."""
     lines = ["# surfw bench", ""]
     for place, result in enumerate(results):
         most = {row.unit: max(one.value for one in result.rows if one.unit == row.unit) for row in result.rows}
@@ -120,7 +120,7 @@ def _by_unit(rows: Sequence[Row]) -> list[list[Row]]:
 
 
 def _plot(rows: Sequence[Row]) -> str:
-    """Bars, with a line from the worst to the best round, and a mark for the ceiling."""
+    """Draw bars as SVG, each with a line from the worst to the best round and a mark for the ceiling."""
     most = max(max(row.value, row.high or 0.0, row.ceiling or 0.0) for row in rows)
     if most <= 0:
         return ""

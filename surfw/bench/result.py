@@ -1,4 +1,4 @@
-"""The result of a benchmark, as data: rows with a baseline from the same run, and the machine."""
+"""The result of a benchmark as data: rows, each with a baseline from the same run, and the machine."""
 
 import platform
 import statistics
@@ -23,15 +23,15 @@ class Row:
         name: what was measured.
         value: the median of all rounds.
         unit: of value, low, high, baseline and ceiling.
-        low: the worst round, where there were several.
+        low: the worst round, if there were several.
         high: the best round.
-        baseline: what it is compared with, measured in the same run, in alternation.
+        baseline: the value to compare with, measured in the same run, in alternation.
         ratio: value ÷ baseline.
-        ratios: the same of each round, where value and baseline were measured in turn; a higher one is better.
-        ceiling: the most that was possible, given what limits it.
+        ratios: the ratio of each round, if value and baseline were measured in alternation; higher is better.
+        ceiling: the highest possible value, given the limiting resource.
         share: value ÷ ceiling.
-        verified: whether bytes were verified, where there are any.
-        note: what a reader has to know about it.
+        verified: whether bytes were verified; None if that does not apply.
+        note: additional information for the reader.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Result:
 
 
 class Figures(TypedDict):
-    """What a row says of several rounds."""
+    """The fields of a row that summarise several rounds."""
 
     value: float
     low: float
@@ -66,7 +66,7 @@ class Figures(TypedDict):
 
 
 class Spread(NamedTuple):
-    """The median of several rounds, the extremes, and all of them, in the order they were."""
+    """The median and extremes of several rounds, and the value of each round in order."""
 
     value: float
     low: float
@@ -74,23 +74,23 @@ class Spread(NamedTuple):
     rounds: tuple[float, ...] = ()
 
     def figures(self) -> Figures:
-        """Return what a row says of it."""
+        """Return the fields for a `Row`."""
         return {"value": self.value, "low": self.low, "high": self.high}
 
     def ratios(self, baseline: "Spread | None") -> tuple[float, ...]:
-        """Return each round ÷ the same round of the baseline; nothing if those are not as many."""
+        """Return each round ÷ the same round of the baseline; empty if the numbers of rounds differ."""
         if baseline is None or len(self.rounds) != len(baseline.rounds):
             return ()
         return tuple(one / other for one, other in zip(self.rounds, baseline.rounds, strict=True))
 
 
 def summarise(values: Sequence[float]) -> Spread:
-    """The median of some values, the lowest and the highest."""
+    """Compute the median, minimum and maximum of some values."""
     return Spread(statistics.median(values), min(values), max(values), tuple(values))
 
 
 def summarise_rates(size_bytes: int, seconds: Sequence[float]) -> Spread:
-    """The rates of several rounds that moved as many bytes, in GB/s."""
+    """Summarise the rates, in GB/s, of several rounds that each moved `size_bytes`."""
     return summarise([size_bytes / one / GB for one in seconds])
 
 
@@ -119,7 +119,7 @@ def rate_row(
 
 
 def describe_machine(*libraries: str) -> dict[str, str]:
-    """Processor, cores, memory, and the versions that matter: surfw's, what it stands on, and these `libraries`."""
+    """Describe processor, cores, memory, and versions: of surfw, its main dependencies, and these `libraries`."""
     versions = {name: found for name in (*_LIBRARIES, *libraries) if (found := _version(name))}
     return {
         "cpu": _processor(),

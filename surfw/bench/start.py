@@ -1,7 +1,7 @@
-"""From pressing return to the first token: `surfw infer` beside transformers, which needs everything first.
+"""From pressing return to the first token: `surfw infer` against transformers, which needs the whole model first.
 
-Each start is a process of its own, as somebody would type it. They take turns, so that whatever else the machine and
-the link do falls on all of them. One more start says by its trace where the time goes.
+Each start is a new process, run as a user would type it. Starts alternate, so that other load on the machine and the
+link affects all of them alike. The trace of one more start shows where the time goes.
 """
 
 import os
@@ -28,7 +28,7 @@ _DOWNLOAD = "download, then transformers"
 _LOCAL = "transformers, from the same folder"
 _PLAIN = "surfw, codec none"
 _PARTS = {"import": "starting Python, and imports", "connect": "connecting, and the manifest", "prepare": "building"}
-"""What the phases of a trace are for a start."""
+"""What each phase of a trace means for a start."""
 
 
 def bench_start(
@@ -41,22 +41,22 @@ def bench_start(
     rounds: int = 3,
     on_progress: Callable[[str], object] = lambda _: None,
 ) -> Result:
-    """Measure.
+    """Run the benchmark.
 
     Args:
-        source: a server, a store or the folder of a checkpoint, as for `surfw infer --source`.
-        model: its name there; None for the only one.
-        download: the URL or folder of the checkpoint's own files behind the same link, which are copied first. Without
-            it, transformers loads a source that is a checkpoint's folder where it is; any other source is compared with
-            codec `none` only.
+        source: a server, a store or a checkpoint's folder, as for `surfw infer --source`.
+        model: the model's name at the source; None for its only model.
+        download: URL or folder of the checkpoint's own files behind the same link, which are copied first. Without it,
+            transformers loads a source that is a checkpoint's folder in place; any other source is compared with codec
+            `none` only.
         codecs: the values of `--codec` to measure.
-        arguments: further ones of `surfw infer`, such as `--memory-budget`.
-        rounds: how often each starts; medians are reported.
-        on_progress: called with a line whenever something begins.
+        arguments: more arguments for `surfw infer`, such as `--memory-budget`.
+        rounds: number of starts of each; medians are reported.
+        on_progress: called with a line whenever a step starts.
 
     Raises:
-        ConfigurationError: there is no such codec.
-        SurfwError: one of them failed.
+        ConfigurationError: a codec is unknown.
+        SurfwError: a start failed.
     """
     if unknown := [codec for codec in codecs if codec not in CODECS]:
         raise ConfigurationError(f"codec {unknown[0]!a:.40} is not known; expected some of {', '.join(CODECS)}")
@@ -94,7 +94,7 @@ def bench_start(
 
 
 def _split(name: str, command: list[str]) -> list[Row]:
-    """Where the time of one more start goes, by its trace."""
+    """Trace one more start, and return where its time goes."""
     with tempfile.TemporaryDirectory(prefix="surfw-bench-") as folder:
         trace = Path(folder) / "run.json"
         _time_to_first_byte(name, [*command, "--trace", str(trace)])
@@ -109,7 +109,7 @@ def _split(name: str, command: list[str]) -> list[Row]:
 
 
 def _time_to_first_byte(name: str, command: list[str]) -> float:
-    """Seconds from the start of a process until it has written to stdout."""
+    """Seconds from the start of a process to its first byte on stdout."""
     begin = time.perf_counter()
     with (
         tempfile.TemporaryFile("w+", errors="replace") as said,

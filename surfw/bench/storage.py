@@ -1,6 +1,6 @@
-"""Reading a model from a storage as surfw does, against other ways to read the same bytes, in alternation.
+"""Reading a model from a storage with surfw, against other ways to read the same bytes, in alternation.
 
-The others are parallel ranged GETs of the same client library, and Run:ai Model Streamer where it is installed.
+The other ways are parallel ranged GETs with the same client library and, if it is installed, Run:ai Model Streamer.
 """
 
 import asyncio
@@ -26,10 +26,10 @@ from surfw.storage.store_source import StorageSource, open_storage_source
 from surfw.threads import together
 
 _AHEAD = 2
-"""Chunks that surfw reads at once, as a model does: the current one, and the next."""
+"""Chunks that surfw reads at once, as in a model run: the current one and the next."""
 
 _PLAIN_WAYS = ((16 * MIB, 4), (16 * MIB, 8), (8 * MIB, 8), (8 * MIB, 16), (32 * MIB, 4))
-"""Sizes of the plain ranges, and how many are read at once; the fastest way is the baseline."""
+"""Size and concurrency of the plain ranged reads; the fastest combination is the baseline."""
 
 _SURFW, _STREAMER = "surfw", "Run:ai Model Streamer"
 
@@ -37,17 +37,17 @@ _SURFW, _STREAMER = "surfw", "Run:ai Model Streamer"
 def bench_storage(
     url: str, *, model: str | None = None, options: Mapping[str, Any] | None = None, rounds: int = 5
 ) -> Result:
-    """Measure, after one read of everything that does not count.
+    """Run the benchmark, after reading everything once untimed.
 
     Args:
-        url: a store in S3, or in another storage that is read over a network.
-        model: its name there; None for the only one.
+        url: a store in S3 or another network storage.
+        model: the model's name in the store; None for its only model.
         options: storage options.
         rounds: alternations with the baselines; medians are reported.
 
     Raises:
-        ConfigurationError: the storage is not read in ranges, as a folder.
-        SurfwError: there is no such store or model, or it cannot be read.
+        ConfigurationError: the storage is not read in parallel ranges over a network; a folder is not.
+        SurfwError: the store or model does not exist or cannot be read.
     """
     backend = open_backend(url, options)
     return asyncio.run(_bench(backend, model, rounds))
@@ -73,7 +73,7 @@ async def _bench(backend: StorageBackend, model: str | None, rounds: int) -> Res
         await read_ours()
         for index in range(rounds):
             order = deque(ways)
-            order.rotate(-index)  # none always follows the same other one, whose traces a server may bear for a while
+            order.rotate(-index)  # no way always follows the same other one, whose effects on a server may linger
             for name in order:
                 seconds[name].append(await ways[name]())
     rates = {name: summarise_rates(size, taken) for name, taken in seconds.items()}
@@ -88,7 +88,7 @@ async def _time(read: Callable[[], Awaitable[None]]) -> float:
 
 
 async def _read_chunks(source: StorageSource, manifest: Manifest, buffers: Sequence[Buffer]) -> None:
-    """Read all chunks once as surfw does, verified, each into one of the buffers."""
+    """Read all chunks once with surfw, verified, each into one of the buffers."""
     left = iter(manifest.chunks)
 
     async def take(buffer: Buffer) -> None:
@@ -101,7 +101,7 @@ async def _read_chunks(source: StorageSource, manifest: Manifest, buffers: Seque
 
 
 def _plain_ranges(objects: Objects, manifest: Manifest, range_bytes: int) -> list[tuple[FsspecBackend, str, int, int]]:
-    """Where the chunks' bytes lie: storage, path, start and stop of ranges that are at most so large."""
+    """The chunks' bytes as ranges of at most `range_bytes`: storage, path, start and stop."""
     return [
         (*_place(objects, key), at, min(at + range_bytes, start + length))
         for chunk in manifest.chunks
@@ -111,12 +111,12 @@ def _plain_ranges(objects: Objects, manifest: Manifest, range_bytes: int) -> lis
 
 
 async def _read_plain(ranges: Sequence[tuple[FsspecBackend, str, int, int]], at_once: int) -> None:
-    """Read all ranges once with the file systems' own `_cat_file`, on fsspec's own event loop; drop what arrives."""
+    """Read all ranges once with the file systems' own `_cat_file` on fsspec's event loop, and discard the data."""
     left = iter(ranges)
 
     async def take() -> None:
         for backend, path, start, stop in left:
-            data = await backend.fs._cat_file(path, start=start, end=stop)  # noqa: SLF001 - the plain way there is
+            data = await backend.fs._cat_file(path, start=start, end=stop)  # noqa: SLF001 - the plainest way to read
             if len(data) != stop - start:
                 raise ConfigurationError(f"{path} changes while it is measured; leave it alone meanwhile")
 
@@ -127,10 +127,10 @@ async def _read_plain(ranges: Sequence[tuple[FsspecBackend, str, int, int]], at_
 
 
 def _place(objects: Objects, key: str) -> tuple[FsspecBackend, str]:
-    """Where an object lies: the storage, and its path there.
+    """The storage of an object, and its path there.
 
     Raises:
-        ConfigurationError: it is not read over a network.
+        ConfigurationError: the storage is not read over a network.
     """
     found = objects.find(key)
     if not isinstance(found.backend, FsspecBackend) or found.backend.parallel_reads == 1:
@@ -141,7 +141,7 @@ def _place(objects: Objects, key: str) -> tuple[FsspecBackend, str]:
 
 
 def _streamer(objects: Objects, manifest: Manifest) -> Callable[[], Awaitable[float]] | None:
-    """One read of the same objects by Run:ai Model Streamer; None if it is not available here."""
+    """A function that reads the same objects once with Run:ai Model Streamer; None if that is not available."""
     keys = dict.fromkeys(place.object for chunk in manifest.chunks for place in chunk.forms[0].locations)
     places = [_place(objects, key) for key in keys]
     backend = places[0][0] if places else None
@@ -151,7 +151,7 @@ def _streamer(objects: Objects, manifest: Manifest) -> Callable[[], Awaitable[fl
 
 
 def _rows(size: int, rates: Mapping[str, Spread], plain: Sequence[str]) -> tuple[Row, ...]:
-    """The baselines, and surfw against each."""
+    """The rows of the other ways, then surfw against the baselines."""
     rows = [rate_row(name, rate) for name, rate in rates.items() if name != _SURFW]
     baselines = {"the best plain ranges": max((rates[name] for name in plain), key=lambda rate: rate.value)}
     if _STREAMER in rates:

@@ -1,10 +1,10 @@
 """From a server's cache into a client's memory, against a raw TCP socket that moves the same bytes.
 
-Both have two processes and loopback between them, and move the same chunks one after the other into the same memory.
-Each round measures the raw socket, surfw without verification (for this comparison only) and surfw as users run it,
-each of them five times in turn, so that whatever else the machine does falls on all of them, and keeps the median of
-each. It has processes of its own, for the client as for the servers, because a process is faster or slower all its life
-by where its memory lies: rounds in one process agree more than runs do.
+Both use two processes over loopback, and move the same chunks one after another into the same memory. Each round
+measures the raw socket, surfw without verification (for this comparison only) and surfw as users run it, five times
+each in alternation, so that other load on the machine affects all of them alike, and keeps the median of each. Each
+round starts new client and server processes, because the placement of its memory makes a process faster or slower for
+its whole life: rounds in one process agree more closely than separate runs do.
 """
 
 import asyncio
@@ -45,32 +45,31 @@ _TURNS = 5
 
 @dataclass(frozen=True, slots=True)
 class _Peer:
-    """A server process, and the port it listens on."""
+    """A server process and the port it listens on."""
 
     pid: int
     port: int
 
     @property
     def process(self) -> psutil.Process:
-        """The process."""
         return psutil.Process(self.pid)
 
     def cpu_seconds(self) -> float:
-        """The CPU time it has used."""
+        """CPU seconds used so far."""
         return float(sum(self.process.cpu_times()[:2]))  # user and system
 
     def cache_misses(self) -> int:
-        """Pages a surfw server had to read so far."""
+        """Cache misses of a surfw server so far, in pages."""
         return read_stats(f"ws://127.0.0.1:{self.port}")["cache"]["misses"]
 
 
 @dataclass(slots=True)
 class _Series:
-    """Measurements of one way to move the bytes: wall clock, and the CPU time of both processes.
+    """Measurements of one way to move the bytes: wall-clock time, and CPU time of both processes.
 
     Attributes:
-        rounds: the seconds of each turn of each round.
-        client_cpu, server_cpu: over all of them.
+        rounds: per round, the seconds of each of its turns.
+        client_cpu, server_cpu: CPU seconds over all rounds.
     """
 
     rounds: list[list[float]] = field(default_factory=list)
@@ -104,12 +103,12 @@ class _Series:
 
 
 def bench_wire(*, rounds: int = 9, sizes: Sequence[int] = SIZES, fetch: "Fetch | None" = None) -> Result:
-    """Measure.
+    """Run the benchmark.
 
     Args:
-        rounds: how often each way is measured, with new processes; medians are reported.
-        sizes: bytes of each chunk; all of them are held in memory by each server and by the client.
-        fetch: how surfw's client gets a chunk, if not by `fetch_chunk`; a function that other processes can import.
+        rounds: number of rounds, each with new processes; medians are reported.
+        sizes: chunk sizes in bytes; each server and the client hold all chunks in memory.
+        fetch: replaces `fetch_chunk` in surfw's client; a function that other processes can import.
     """
     all_series = [_Series(), _Series(), _Series()]
     with tempfile.TemporaryDirectory(prefix="surfw-bench-") as place:
@@ -128,10 +127,10 @@ def bench_wire(*, rounds: int = 9, sizes: Sequence[int] = SIZES, fetch: "Fetch |
 
 
 def _receive(connection: Connection) -> "Sequence[_Series]":
-    """What the client measured.
+    """The client's measurements.
 
     Raises:
-        RuntimeError: it could not measure.
+        RuntimeError: the client could not measure.
     """
     try:
         found, problem = connection.recv()
@@ -143,7 +142,7 @@ def _receive(connection: Connection) -> "Sequence[_Series]":
 
 
 def _run_client(sizes: Sequence[int], server: _Peer, raw_server: _Peer, fetch: "Fetch", to: Connection) -> None:
-    """Measure a round, and send what was found, or what was wrong; runs in a process of its own."""
+    """Measure a round, and send the results or an error message; runs in its own process."""
     try:
         to.send((asyncio.run(_measure(sizes, server, raw_server, fetch)), ""))
     except (OSError, RuntimeError, SurfwError) as exc:
@@ -153,7 +152,7 @@ def _run_client(sizes: Sequence[int], server: _Peer, raw_server: _Peer, fetch: "
 async def _measure(
     sizes: Sequence[int], server: _Peer, raw_server: _Peer, fetch: "Fetch"
 ) -> tuple[_Series, _Series, _Series]:
-    """A round of the raw socket, of surfw unverified and of surfw verified."""
+    """Measure a round: the raw socket, surfw unverified, and surfw verified."""
     raw, unverified, verified = _Series([[]]), _Series([[]]), _Series([[]])
     url = f"ws://127.0.0.1:{server.port}"
     with socket.create_connection(("127.0.0.1", raw_server.port)) as connection:
@@ -184,13 +183,13 @@ async def fetch_chunk(source: WireSource, manifest: Manifest, index: int, destin
 
 
 Fetch = Callable[[WireSource, Manifest, int, memoryview], Awaitable[None]]
-"""Fetches the chunk of this number into memory."""
+"""Fetches the chunk with this index into memory."""
 
 
 async def fetch_chunks(
     source: WireSource, manifest: Manifest, memory: Sequence[memoryview], fetch: Fetch = fetch_chunk
 ) -> None:
-    """Fetch the first chunks, one after the other, each into its memory."""
+    """Fetch the first chunks one after another, each into its own buffer."""
     for index, destination in enumerate(memory):
         await fetch(source, manifest, index, destination)
 
@@ -204,7 +203,7 @@ def _receive_raw(connection: socket.socket, memory: Sequence[memoryview]) -> Non
 
 
 def _rows(size: int, raw: _Series, unverified: _Series, verified: _Series) -> tuple[Row, ...]:
-    """The rows. What limits surfw is the processor, so the ceiling is the rate at which every core would be busy."""
+    """The rows. surfw is CPU-bound, so its ceiling is the rate at which every core would be busy."""
     base = summarise_rates(size, raw.medians)
     cores = psutil.cpu_count() or 1
     rows = [rate_row("raw TCP socket", base)]
@@ -218,7 +217,7 @@ def _rows(size: int, raw: _Series, unverified: _Series, verified: _Series) -> tu
 
 
 async def write_store(place: Path, sizes: Sequence[int]) -> Manifest:
-    """A store with one model of random bytes, a chunk per size."""
+    """Write a store with one model of random bytes, one chunk per size."""
     store = Store(FilesystemBackend(place))
     await store.create()
     chunks = []
@@ -235,7 +234,7 @@ async def write_store(place: Path, sizes: Sequence[int]) -> Manifest:
 
 @contextmanager
 def peer(function: Callable[..., None], *arguments: Any) -> Iterator[_Peer]:
-    """Run a server function in a process of its own, until the end of the body."""
+    """Run a server function in its own process during the body."""
     port, ready = multiprocessing.Pipe(duplex=False)
     with port, spawned(function, *arguments, ready) as process:
         ready.close()
@@ -245,7 +244,7 @@ def peer(function: Callable[..., None], *arguments: Any) -> Iterator[_Peer]:
 
 @contextmanager
 def spawned(function: Callable[..., None], *arguments: Any) -> Iterator[BaseProcess]:
-    """Run a function in a process of its own, which Ctrl-C leaves alone, and kill it after the body."""
+    """Run a function in its own process, which ignores Ctrl-C, and kill it after the body."""
     process = multiprocessing.get_context("spawn").Process(
         target=_run_uninterrupted, args=(function, *arguments), daemon=True
     )
@@ -263,7 +262,7 @@ def _run_uninterrupted(function: Callable[..., None], *arguments: Any) -> None:
 
 
 def serve_store(place: str, cache_mb: float, ready: Connection) -> None:
-    """A server with a cache of this size; runs in a process of its own."""
+    """Run a server with a cache of this size; to be called in its own process."""
 
     async def serve() -> None:
         async with WeightServer(model_path=place, port=0, cache_size_mb=cache_mb) as server:
@@ -274,7 +273,7 @@ def serve_store(place: str, cache_mb: float, ready: Connection) -> None:
 
 
 def _serve_raw(place: str, manifest: Manifest, ready: Connection) -> None:
-    """A TCP socket that sends the chunk whose number it receives; runs in a process of its own."""
+    """Run a TCP server that sends the chunk whose index it receives; to be called in its own process."""
     payloads = [(Path(place) / chunk.forms[0].locations[0].object).read_bytes() for chunk in manifest.chunks]
     with socket.create_server(("127.0.0.1", 0)) as listener:
         ready.send(listener.getsockname()[1])

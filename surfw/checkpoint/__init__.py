@@ -1,8 +1,8 @@
-"""Reading a source checkpoint, the first step of the way: a directory or hub id becomes names, shapes and byte ranges.
+"""Read a source checkpoint: a directory or hub id yields tensor names, shapes and byte ranges.
 
-`layout` and `companions` know which files make a checkpoint, `shard` and `legacy` read one file each (only `legacy`
-imports torch), `distributed_table` and `distributed` what the ranks of a job saved. `hub` brings files here, and
-`reader` puts them together.
+`layout` and `companions` determine which files belong to a checkpoint. `shard` and `legacy` read one file each (only
+`legacy` imports torch); `distributed_table` and `distributed` read what the ranks of a job saved. `hub` downloads
+files, and `reader` combines all of these.
 """
 
 from surfw.checkpoint.reader import Checkpoint, demo_checkpoint, open_checkpoint, open_directory

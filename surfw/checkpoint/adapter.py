@@ -1,8 +1,8 @@
 """A LoRA adapter as peft saves it: `adapter_config.json`, and its tensors in `adapter_model.safetensors` or `.bin`.
 
-The format is peft's own (its documentation, "PEFT checkpoint format"): a tensor has the path of the module that it
-changes, behind `base_model.model.`, and its role. Settings are a list of what is known to change nothing, or to be done
-by `surfw.skeleton.lora`; whatever else asks for something is refused by name.
+The format is peft's own (its documentation, "PEFT checkpoint format"): a tensor's name is `base_model.model.`, the path
+of the module that it changes, and its role. Only settings that are known to have no effect, or that
+`surfw.skeleton.lora` implements, are accepted; any other setting that is in effect is refused by name.
 """
 
 import math
@@ -33,32 +33,32 @@ _TOLD = {
     "layers_pattern", "layers_to_transform", "lora_dropout", "megatron_core", "peft_version", "qalora_group_size",
     "revision", "runtime_config", "target_modules", "task_type",
 }  # fmt: skip
-"""Settings of training, or about where the adapter came from: the tensors are the same with and without them."""
+"""Settings of training or of the adapter's origin, which have no effect on the result."""
 
 _USED = (
     "peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "lora_bias", "modules_to_save",
 )  # fmt: skip
-"""Settings that are computed with; they are what a manifest keeps."""
+"""Settings that determine the result."""
 
 _PLAIN_STARTS = ("gaussian", "eva", "orthogonal")
-"""Ways to begin a training that leave the weights of the base alone."""
+"""Initialisations for training that do not change the base's weights."""
 
 
 def open_adapter(model: str, *, revision: str | None = None, show_progress: bool = False) -> Checkpoint:
-    """Open an adapter by name, downloading it from the hub if it is not a directory here.
+    """Open an adapter by name, downloading it from the hub if it is not a local directory.
 
     Args:
         model: a local directory, or a hub id (`org/name`).
         revision: branch, tag or commit of the hub repository.
-        show_progress: let the hub library draw its bars on stderr, in a terminal.
+        show_progress: let the hub library draw progress bars on stderr, if that is a terminal.
 
     Returns:
-        Its files as a checkpoint, whose `config` has the settings that are computed with.
+        Its files as a checkpoint, whose `config` has the settings that determine the result.
 
     Raises:
-        CheckpointError: it is damaged or incomplete, or not there.
-        UnsupportedModelError: it is no LoRA adapter, or one of a kind that surfw does not compute with.
-        ConfigurationError: a revision of a local directory was asked for.
+        CheckpointError: it is damaged, incomplete, or missing.
+        UnsupportedModelError: it is not a LoRA adapter, or uses features that surfw does not support.
+        ConfigurationError: `revision` is given for a local directory.
     """
     folder = local_directory(model, "an adapter")
     if folder is None:
@@ -99,16 +99,16 @@ def open_adapter_folder(
 
 
 def _read_settings(folder: Path, where: str) -> dict[str, Any]:
-    """The settings of an adapter in a folder; `where` names it in errors."""
+    """Read the settings of an adapter in a folder; `where` names it in errors."""
     path = f"{where}/{ADAPTER_CONFIG_FILE}"
     return check_settings(read_json(folder / ADAPTER_CONFIG_FILE, CONFIG_BYTES, path), where=path)
 
 
 def check_settings(settings: Mapping[str, Any], *, where: str) -> dict[str, Any]:
-    """The settings of an adapter that are computed with.
+    """Check the settings of an adapter, and return those that determine the result.
 
     Raises:
-        UnsupportedModelError: one of them asks for something that surfw does not do, or is of another type.
+        UnsupportedModelError: a setting requests something that surfw does not support, or has the wrong type.
     """
     kind = settings.get("peft_type")
     if kind != "LORA":
@@ -133,7 +133,7 @@ def check_settings(settings: Mapping[str, Any], *, where: str) -> dict[str, Any]
 
 
 def _asks(value: Any) -> bool:
-    """Whether a setting asks for something; empty objects that hold nothing but empty values do not."""
+    """Whether a setting is in effect; empty values, and objects with only empty values, are not."""
     return any(map(_asks, value.values())) if isinstance(value, Mapping) else bool(value)
 
 
@@ -168,9 +168,9 @@ _TYPES: Mapping[str, Callable[[Any], bool]] = {
 
 
 def scaling_of(settings: Mapping[str, Any], module: str) -> tuple[int, float]:
-    """The rank that a module's adapter has by the settings, and what its result is multiplied with.
+    """Return the rank and the scaling factor of a module's adapter according to the settings.
 
-    As peft's `LoraModel._create_and_replace` and `LoraLayer.update_layer` find them.
+    They are computed as in peft's `LoraModel._create_and_replace` and `LoraLayer.update_layer`.
     """
     rank = _by_pattern(settings.get("rank_pattern", {}), module, settings.get("r", 8))
     alpha = _by_pattern(settings.get("alpha_pattern", {}), module, settings.get("lora_alpha", 8))
@@ -178,15 +178,15 @@ def scaling_of(settings: Mapping[str, Any], module: str) -> tuple[int, float]:
 
 
 def is_saved(settings: Mapping[str, Any], path: str) -> bool:
-    """Whether the adapter has a copy of a module, or of one around it or this tensor: see `modules_to_save`."""
+    """Whether a module or tensor, or a module that contains it, is saved whole: see `modules_to_save`."""
     return any(f".{name}." in f".{path}." for name in settings.get("modules_to_save", ()))
 
 
 def strip_prefix(names: Collection[str], *, where: str) -> dict[str, str]:
-    """The tensors' names within the base, by those that a file has.
+    """Map the tensor names in a file to those in the base.
 
     Raises:
-        UnsupportedModelError: one of them is not peft's.
+        UnsupportedModelError: a name does not have peft's prefix.
     """
     for name in names:
         if not name.startswith(PREFIX):
@@ -198,7 +198,7 @@ def strip_prefix(names: Collection[str], *, where: str) -> dict[str, str]:
 
 
 def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    """The value of the first pattern that ends a module's path, as peft's `get_pattern_key` finds it."""
+    """Return the value of the first pattern that matches the end of a module's path, as in peft's `get_pattern_key`."""
     for pattern, value in patterns.items():
         try:
             found = re.match(rf"(.*\.)?({pattern})$", module)

@@ -1,8 +1,8 @@
-"""The files beside the weights: those of the tokenizer, chat templates, and how sentences are embedded.
+"""Companion files of the weights: tokenizer files, chat templates, and settings for sentence embeddings.
 
-`TOKENIZER_FILES` are the names that transformers' tokenizer classes give their files (`vocab_files_names`), and the
-ones it looks for by itself; a test compares them with the release that is installed. Files of sentence-transformers say
-which prompt a text gets, and how the hidden states of its tokens become one vector; it names their folders by number.
+`TOKENIZER_FILES` are the file names of transformers' tokenizer classes (`vocab_files_names`), and those that
+transformers itself looks for; a test compares them with the installed release. Files of sentence-transformers define
+the prompts for texts and the pooling of token states into one vector; its folders have numbered names.
 """
 
 import json
@@ -19,7 +19,7 @@ TOKENIZER_FILES = (
     "emoji.json", "normalizer.json", "word_shape.json", "word_pronunciation.json", "prophetnet.tokenizer",
     "byte_maps.json",
 )  # fmt: skip
-"""Files that tokenizers are made of, each in the checkpoint's own folder."""
+"""Tokenizer files, which lie directly in the checkpoint's folder."""
 
 MODULES_FILE = "modules.json"
 SENTENCE_CONFIG_FILE = "config_sentence_transformers.json"
@@ -28,8 +28,8 @@ SENTENCE_FILES = (
     "sentence_distilbert_config.json", "sentence_camembert_config.json", "sentence_albert_config.json",
     "sentence_xlm-roberta_config.json", "sentence_xlnet_config.json",
 )  # fmt: skip
-"""What sentence-transformers writes beside the weights, in the order in which it looks for settings of its first
-module."""
+"""Files that sentence-transformers writes next to the weights, in the order in which it looks for the settings of its
+first module."""
 
 TEMPLATE_FOLDER = "additional_chat_templates"
 _SENTENCE_FOLDER = re.compile(r"[0-9]+_[A-Z][A-Za-z]*")
@@ -41,20 +41,20 @@ _KNOWN = frozenset((*TOKENIZER_FILES, *SENTENCE_FILES))
 
 
 def is_companion(path: str) -> bool:
-    """Whether a file of a checkpoint, named from its folder on, is one of those."""
+    """Whether a file, by its path in the checkpoint's folder, is a companion."""
     return path in _KNOWN or bool(_PATTERNS.fullmatch(path))
 
 
 def is_of_sentences(path: str) -> bool:
-    """Whether a file says how sentences are embedded, and does not belong to a tokenizer."""
+    """Whether a file is for sentence embeddings, and not for a tokenizer."""
     return path in SENTENCE_FILES or bool(_SENTENCE_FOLDER.fullmatch(path.partition("/")[0]))
 
 
 def list_files(folder: Path) -> set[str]:
-    """The files of a checkpoint's folder, and of those folders in it where companions may be.
+    """List the files in a checkpoint's folder, and in those of its subfolders that may have companions.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the folder cannot be read.
     """
     names = set()
     for path in folder.iterdir():
@@ -66,12 +66,12 @@ def list_files(folder: Path) -> set[str]:
 
 
 def companions(names: Iterable[str]) -> list[str]:
-    """Those among the files of a checkpoint, in order."""
+    """Return the companions among the files of a checkpoint, sorted."""
     return sorted(filter(is_companion, names))
 
 
 def module_folders(document: bytes) -> list[str]:
-    """The folders that `modules.json` names; none if it is not such a document, which is said where it is used."""
+    """Return the folders that `modules.json` names; none if it is invalid, which is reported where it is used."""
     try:
         modules = json.loads(document)
     except (ValueError, RecursionError):

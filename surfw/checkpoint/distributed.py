@@ -1,10 +1,10 @@
-"""The tensors of a checkpoint of `torch.distributed.checkpoint`, put together from what each rank has saved.
+"""The tensors of a `torch.distributed.checkpoint`, assembled from the parts that each rank saved.
 
-Of what is read, so many rows are in memory at a time as a read needs; of a tensor whose elements do not lie one after
-another, all of it. Archives of `torch.save` are not loaded: their elements are read where they lie, once the pickle in
-them (read as inert data, too) says of which type and order they are.
+A read holds only the rows that it needs in memory, but a whole tensor if that is not contiguous in its file. Archives
+of `torch.save` are not loaded: their pickle is read as inert data, too, and gives dtype, shape and strides; then the
+elements are read directly from the file.
 
-Reading is not safe from several threads.
+Reading is not thread-safe.
 """
 
 import io
@@ -45,14 +45,14 @@ _UNTYPED = "torch.storage.UntypedStorage"
 _REBUILD = "torch._utils._rebuild_tensor_v2"
 _REBUILD_UNTYPED = "torch._utils._rebuild_tensor_v3"
 _EXPECTED = {_REBUILD, _REBUILD_UNTYPED, _UNTYPED, "collections.OrderedDict", *_STORAGES, *TORCH_DTYPES}
-"""What the pickle in an archive may name."""
+"""The global names that the pickle in an archive may contain."""
 
 
 class DistributedShard:
-    """All files that ranks have saved of a model, as one; its tensors are in the order of their names.
+    """All ranks' files of a model as one shard; its tensors are sorted by name.
 
     Attributes:
-        identity: stands for all its files: the sum of their sizes and of their times.
+        identity: identifies all its files, by the sums of their sizes and modification times.
     """
 
     def __init__(self, folder: Path, names: Collection[str]) -> None:
@@ -60,7 +60,7 @@ class DistributedShard:
 
         Raises:
             CheckpointError: the checkpoint is damaged or incomplete.
-            UnsupportedModelError: it is of a kind that surfw does not read.
+            UnsupportedModelError: surfw does not support this kind of checkpoint.
         """
         self.path = folder / DISTRIBUTED_FILE if DISTRIBUTED_FILE in names else folder
         table = read_table(folder, names)
@@ -73,7 +73,7 @@ class DistributedShard:
         self._rows: tuple[str, int, int, Any] | None = None
 
     def read_into(self, tensor: SourceTensor, destination: memoryview, start: int) -> None:
-        """Fill `destination` with the tensor's bytes from byte `start` on."""
+        """Fill `destination` with the tensor's bytes from byte `start`."""
         if not len(destination):
             return
         one = self._tensors[tensor.name]
@@ -84,7 +84,7 @@ class DistributedShard:
         for part in one.parts:
             self._locate(part, one.dtype)
         if any(part.place and part.place.strides != contiguous(part.sizes) for part in one.parts):
-            first, last = 0, count  # no rows can be read alone
+            first, last = 0, count  # rows cannot be read separately
         if (first * row_bytes, last * row_bytes) == (start, stop):
             self._rows = None
             self._read_rows(one, first, last, np.frombuffer(destination, np.uint8))
@@ -98,11 +98,11 @@ class DistributedShard:
         np.frombuffer(destination, np.uint8)[:] = self._rows[3][begin : begin + len(destination)]
 
     def close(self) -> None:
-        """Release the rows that are kept; no file stays open."""
+        """Release the buffered rows; no file stays open."""
         self._rows = None
 
     def _read_rows(self, tensor: Parted, first: int, last: int, into: Any) -> None:
-        """Read some indices of a tensor's first dimension into uint8 of shape (their bytes,)."""
+        """Read rows `first` to `last` (exclusive) of a tensor into a uint8 array of shape (bytes of these rows,)."""
         item = DTYPE_BITS[tensor.dtype] // 8
         shape = tensor.shape or (1,)
         rows = into.reshape(last - first, *shape[1:], item)
@@ -126,7 +126,7 @@ class DistributedShard:
             there[...] = np.lib.stride_tricks.as_strided(stored, (*held, item), steps)
 
     def _read(self, file: Path, position: int, into: Any) -> None:
-        """Fill uint8 of shape (bytes,) from a file."""
+        """Fill a uint8 array of shape (bytes,) from a file."""
         fd = open_weights(file)
         try:
             check_unchanged(file, fd, self._files[file])
@@ -135,11 +135,11 @@ class DistributedShard:
             os.close(fd)
 
     def _locate(self, part: Part, dtype: str) -> None:
-        """Learn where in its archive the elements of a part lie.
+        """Find the elements of a part in its archive.
 
         Raises:
-            CheckpointError: the archive is damaged, or has another tensor.
-            UnsupportedModelError: it is of a kind that surfw does not read.
+            CheckpointError: the archive is damaged, or holds another tensor.
+            UnsupportedModelError: surfw does not support this kind of checkpoint.
         """
         if part.place is not None:
             return
@@ -166,7 +166,7 @@ class DistributedShard:
 
 
 class _Archive:
-    """An archive of `torch.save` in a file, of which records are found, and not unpacked."""
+    """A `torch.save` archive in a file, whose records are located without unpacking them."""
 
     def __init__(self, fd: int, part: Part) -> None:
         self._fd, self._part = fd, part
@@ -181,7 +181,7 @@ class _Archive:
         return self._prefix + name in self._records
 
     def find(self, name: str) -> tuple[int, int]:
-        """Where a record's bytes are in the file, and how many."""
+        """Return the file offset and size of a record's bytes."""
         record, length = self._records[self._prefix + name], self._part.length
         if record.compress_type != zipfile.ZIP_STORED:
             raise ValueError("its records are compressed")
@@ -195,7 +195,7 @@ class _Archive:
         return self._part.start + at, record.file_size
 
     def read(self, name: str) -> bytes:
-        """The bytes of a small record."""
+        """Return the bytes of a small record."""
         at, size = self.find(name)
         if size > _PICKLE_BYTES:
             raise ValueError(f"its {name} has {size} bytes")
@@ -205,7 +205,7 @@ class _Archive:
 
 
 def _find_elements(fd: int, part: Part, dtype: str) -> Place:
-    """Where in an archive of `torch.save` the elements of its one tensor lie."""
+    """Find the elements of the only tensor in a `torch.save` archive."""
     archive = _Archive(fd, part)
     if "byteorder" in archive and archive.read("byteorder") != b"little":
         raise ValueError("its bytes are in another order")
@@ -220,7 +220,7 @@ def _find_elements(fd: int, part: Part, dtype: str) -> Place:
 
 
 def _read_tensor(made: Any) -> tuple[str, int, tuple[int, ...], tuple[int, ...], str]:
-    """Of a tensor in a pickle: its storage's key, its first element there, sizes, strides and dtype."""
+    """Return storage key, storage offset (in elements), sizes, strides and dtype of the tensor in a pickle."""
     if not isinstance(made, Made) or made.name not in {_REBUILD, _REBUILD_UNTYPED}:
         raise TypeError("it holds something else than a tensor")
     storage, first, sizes, strides, _, _, *more = made.args
@@ -246,38 +246,38 @@ def _read_tensor(made: Any) -> tuple[str, int, tuple[int, ...], tuple[int, ...],
 
 
 def _span(sizes: Collection[int], strides: Collection[int]) -> int:
-    """How many elements there are from the first to the last one, both included."""
+    """Return the number of elements from the first to the last one, inclusive."""
     return 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
 
 
 class _Window(io.RawIOBase):
-    """Some bytes of a file, as a file."""
+    """A byte range of a file, as a file."""
 
     def __init__(self, fd: int, start: int, length: int) -> None:
         self._fd, self._start, self._length = fd, start, length
         self._at = 0
 
     def readable(self) -> bool:
-        """It can be read."""
+        """Return True."""
         return True
 
     def seekable(self) -> bool:
-        """It can be sought in."""
+        """Return True."""
         return True
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Go somewhere."""
+        """Set the position, relative to the range, and return it."""
         self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence]
         if self._at < 0:
             raise ValueError("a place before the first byte")
         return self._at
 
     def tell(self) -> int:
-        """Where it is read next."""
+        """Return the position, relative to the range."""
         return self._at
 
     def readinto(self, buffer: Any) -> int:
-        """Read on."""
+        """Fill `buffer` from the current position; return the number of bytes read."""
         view = memoryview(buffer)[: max(0, self._length - self._at)]
         count = os.preadv(self._fd, [view], self._start + self._at) if len(view) else 0
         self._at += count

@@ -1,8 +1,8 @@
-"""What a checkpoint of `torch.distributed.checkpoint` holds: its tensors, and the parts that ranks have saved of them.
+"""The contents of a `torch.distributed.checkpoint`: its tensors, and the parts of them that each rank saved.
 
-Its table is a pickle (`.metadata`), which is read as inert data (`surfw.checkpoint.plain_pickle`), or the headers of
-safetensors files (`HuggingFaceStorageWriter(save_distributed=True)`). Nothing in either is believed before it is
-checked: the parts of a tensor cover it, without gaps or overlaps, and lie within files of the checkpoint's folder.
+They are listed in a pickle (`.metadata`), which is read as inert data (`surfw.checkpoint.plain_pickle`), or in the
+headers of safetensors files (`HuggingFaceStorageWriter(save_distributed=True)`). Neither is trusted before it is
+checked: the parts of a tensor must cover it without gaps or overlaps, and lie in files in the checkpoint's folder.
 """
 
 import itertools
@@ -26,7 +26,7 @@ _METADATA_BYTES = 256 * MIB
 _MOST_DIMENSIONS = 64
 _MOST_ELEMENTS = 1 << 63
 _MOST_CELLS = 1 << 20
-"""A tensor may be cut into so many cells by the edges of all its parts."""
+"""The most cells into which the edges of all parts may divide a tensor."""
 
 _CLASSES = "torch.distributed.checkpoint.metadata."
 _STORED_AT = "torch.distributed.checkpoint.filesystem._StorageInfo"
@@ -38,21 +38,21 @@ _EXPECTED = {
     "torch.complex128", "torch.float8_e4m3fnuz", "torch.float8_e5m2fnuz", "torch.float8_e8m0fnu",
     "pathlib.PosixPath", "pathlib.WindowsPath", "pathlib._local.PosixPath", "pathlib._local.WindowsPath",
 }  # fmt: skip
-"""What the pickle of a checkpoint's table may name."""
+"""The global names that the pickle may contain."""
 
 _MODELS = ("model", "state_dict", "model_state_dict", "module")
-"""What people call the table of a model's tensors, beside that of an optimizer."""
+"""Common keys of the model's tensors in a checkpoint that also has an optimizer's."""
 
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
-"""What `torch.compile`, FSDP1 and activation checkpointing put into names, wherever they wrap a module."""
+"""What `torch.compile`, FSDP1 and activation checkpointing insert into names, wherever they wrap a module."""
 
 _REPLICATED = "module."
-"""What `DistributedDataParallel` puts before all names."""
+"""The prefix that `DistributedDataParallel` adds to all names."""
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a part's elements lie: the byte of its file that the first is at, and their strides, in elements."""
+    """Position of a part's elements: the file offset of the first, in bytes, and the strides, in elements."""
 
     start: int
     strides: tuple[int, ...]
@@ -60,13 +60,13 @@ class Place:
 
 @dataclass(slots=True)
 class Part:
-    """What a rank has saved of a tensor: a box of its elements.
+    """The part of a tensor that a rank saved: a box of its elements.
 
     Attributes:
         offsets, sizes: the box.
-        file: the file that has it.
-        start, length: the bytes there: the elements, or an archive of `torch.save` with one tensor.
-        place: where in the file the elements are; None for an archive that was not looked into yet.
+        file: the file that holds it.
+        start, length: its bytes in the file: the elements, or a `torch.save` archive of one tensor.
+        place: position of the elements in the file; None for an archive that has not been opened yet.
     """
 
     offsets: tuple[int, ...]
@@ -79,7 +79,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Parted:
-    """A tensor, by the parts that were saved of it; those without elements are left out."""
+    """A tensor and its saved parts; empty parts are left out."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -88,23 +88,23 @@ class Parted:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """The tensors of a model by their names, and the identities of the files that hold them."""
+    """The tensors of a model by name, and the identities of the files that hold them."""
 
     tensors: Mapping[str, Parted]
     files: Mapping[Path, Identity]
 
 
 def contiguous(sizes: Sequence[int]) -> tuple[int, ...]:
-    """The strides of elements that lie one after another."""
+    """Return the strides of a contiguous tensor, in elements."""
     return tuple(itertools.accumulate(reversed(sizes[1:]), lambda one, size: one * size, initial=1))[::-1][: len(sizes)]
 
 
 def read_table(folder: Path, names: Collection[str]) -> Table:
-    """The tensors of the model in a folder with these files.
+    """Read which tensors the model in a folder has; `names` are the folder's files.
 
     Raises:
         CheckpointError: the checkpoint is damaged or incomplete.
-        UnsupportedModelError: it is of a kind that surfw does not read.
+        UnsupportedModelError: surfw does not support this kind of checkpoint.
     """
     found = _read_metadata(folder) if DISTRIBUTED_FILE in names else _read_headers(folder, ranks_files(names))
     for name, tensor in found.items():
@@ -129,7 +129,7 @@ def read_table(folder: Path, names: Collection[str]) -> Table:
 
 
 def _read_metadata(folder: Path) -> dict[str, Parted]:
-    """The model's tensors by the table of `FileSystemWriter`."""
+    """Read the tensors from the `.metadata` of `FileSystemWriter`."""
     path = folder / DISTRIBUTED_FILE
     try:
         root = _state(read_pickle(read_small(path, _METADATA_BYTES), _EXPECTED), "Metadata")
@@ -156,11 +156,11 @@ def _damaged(path: Path, error: Exception) -> CheckpointError:
 
 
 _Entries = dict[tuple[str, ...], dict[str, tuple[str, dict[str, Any]]]]
-"""By the keys that lead to a table: its tensors by their keys in it, each with its name and what is said of it."""
+"""Maps the key path of each nested dict to its tensors: last key to (full name, metadata)."""
 
 
 def _tensors(entries: Mapping[Any, Any], keys: Any) -> _Entries:
-    """The tensors of a table, by where they were in what was saved, where that is known."""
+    """Group the tensors by their key path in the saved state, if that is recorded."""
     found: _Entries = {}
     for fqn, entry in entries.items():
         if not isinstance(fqn, str):
@@ -176,10 +176,10 @@ def _tensors(entries: Mapping[Any, Any], keys: Any) -> _Entries:
 
 
 def _choose(entries: _Entries, folder: Path) -> dict[str, tuple[str, dict[str, Any]]]:
-    """The tensors of the model among those that were saved, by the names that transformers gives them.
+    """Select the model's tensors among the saved ones, by their transformers names.
 
     Raises:
-        UnsupportedModelError: it cannot be told which they are.
+        UnsupportedModelError: the selection is ambiguous or empty.
     """
     named = [keys for keys in entries if keys and keys[-1] in _MODELS]
     chosen = named or ([()] if () in entries else list(entries))
@@ -196,7 +196,7 @@ def _choose(entries: _Entries, folder: Path) -> dict[str, tuple[str, dict[str, A
 def _without_wrappers(
     tensors: Mapping[str, tuple[str, dict[str, Any]]], folder: Path
 ) -> dict[str, tuple[str, dict[str, Any]]]:
-    """The same by the names that they have in the model itself."""
+    """Strip the prefixes of wrappers from the names."""
     found = {}
     is_replicated = all(name.startswith(_REPLICATED) for name in tensors)
     for name, one in tensors.items():
@@ -214,7 +214,6 @@ def _without_wrappers(
 def _describe(
     fqn: str, entry: Mapping[str, Any], stored: Mapping[tuple[str, tuple[int, ...]], Mapping[str, Any]], path: Path
 ) -> Parted:
-    """A tensor of the table."""
     properties = entry["properties"]
     if not _is_made(properties, "TensorProperties") or not isinstance(properties.state, tuple):
         raise TypeError(f"tensor {quote(fqn)} has no properties")
@@ -251,12 +250,12 @@ def _describe(
 
 
 def _stored_at(storage: Mapping[Any, Any]) -> dict[tuple[str, tuple[int, ...]], Mapping[str, Any]]:
-    """What is said of where a part is, by its tensor's name and its offsets."""
+    """Map tensor name and offsets of each part to its storage info."""
     found: dict[tuple[str, tuple[int, ...]], Mapping[str, Any]] = {}
     for index, info in storage.items():
         key = _state(index, "MetadataIndex")
         if key.get("offset") is None:
-            continue  # it is no part of a tensor
+            continue  # not a part of a tensor
         if not isinstance(key["fqn"], str) or not isinstance(info, Made) or info.name != _STORED_AT:
             raise TypeError("it does not say where a tensor is")
         found[key["fqn"], _size(key["offset"])] = _table(info.state)
@@ -264,7 +263,7 @@ def _stored_at(storage: Mapping[Any, Any]) -> dict[tuple[str, tuple[int, ...]], 
 
 
 def _state(value: Any, name: str) -> dict[str, Any]:
-    """The fields of an object of one of the classes."""
+    """Return the fields of an object of the named class."""
     if not _is_made(value, name):
         raise TypeError(f"{name} is not where it is expected")
     return _table(value.state)
@@ -281,7 +280,7 @@ def _table(value: Any) -> dict[Any, Any]:
 
 
 def _size(value: Any) -> tuple[int, ...]:
-    """A `torch.Size`."""
+    """Return a `torch.Size` as a tuple."""
     sizes = value.args[0] if isinstance(value, Made) and value.name == "torch.Size" and len(value.args) == 1 else None
     if not isinstance(sizes, tuple) or not _are_counts(sizes) or len(sizes) > _MOST_DIMENSIONS:
         raise TypeError("a size is no tuple of numbers")
@@ -295,7 +294,7 @@ def _are_counts(values: Iterable[Any]) -> bool:
 
 
 def _read_headers(folder: Path, names: Iterable[str]) -> dict[str, Parted]:
-    """The model's tensors by the safetensors files of all ranks."""
+    """Read the tensors from the headers of all ranks' safetensors files."""
     found: dict[str, tuple[str, list[Part]]] = {}
     for name in names:
         path = folder / name
@@ -335,9 +334,9 @@ def _read_headers(folder: Path, names: Iterable[str]) -> dict[str, Parted]:
 
 
 def _find_fault(tensor: Parted) -> str | None:
-    """What is wrong with the parts of a tensor, if they are not all of it, once each.
+    """Return a description of the fault if the parts do not cover a tensor exactly once, else None.
 
-    The edges of all parts cut the tensor into cells, and each cell has to be in one part.
+    The edges of all parts divide the tensor into cells, and each cell must be in exactly one part.
     """
     shape, parts = tensor.shape, tensor.parts
     if not math.prod(shape):

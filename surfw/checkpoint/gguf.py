@@ -1,7 +1,7 @@
-"""A GGUF file: where its tensors lie, and in which of ggml's types. Its header is read by the package `gguf`.
+"""A GGUF file: the byte ranges and ggml types of its tensors. Its header is read by the package `gguf`.
 
-What transformers makes of it (configuration, tokenizer, dense weights) is in `surfw.skeleton.gguf`. Here, a tensor is
-its stored bytes, as one row of `U8`.
+Conversion to configuration, tokenizer and dense weights, as in transformers, is in `surfw.skeleton.gguf`. Here, a
+tensor is its stored bytes, as one row of `U8`.
 """
 
 import os
@@ -20,7 +20,7 @@ _MAGIC = b"GGUF"
 
 @dataclass(frozen=True, slots=True)
 class GgufTensor:
-    """How a tensor is stored: its ggml type, and the numpy dtype and shape of its bytes, as `gguf` has them."""
+    """How a tensor is stored: its ggml type, and the numpy dtype and shape of its bytes, as reported by `gguf`."""
 
     ggml_type: Any
     dtype: str
@@ -28,10 +28,10 @@ class GgufTensor:
 
 
 class GgufShard:
-    """A GGUF file, open.
+    """An open GGUF file.
 
     Attributes:
-        architecture: of the model, as llama.cpp calls it.
+        architecture: llama.cpp's name of the model's architecture.
         stored: how each tensor is stored, by its name in the file.
     """
 
@@ -40,7 +40,7 @@ class GgufShard:
 
         Raises:
             CheckpointError: it is missing, cannot be read, or is damaged.
-            UnsupportedModelError: it is a part of several, or the package `gguf` is not installed.
+            UnsupportedModelError: it is one of several parts, or the package `gguf` is not installed.
         """
         self.path = path
         self._fd = open_weights(path)
@@ -53,13 +53,13 @@ class GgufShard:
             raise
 
     def read_into(self, tensor: SourceTensor, destination: memoryview, start: int) -> None:
-        """Fill `destination` with the tensor's stored bytes from byte `start` on."""
+        """Fill `destination` with the tensor's stored bytes from byte `start`."""
         assert tensor.start is not None, "it is of this file"
         check_unchanged(self.path, self._fd, self.identity)
         read_weights(self.path, self._fd, tensor.start + start, destination)
 
     def close(self) -> None:
-        """Close the file; a second time does nothing."""
+        """Close the file; a second call does nothing."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -76,7 +76,7 @@ def _read_header(path: Path, size_bytes: int) -> tuple[str, Mapping[str, GgufTen
     from gguf import GGUFReader
 
     class Reader(GGUFReader):  # type: ignore[misc]
-        """The package's, which would read what is behind the end of the file as nothing, as often as the file says."""
+        """Refuses to read past the end of the file, where the base class returns empty values without end."""
 
         def _get(self, offset: int, dtype: Any, count: int = 1, *order: Any, **options: Any) -> Any:
             found = super()._get(offset, dtype, count, *order, **options)

@@ -1,8 +1,8 @@
-"""Models from the Hugging Face hub: only the files that are needed, in the hub library's own cache.
+"""Download models from the Hugging Face hub: only the files that are needed, into the hub library's own cache.
 
-The small files come first, so that a checkpoint that cannot be chunked is refused before gigabytes are fetched. Where
-the hub does not answer, a copy in the cache serves. The library retries, resumes and authenticates; its errors end
-here.
+Small files are fetched first, so that a checkpoint that cannot be chunked is refused before gigabytes are downloaded.
+If the hub does not answer, a copy in the cache is used. The library retries, resumes and authenticates; its errors are
+translated here.
 """
 
 import glob
@@ -44,13 +44,13 @@ def download_model(
     show_progress: bool = False,
     may_be_quantised: bool = False,
 ) -> Path:
-    """Fetch the files of a model that are not in the hub cache yet, and return their directory there.
+    """Fetch the files of a model that are not in the hub's cache yet, and return their directory in it.
 
     See `open_checkpoint` for the arguments and errors.
     """
     try:
         names = {file.rfilename for file in _ask(repo_id, revision).siblings or ()}
-    except Exception as exc:  # noqa: BLE001  # the library also lets errors of its HTTP client through, whichever it is
+    except Exception as exc:  # noqa: BLE001  # the library also raises errors of its HTTP client, whichever that is
         return _find_cached(repo_id, revision, exc)
     entry = find_weights(names, f"{HUB}{repo_id}", variant)
     if CONFIG_FILE not in names:
@@ -70,9 +70,9 @@ def download_model(
 def download_adapter(
     repo_id: str, revision: str | None, check: Callable[[Path], object], *, show_progress: bool = False
 ) -> Path:
-    """Fetch the files of an adapter that are not in the hub cache yet, and return their directory there.
+    """Fetch the files of an adapter that are not in the hub's cache yet, and return their directory in it.
 
-    `check` refuses the settings of one that is of no use, before its weights are fetched.
+    `check` refuses unsupported settings before the weights are fetched.
     """
     try:
         names = {file.rfilename for file in _ask(repo_id, revision).siblings or ()}
@@ -85,7 +85,7 @@ def download_adapter(
 
 
 def resolve_commit(repo_id: str, revision: str | None) -> str:
-    """The commit that a branch or tag of a hub model is now.
+    """Return the commit to which a branch or tag of a hub model currently points.
 
     Raises:
         CheckpointError: the model cannot be reached, or has no such revision.
@@ -105,7 +105,7 @@ def resolve_commit(repo_id: str, revision: str | None) -> str:
 
 
 def _ask(repo_id: str, revision: str | None) -> "ModelInfo":
-    """What the hub says of a repository: one request, which fails at once where there is no hub."""
+    """Request the repository's metadata: a single request, which fails at once if the hub is unreachable."""
     from huggingface_hub import HfApi
 
     return HfApi().model_info(repo_id, revision=revision, timeout=_ANSWER_SECONDS)
@@ -116,7 +116,7 @@ def _fetch(repo_id: str, revision: str | None, names: Collection[str], *, show_p
     from huggingface_hub.utils.tqdm import tqdm
 
     class Bar(tqdm):
-        """Draws on the real stderr, past rich's proxy, or not at all, even if the environment asks for bars."""
+        """Draws on the real stderr, past rich's proxy, or never, even if the environment enables bars."""
 
         def __init__(self, *args: Any, **settings: Any) -> None:
             settings["file"] = getattr(sys.stderr, "rich_proxied_file", sys.stderr)
@@ -134,7 +134,7 @@ def _fetch(repo_id: str, revision: str | None, names: Collection[str], *, show_p
 
 
 def _find_cached(repo_id: str, revision: str | None, cause: Exception, file: str = CONFIG_FILE) -> Path:
-    """The copy of an earlier download, for when the hub does not answer."""
+    """Return the copy of an earlier download; used if the hub does not answer."""
     from huggingface_hub import snapshot_download
 
     reason = _reason(cause, revision)
@@ -150,7 +150,7 @@ def _find_cached(repo_id: str, revision: str | None, cause: Exception, file: str
 
 
 def _advise(error: Exception) -> str:
-    """What to look at first: the hub's own answers are about the name, all other failures about the way to it."""
+    """Say what to check first: the name if the hub itself answered, otherwise the network."""
     from huggingface_hub import errors
 
     answers = (errors.HFValidationError, errors.RepositoryNotFoundError, errors.RevisionNotFoundError)
@@ -158,7 +158,7 @@ def _advise(error: Exception) -> str:
 
 
 def _reason(error: Exception, revision: str | None) -> str:
-    """Why the hub did not help, in a few words."""
+    """Describe briefly why the hub request failed."""
     from huggingface_hub import errors
 
     known: dict[type[Exception], str] = {

@@ -1,7 +1,7 @@
-"""Which files make up a checkpoint: its weights by transformers' precedence, its index, configuration and tokenizer.
+"""Find the files of a checkpoint: its weights by transformers' precedence, its index, configuration and tokenizer.
 
-Knows a folder's file names and its JSON files; opens no weights. JSON is capped before it is parsed, and the paths an
-index lists lie within its own folder.
+This module uses only file names and JSON files; it opens no weights. JSON is capped before it is parsed, and the paths
+that an index lists must lie in its own folder.
 """
 
 import errno
@@ -21,36 +21,36 @@ from surfw.files import read_regular
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
 HUB = "hub model "
-"""What stands before a hub id in errors."""
+"""The prefix of a hub id in errors."""
 
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADAPTER_WEIGHTS_FILES = ("adapter_model.safetensors", "adapter_model.bin")
-"""Where an adapter's weights may be, in the order in which peft looks for them."""
+"""Possible weight files of an adapter, in the order in which peft looks for them."""
 
 WEIGHTS_FILES = (
     "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
 )  # fmt: skip
-"""Where weights may be, in the order in which transformers looks for them."""
+"""Possible weight files, in the order in which transformers looks for them."""
 
 DISTRIBUTED_FILE = ".metadata"
-"""The table of a checkpoint of `torch.distributed.checkpoint`, beside the files of all ranks."""
+"""The metadata file of a `torch.distributed.checkpoint`, next to the files of all ranks."""
 
 _RANKS_FILE = re.compile(r"shard-[0-9]{5,}-model-[0-9]{5,}-of-[0-9]{5,}\.safetensors")
-"""What its writer of safetensors files calls that of a rank; there is no table beside these."""
+"""Names of the ranks' files, as written by its safetensors writer, which writes no metadata file."""
 
 _VARIANT = re.compile(
     r"(?:model|pytorch_model)(?:\.(?:safetensors|bin)\.index)?\.([A-Za-z0-9_-]{1,32})\.(?:safetensors|bin|json)"
 )
-"""The names of another precision's files, as transformers writes them: `model.fp16.safetensors`."""
+"""Names of a variant's files, as transformers writes them: `model.fp16.safetensors`."""
 
 _SHARDS = {
     "model.safetensors.index.json": "model-*-of-*.safetensors",
     "pytorch_model.bin.index.json": "pytorch_model-*-of-*.bin",
 }
-"""Patterns of the names of shards, by their index."""
+"""Name patterns of shards, by the name of their index."""
 
 CONFIG_BYTES = 16 * MIB
-"""The most that a file of settings may have."""
+"""The maximum size of a configuration file."""
 
 _QUANTISATION = ("quantization_config", "compression_config")
 _INDEX_BYTES = 256 * MIB
@@ -68,17 +68,17 @@ _FOREIGN = {
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """The shards of a checkpoint, in transformers' order, and which of them an index promises for each tensor."""
+    """The shards of a checkpoint, in transformers' order, and the shard of each tensor according to the index."""
 
     shards: tuple[str, ...]
     promised: Mapping[str, str]
 
 
 def weights_files(variant: str | None) -> tuple[str, ...]:
-    """`WEIGHTS_FILES` of a variant: `model.fp16.safetensors` for `fp16`.
+    """Return `WEIGHTS_FILES` for a variant: `model.fp16.safetensors` for `fp16`.
 
     Raises:
-        ConfigurationError: no variant can have such a name.
+        ConfigurationError: the variant's name is not valid.
     """
     if variant is None:
         return WEIGHTS_FILES
@@ -89,12 +89,12 @@ def weights_files(variant: str | None) -> tuple[str, ...]:
 
 
 def find_weights(names: Collection[str], where: str, variant: str | None = None) -> str:
-    """The file of `weights_files` that transformers would load from a checkpoint with these files.
+    """Return the one of `weights_files` that transformers would load from a checkpoint with these files.
 
     Raises:
-        ConfigurationError: no variant can have such a name.
-        UnsupportedModelError: there are only files of another kind.
-        CheckpointError: no file belongs to a model.
+        ConfigurationError: the variant's name is not valid.
+        UnsupportedModelError: there is an adapter, or the weights are of another kind or variant only.
+        CheckpointError: there is no model.
     """
     entry = next((name for name in weights_files(variant) if name in names), None)
     if ADAPTER_CONFIG_FILE in names:
@@ -127,20 +127,20 @@ def find_weights(names: Collection[str], where: str, variant: str | None = None)
 
 
 def is_distributed(names: Collection[str]) -> bool:
-    """Whether files were saved by `torch.distributed.checkpoint`, and none for transformers beside them."""
+    """Whether files were saved by `torch.distributed.checkpoint`, with no transformers weights next to them."""
     return (DISTRIBUTED_FILE in names or bool(ranks_files(names))) and not set(WEIGHTS_FILES).intersection(names)
 
 
 def ranks_files(names: Collection[str]) -> list[str]:
-    """Those files of which each holds what a rank had of the model, in order."""
+    """Return the files that hold one rank's part of the model each, in order."""
     return sorted(filter(_RANKS_FILE.fullmatch, names))
 
 
 def find_adapter_weights(names: Collection[str], where: str) -> str:
-    """The file of `ADAPTER_WEIGHTS_FILES` that peft would load from an adapter with these files.
+    """Return the one of `ADAPTER_WEIGHTS_FILES` that peft would load from an adapter with these files.
 
     Raises:
-        CheckpointError: they are none of an adapter, or lack its weights.
+        CheckpointError: the files are not an adapter, or lack its weights.
     """
     if ADAPTER_CONFIG_FILE not in names:
         raise no_adapter(where)
@@ -153,7 +153,7 @@ def find_adapter_weights(names: Collection[str], where: str) -> str:
 
 
 def has_adapter(where: str, entry: str | None) -> UnsupportedModelError:
-    """The error for an adapter, alone or beside weights: transformers would load both, and surfw does so when told."""
+    """Return the error for an adapter, alone or next to weights: surfw applies an adapter only on request."""
     if entry is None:
         place = where.removeprefix(HUB)
         return UnsupportedModelError(
@@ -168,7 +168,7 @@ def has_adapter(where: str, entry: str | None) -> UnsupportedModelError:
 
 
 def quantisation_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What a configuration says of quantised weights, where transformers looks for it; None if it says nothing."""
+    """Return a configuration's quantisation settings from where transformers reads them; None if there are none."""
     text = config.get("text_config")
     for place in (config, text if isinstance(text, dict) else {}):
         if found := next((place[key] for key in _QUANTISATION if place.get(key)), None):
@@ -177,7 +177,7 @@ def quantisation_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def without_quantisation(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration that says nothing of quantised weights, as that of a model which was dequantised."""
+    """Return a configuration without quantisation settings, as for a dequantised model."""
     clean = {key: value for key, value in config.items() if key not in _QUANTISATION}
     if isinstance(text := clean.get("text_config"), dict):
         clean["text_config"] = {key: value for key, value in text.items() if key not in _QUANTISATION}
@@ -185,10 +185,10 @@ def without_quantisation(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _expect_dense(quantised: Mapping[str, Any], path: str, *, may_be_quantised: bool) -> None:
-    """Refuse quantised weights, unless dense ones are to be made of them, and can be.
+    """Refuse quantised weights unless they may and can be dequantised.
 
     Raises:
-        UnsupportedModelError: with the method's name.
+        UnsupportedModelError: names the quantisation method.
     """
     method = quantised.get("quant_method")
     named = f"{path} asks for quantised weights ({quote(method or 'of an unnamed kind')})"
@@ -205,11 +205,11 @@ def _expect_dense(quantised: Mapping[str, Any], path: str, *, may_be_quantised: 
 
 
 def read_config(folder: Path, where: str | None = None, *, may_be_quantised: bool = False) -> dict[str, Any]:
-    """The folder's `config.json`; `where` names a folder of copies in errors.
+    """Read the folder's `config.json`; `where` names the folder in errors if it holds copies.
 
     Raises:
         CheckpointError: it is missing, or not a JSON object of reasonable size.
-        UnsupportedModelError: it describes weights that surfw cannot chunk.
+        UnsupportedModelError: surfw cannot chunk the weights that it describes.
     """
     if not (folder / CONFIG_FILE).exists():
         raise no_checkpoint(where or str(folder))
@@ -226,16 +226,16 @@ def read_config(folder: Path, where: str | None = None, *, may_be_quantised: boo
 
 
 def read_generation_config(folder: Path, where: str | None = None) -> dict[str, Any] | None:
-    """The folder's `generation_config.json`, if there is one."""
+    """Read the folder's `generation_config.json`, if there is one."""
     path = folder / GENERATION_FILE
     return read_json(path, CONFIG_BYTES, f"{where or folder}/{path.name}") if path.exists() else None
 
 
 def read_weights(folder: Path, name: str, where: str | None = None) -> Weights:
-    """The shards behind one of `weights_files`.
+    """Return the shards that one of `weights_files` consists of.
 
     Raises:
-        CheckpointError: it is an index that is not valid.
+        CheckpointError: the file is an invalid index.
     """
     if ".index." not in name:
         return Weights((name,), {})
@@ -259,7 +259,7 @@ def read_json(path: Path, limit_bytes: int, where: str | None = None) -> dict[st
     """Read a JSON object from a file of at most `limit_bytes`; `where` names it in errors if it is a copy.
 
     Raises:
-        CheckpointError: the file is larger, cannot be read, or holds something else.
+        CheckpointError: the file is larger, cannot be read, or is not a JSON object.
     """
     where = where or str(path)
     text = read_small(path, limit_bytes, where)
@@ -300,7 +300,7 @@ def read_small(path: Path, limit_bytes: int, where: str | None = None) -> bytes:
 
 
 def _refuse_depth(document: Any, where: str) -> None:
-    """Raises: CheckpointError, if the document is nested more deeply than the rest of surfw can read."""
+    """Raise CheckpointError if a document is nested too deeply for the rest of surfw."""
     level, depth = [document], 0
     while level:
         depth += 1
@@ -311,14 +311,14 @@ def _refuse_depth(document: Any, where: str) -> None:
 
 
 def no_checkpoint(where: str) -> CheckpointError:
-    """The error for a place that holds no model."""
+    """Return the error for a location without a model."""
     return CheckpointError(
         f"{where} is not a checkpoint: no {CONFIG_FILE}; give the directory that save_pretrained wrote, or a hub id"
     )
 
 
 def no_adapter(where: str) -> CheckpointError:
-    """The error for a place that holds no adapter."""
+    """Return the error for a location without an adapter."""
     return CheckpointError(
         f"{where} is no adapter: there is no {ADAPTER_CONFIG_FILE}; name the folder that peft's save_pretrained wrote, "
         "and leave --base (base=) out for a whole model"
@@ -326,7 +326,7 @@ def no_adapter(where: str) -> CheckpointError:
 
 
 def is_plain(file: Any, suffix: str) -> bool:
-    """Whether what a file of a checkpoint names is a path within the checkpoint's folder, with this suffix."""
+    """Whether a file name read from a checkpoint is a path within its folder, with this suffix."""
     if not isinstance(file, str) or not file.endswith(suffix) or not file.isprintable() or "\\" in file:
         return False
     return not {"", ".", ".."} & set(file.split("/"))

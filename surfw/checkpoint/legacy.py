@@ -1,12 +1,12 @@
-"""Shards written by `torch.save` (`pytorch_model.bin`): the only file of this room that imports torch.
+"""Shards written by `torch.save` (`pytorch_model.bin`): the only module in this package that imports torch.
 
-- They are pickles, and are read with `weights_only=True`: one that needs code to be run is refused.
-- The file is mapped, not read. Mapped pages count as the process's own memory, so after every 256 MiB the mapping is
-  given up and made anew. The format of torch before 1.6 cannot be mapped: such a file is held whole, with a warning.
+- They are pickles, read with `weights_only=True`: a pickle that needs to run code is refused.
+- The file is mapped, not read. Mapped pages count towards the process's memory, so the file is mapped anew after every
+  256 MiB. The format of torch before 1.6 cannot be mapped: such a file is loaded whole, with a warning.
 - Tensors may be tied, strided or scalars; their bytes are those of the contiguous tensor.
 - Entries that are not tensors are skipped with a warning; transformers does not use them either.
 
-Reading is not safe from several threads.
+Reading is not thread-safe.
 """
 
 import logging
@@ -26,20 +26,20 @@ logger = logging.getLogger("surfw.checkpoint")
 
 _RESIDENT_BYTES = 256 * MIB
 _DEEPEST = 3
-"""So many tables within each other may be around the tensors for an error to say where they are."""
+"""Depth of nested dicts in which tensors are searched for, to name their place in an error."""
 
 _ZIP_MAGIC = b"PK\x03\x04"
 
 
 class LegacyShard:
-    """A file written by `torch.save`, open; its tensors are in the order of the pickle."""
+    """An open file written by `torch.save`; its tensors are in the order of the pickle."""
 
     def __init__(self, path: Path) -> None:
-        """Unpickle the file's table of tensors.
+        """Unpickle the file's dict of tensors.
 
         Raises:
-            CheckpointError: the file is not there, cannot be read, or is damaged.
-            UnsupportedModelError: it needs code to be run, or has tensors of kinds that surfw does not read.
+            CheckpointError: the file is missing, cannot be read, or is damaged.
+            UnsupportedModelError: it needs to run code, or has nested tensors or tensors that surfw does not read.
         """
         self.path = path
         with translate_errors(path), os.fdopen(open_weights(path), "rb") as file:
@@ -62,18 +62,18 @@ class LegacyShard:
             self._refuse_nested()
 
     def read_into(self, tensor: SourceTensor, destination: memoryview, start: int) -> None:
-        """Fill `destination` with the contiguous tensor's bytes from byte `start` on."""
+        """Fill `destination` with the contiguous tensor's bytes from byte `start`."""
         check_unchanged(self.path, None, self.identity)
         if len(destination):
             source = self._bytes_of(tensor)[start : start + len(destination)]
             torch.frombuffer(destination, dtype=torch.uint8).copy_(source)
 
     def close(self) -> None:
-        """Release the mapping, or the memory."""
+        """Release the mapping or the memory."""
         self._state, self._current = {}, None
 
     def _bytes_of(self, tensor: SourceTensor) -> torch.Tensor:
-        """The tensor as bytes: a view where it is contiguous, else a copy; kept until another one is asked for."""
+        """Return the tensor as bytes: a view if it is contiguous, else a copy; kept until another tensor is read."""
         if self._current is None or self._current[0] != tensor.name:
             self._current = None
             if self._mapped and self._touched_bytes > _RESIDENT_BYTES:
@@ -86,7 +86,7 @@ class LegacyShard:
         return self._current[1]
 
     def _refuse_nested(self) -> None:
-        """Say where the tensors are, if they are further down: transformers does not look there."""
+        """Raise an error if the tensors are in nested dicts, where transformers does not look."""
         level: list[tuple[list[Any], Any]] = [([], self._state)]
         while level:
             for path, table in level:
@@ -135,7 +135,7 @@ def _load(path: Path, *, mapped: bool) -> dict[Any, Any]:
 
 
 def _refusal(path: Path, error: Exception) -> CheckpointError | UnsupportedModelError:
-    """The error for what the unpickler raised, which can be anything if the bytes are damaged."""
+    """Translate an error of the unpickler, which can be any exception if the bytes are damaged."""
     if isinstance(error, pickle.UnpicklingError) and (code := re.search(r"GLOBAL (\S+)", str(error))):
         return UnsupportedModelError(
             f"{path} can only be read by running code that it names ({quote(code[1])}), which surfw does not do; "

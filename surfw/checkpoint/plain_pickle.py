@@ -1,8 +1,8 @@
-"""A pickle as inert data: nothing that it names is imported, and nothing in it is called.
+"""Read a pickle as inert data: nothing that it names is imported, and nothing in it is called.
 
-Python's unpickler calls whatever a pickle names. This one knows the few operations that torch's tables are made of, and
-where it would make an object, it keeps the object's name, arguments and state. Names that its caller does not expect,
-other operations, and keys that are no texts or objects end it.
+Python's unpickler calls whatever a pickle names. This one supports only the few operations that torch's metadata needs.
+Instead of creating an object, it records the object's name, arguments and state. It fails on names that the caller does
+not expect, on other operations, and on dict keys other than strings and objects.
 """
 
 import io
@@ -14,11 +14,11 @@ from surfw.config import quote
 
 
 class ForeignNameError(ValueError):
-    """A pickle names something that its reader does not expect, which loading it would import, and may call."""
+    """A pickle contains a global name that is not expected; loading it would import that, and might call it."""
 
 
 class Named:
-    """What a pickle names: a class, a function or a constant, as `module.name`."""
+    """A global in a pickle: a class, a function or a constant, as `module.name`."""
 
     __slots__ = ("name",)
 
@@ -27,12 +27,12 @@ class Named:
 
 
 class Made:
-    """What a pickle would make.
+    """An object that the pickle would create.
 
     Attributes:
-        name: of the class or the function, as `module.name`; empty for what lies outside of the pickle.
-        args: what it would be called with.
-        state: what it would be given afterwards; None if nothing.
+        name: the class or function, as `module.name`; empty for a persistent id, which refers outside of the pickle.
+        args: the arguments of the call.
+        state: the state that would be set afterwards; None if there is none.
     """
 
     __slots__ = ("args", "name", "state")
@@ -44,15 +44,15 @@ class Made:
 
 
 def read_pickle(data: bytes, expected: Collection[str]) -> Any:
-    """What a pickle holds: numbers, texts, tuples, lists, tables, `Named` and `Made`.
+    """Read a pickle's contents: numbers, strings, tuples, lists, dicts, `Named` and `Made`.
 
     Args:
         data: the pickle.
-        expected: the names that it may have, as `module.name`.
+        expected: the global names that it may contain, as `module.name`.
 
     Raises:
-        ForeignNameError: it has others.
-        ValueError: it is damaged, or holds other things.
+        ForeignNameError: it contains another name.
+        ValueError: it is damaged, or has other contents.
     """
     try:
         return _Reader(data, expected).load()
@@ -69,10 +69,10 @@ _OPERATIONS = (
     pickle.EMPTY_TUPLE, pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3, pickle.EMPTY_LIST, pickle.APPEND,
     pickle.APPENDS, pickle.EMPTY_DICT, pickle.GLOBAL, pickle.STACK_GLOBAL, pickle.BINPERSID,
 )  # fmt: skip
-"""The operations of Python's own unpickler that make plain data."""
+"""Operations taken from Python's own unpickler, which yield plain data."""
 
 _MOST_PARTS = 16_000_000
-"""A pickle may make and note so many tables, lists, tuples and objects, of some 100 bytes each."""
+"""The most dicts, lists, tuples, objects and memo entries, of some 100 bytes each, that a pickle may create."""
 
 _COUNTED = (
     pickle.EMPTY_DICT, pickle.EMPTY_LIST, pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3, pickle.NEWOBJ,
@@ -82,7 +82,7 @@ _COUNTED = (
 
 
 def _count(operation: Callable[["_Reader"], None]) -> Callable[["_Reader"], None]:
-    """The operation, as long as the pickle does not make too much."""
+    """Wrap an operation so that it counts towards `_MOST_PARTS`."""
 
     def run(reader: "_Reader") -> None:
         reader.parts += 1
@@ -93,7 +93,7 @@ def _count(operation: Callable[["_Reader"], None]) -> Callable[["_Reader"], None
     return run
 
 
-class _Reader(pickle._Unpickler):  # noqa: SLF001 - the one in Python, whose operations can be chosen
+class _Reader(pickle._Unpickler):  # noqa: SLF001 - the Python version, whose operations can be restricted
     """Reads one pickle."""
 
     stack: list[Any]
@@ -106,13 +106,13 @@ class _Reader(pickle._Unpickler):  # noqa: SLF001 - the one in Python, whose ope
         self.parts = 0
 
     def find_class(self, module: str, name: str) -> Named:
-        """Look nothing up."""
+        """Return the name of an expected global, without looking it up."""
         if (full := f"{module}.{name}") not in self._expected:
             raise ForeignNameError(quote(full))
         return Named(full)
 
     def persistent_load(self, pid: Any) -> Made:
-        """Keep what lies outside of the pickle as it is named."""
+        """Keep a persistent id, which refers outside of the pickle."""
         return Made("", pid if isinstance(pid, tuple) else (pid,))
 
     def _make(self) -> None:
@@ -137,7 +137,7 @@ class _Reader(pickle._Unpickler):  # noqa: SLF001 - the one in Python, whose ope
     def _set(self, items: list[Any]) -> None:
         table, keys = self.stack[-1], items[::2]
         if type(table) is not dict or not all(isinstance(key, str | Made) for key in keys):
-            raise TypeError("a table has other keys")  # the hash of a tuple can take for ever
+            raise TypeError("a table has other keys")  # hashing a nested tuple can take forever
         table.update(zip(keys, items[1::2], strict=True))
 
     dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {

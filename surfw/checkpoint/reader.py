@@ -1,7 +1,7 @@
 """A checkpoint, open for reading: its configuration, its tokenizer files, and the bytes of each of its tensors.
 
-What is in a shard counts, not what the index says: like transformers, every tensor of every shard is there, and of two
-with the same name the one of the later shard. A tensor that the index promises and its shard lacks draws a warning.
+The shards' contents count, not the index: as in transformers, every tensor of every shard is used, and if two shards
+have a tensor of the same name, the later one wins. If a shard lacks a tensor that the index lists, a warning is logged.
 """
 
 import contextlib
@@ -44,14 +44,14 @@ class Checkpoint:
 
     Attributes:
         name: the hub id, or the directory's name.
-        path: the directory that holds its files; of what `torch.distributed.checkpoint` saved, the small ones.
-        config: `config.json`, as it is: nothing in it is trusted yet.
+        path: the directory that holds its files; for a `torch.distributed.checkpoint`, only the small files.
+        config: `config.json`, unchanged: nothing in it is trusted yet.
         generation_config: `generation_config.json`, if there is one.
-        files: what belongs to the tokenizer, and to embeddings of sentences, by path in its folder.
-        shards: the files of weights, in transformers' order.
-        url: where it lies: a folder, or the address of a remote storage, of which `path` has copies of small files.
-        pins: of a remote one, size and revision of its objects when they were opened, by name.
-        release: closes what else was opened for it.
+        files: files of the tokenizer and of sentence embeddings, by path in the checkpoint's folder.
+        shards: the weight files, in transformers' order.
+        url: a folder, or the URL of a remote storage, in which case `path` has copies of the small files.
+        pins: for a remote checkpoint, size and revision of its objects when they were opened, by name.
+        release: closes the other resources of the checkpoint.
     """
 
     name: str
@@ -87,10 +87,10 @@ class Checkpoint:
         self._homes[tensor.file].read_into(tensor, destination, start)
 
     def digest(self, name: str) -> bytes:
-        """BLAKE3 of a tensor's bytes, of which a piece is in memory at a time.
+        """Return the BLAKE3 of a tensor's bytes, which are read piece by piece.
 
         Raises:
-            CheckpointError: as of `read_into`.
+            CheckpointError: see `read_into`.
         """
         whole, size = blake3(), self.tensors[name].nbytes
         buffer = memoryview(bytearray(min(size, PIECE_BYTES)))
@@ -101,11 +101,11 @@ class Checkpoint:
         return whole.digest()
 
     def fingerprint(self) -> tuple[Identity, ...]:
-        """Name, size and modification time of every shard; it changes when the source does."""
+        """Return the identity (name, size, modification time) of every shard; it changes when the source does."""
         return tuple(shard.identity for shard in self.shards)
 
     def close(self) -> None:
-        """Close every shard."""
+        """Close every shard, and whatever else was opened."""
         for shard in self.shards:
             shard.close()
         self.release()
@@ -118,7 +118,7 @@ class Checkpoint:
 
 
 def demo_checkpoint() -> Path:
-    """The folder of the model that comes with surfw: a LLaMA of 3.5 MB that continues sentences about surfw."""
+    """Return the folder of the bundled model: a LLaMA of 3.5 MB that continues sentences about surfw."""
     return Path(__file__).parents[1] / "demo"
 
 
@@ -131,21 +131,21 @@ def open_checkpoint(
     show_progress: bool = False,
     may_be_quantised: bool = False,
 ) -> Checkpoint:
-    """Open a checkpoint by name, downloading it from the hub if it is not a directory here.
+    """Open a checkpoint by name, downloading it from the hub if it is not a local directory.
 
     Args:
         model: a local directory, or a hub id (`org/name`).
         revision: branch, tag or commit of the hub repository.
-        variant: which files of weights, where they are of several kinds: `fp16` for `model.fp16.safetensors`.
-        config_from: the local directory of a model's `config.json` and tokenizer, if `model` is one with its weights
-            alone, as `torch.distributed.checkpoint` saves them.
-        show_progress: let the hub library draw its bars on stderr, in a terminal.
-        may_be_quantised: whether quantised weights are not refused.
+        variant: which weight files to use, if there are several kinds: `fp16` for `model.fp16.safetensors`.
+        config_from: a local directory with `config.json` and tokenizer, if `model` is a directory with weights only,
+            as saved by `torch.distributed.checkpoint`.
+        show_progress: let the hub library draw progress bars on stderr, if that is a terminal.
+        may_be_quantised: accept quantised weights.
 
     Raises:
-        CheckpointError: it is damaged or incomplete, or neither a directory here nor a hub model that can be reached.
-        UnsupportedModelError: it is of a kind that surfw cannot chunk.
-        ConfigurationError: a revision of a local directory was asked for, or a configuration for other weights.
+        CheckpointError: it is damaged or incomplete, or neither a local directory nor a reachable hub model.
+        UnsupportedModelError: surfw cannot chunk this kind of checkpoint.
+        ConfigurationError: `revision` is given for a local directory, or `config_from` for weights that do not need it.
     """
     folder = local_directory(model, "a checkpoint")
     if folder is None:
@@ -168,10 +168,10 @@ def open_checkpoint(
 
 
 def refuse_revision(revision: str | None, model: str) -> None:
-    """Refuse the revision of a local directory.
+    """Refuse a revision for a local directory.
 
     Raises:
-        ConfigurationError: there is one.
+        ConfigurationError: a revision is given.
     """
     if revision is not None:
         raise ConfigurationError(
@@ -180,7 +180,7 @@ def refuse_revision(revision: str | None, model: str) -> None:
 
 
 def not_distributed(model: str) -> ConfigurationError:
-    """The error for a configuration that is named for what `torch.distributed.checkpoint` did not save."""
+    """Return the error for `config_from` with a model that `torch.distributed.checkpoint` did not save."""
     return ConfigurationError(
         f"{model} is no folder here that torch.distributed.checkpoint saved (with .metadata, or one safetensors file "
         "of each rank); name such a folder, or leave --config-from (config_from=) out"
@@ -188,12 +188,12 @@ def not_distributed(model: str) -> ConfigurationError:
 
 
 def _config_folder(config_from: str) -> Path:
-    """The folder that a configuration is to be taken from.
+    """Return the folder `config_from`.
 
     Raises:
-        CheckpointError: there is none of that name here, or none that can be read.
+        CheckpointError: there is no such folder with a readable `config.json`.
     """
-    with contextlib.suppress(OSError, RuntimeError):  # such as a name that is too long, or the home of nobody
+    with contextlib.suppress(OSError, RuntimeError):  # such as a name that is too long, or `~` of an unknown user
         folder = Path(config_from).expanduser()
         if config_from and (folder / CONFIG_FILE).is_file():
             return folder
@@ -206,7 +206,7 @@ def _config_folder(config_from: str) -> Path:
 def _open_distributed(
     folder: Path, names: Collection[str], config_from: str | None, *, may_be_quantised: bool
 ) -> Checkpoint:
-    """Open what `torch.distributed.checkpoint` saved in a folder with these files; see `open_checkpoint`."""
+    """Open a `torch.distributed.checkpoint` in a folder with these files; see `open_checkpoint`."""
     settings = folder if config_from is None else _config_folder(config_from)
     if config_from is None and CONFIG_FILE not in names:
         raise CheckpointError(
@@ -230,7 +230,7 @@ def _open_distributed(
 
 
 def open_shard(path: Path) -> Shard:
-    """Open a file of weights on this machine, by the kind that its name says."""
+    """Open a local weight file; its suffix determines the format."""
     if path.suffix == ".safetensors":
         return SafetensorsShard(path)
     from surfw.checkpoint.legacy import LegacyShard
@@ -252,16 +252,16 @@ def open_directory(
 
     Args:
         folder: the directory.
-        name: default: the directory's.
-        names: its files; default: those in the directory. Shards may be elsewhere, if `open_shard` knows where.
-        open_shard: opens a file of weights; default: the one in the directory.
+        name: default: the directory's name.
+        names: its files; default: those in the directory. Shards may be elsewhere, if `open_shard` finds them.
+        open_shard: opens a weight file; default: from the directory.
         where: names the directory in errors, if it only has copies of the files.
-        variant: as of `open_checkpoint`.
-        may_be_quantised: whether quantised weights are not refused.
+        variant: see `open_checkpoint`.
+        may_be_quantised: accept quantised weights.
 
     Raises:
         CheckpointError: it is damaged or incomplete.
-        UnsupportedModelError: it is of a kind that surfw cannot chunk.
+        UnsupportedModelError: surfw cannot chunk this kind of checkpoint.
     """
     if names is None:
         with translate_errors(folder):
@@ -290,9 +290,9 @@ def open_directory(
 
 
 def folder_name(folder: Path) -> str:
-    """What the model in a folder is called: as the folder, or, in the hub's cache, as the model is on the hub.
+    """Return the name of the model in a folder: the folder's name, or the hub id if it is in the hub's cache.
 
-    A symbolic link has its own name, not that of what it points to; a GGUF file, its name without the suffix.
+    For a symbolic link, this is the link's own name, not its target's; for a GGUF file, its name without the suffix.
     """
     path = Path(os.path.abspath(folder.expanduser()))  # noqa: PTH100 - resolve() follows links, and absolute() keeps ..
     cached = path.parent.parent.name
@@ -302,7 +302,7 @@ def folder_name(folder: Path) -> str:
 
 
 def _check_promises(checkpoint: Checkpoint, weights: Weights, where: str, index: str) -> None:
-    """Warn about tensors that are not where the index says; whether one is missing, the model's class tells."""
+    """Warn about tensors that are not where the index says. The model's class later decides if any are missing."""
     holds = {
         (tensor.name, file)
         for file, one in zip(weights.shards, checkpoint.shards, strict=True)
@@ -322,7 +322,7 @@ def _check_promises(checkpoint: Checkpoint, weights: Weights, where: str, index:
 
 
 def local_directory(model: str, what: str) -> Path | None:
-    """The directory of that name, which holds `what`; None if it can only be a hub id.
+    """Return the local directory `model`; None if it can only be a hub id. `what` describes its contents in errors.
 
     Raises:
         CheckpointError: it can be neither.
@@ -336,7 +336,7 @@ def local_directory(model: str, what: str) -> Path | None:
     except PermissionError:
         with translate_errors(model):
             raise
-    except (OSError, RuntimeError):  # such as a name that is too long, or the home of nobody
+    except (OSError, RuntimeError):  # such as a name that is too long, or `~` of an unknown user
         return None
     if is_file:
         raise CheckpointError(describe_file(path))

@@ -1,7 +1,7 @@
-"""One file of a checkpoint: what every kind of shard offers, and the safetensors kind.
+"""One file of a checkpoint: the interface of all shards, and the safetensors shard.
 
-Bytes are read at positions from an open file, never mapped: mapped pages would count as the process's own memory.
-A file that changes after it was opened is noticed at the next read.
+Bytes are read with `preadv`, never mapped: mapped pages would count towards the process's memory. If a file changes
+after it was opened, the next read fails.
 """
 
 import os
@@ -33,7 +33,7 @@ TORCH_DTYPES = {
     "torch.bfloat16": "BF16", "torch.uint32": "U32", "torch.int32": "I32", "torch.float32": "F32",
     "torch.complex64": "C64", "torch.uint64": "U64", "torch.int64": "I64", "torch.float64": "F64",
 }  # fmt: skip
-"""Safetensors' names of the types that files of torch's own kinds may have, by torch's names."""
+"""Safetensors names of the dtypes that are supported in torch's own file formats, by torch name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +41,11 @@ class SourceTensor:
     """A tensor of a source checkpoint.
 
     Attributes:
-        name: as the file has it; transformers may rename it while loading.
+        name: its name in the file; transformers may rename it while loading.
         dtype: safetensors name, such as `BF16`.
         shape: sizes of its dimensions.
         file: the shard that holds it.
-        start: the byte of the file at which its data begin; None if they are not a plain range of it (legacy files).
+        start: file offset of its data; None if they are not a plain byte range (legacy files).
     """
 
     name: str
@@ -61,7 +61,7 @@ class SourceTensor:
 
 
 class Identity(NamedTuple):
-    """What identifies a file: its name, size in bytes, and time of last modification."""
+    """Identifies a file: its name, size in bytes, and time of last modification."""
 
     name: str
     size_bytes: int
@@ -69,14 +69,14 @@ class Identity(NamedTuple):
 
 
 class Shard(Protocol):
-    """One open file of weights."""
+    """An open weight file."""
 
     path: Path
     identity: Identity
     tensors: tuple[SourceTensor, ...]
 
     def read_into(self, tensor: SourceTensor, destination: memoryview, start: int) -> None:
-        """Fill `destination` with the tensor's bytes from byte `start` of the tensor on.
+        """Fill `destination` with the tensor's bytes from byte `start` of the tensor.
 
         Raises:
             CheckpointError: the file changed since it was opened, or cannot be read.
@@ -87,14 +87,14 @@ class Shard(Protocol):
 
 
 class SafetensorsShard:
-    """A safetensors file, open; its tensors are in the order of their names, as transformers sees them."""
+    """An open safetensors file; its tensors are sorted by name, as in transformers."""
 
     def __init__(self, path: Path) -> None:
         """Open the file and check its header.
 
         Raises:
             CheckpointError: the file is missing, cannot be read, or is damaged.
-            UnsupportedModelError: a tensor has a type that surfw does not read.
+            UnsupportedModelError: a tensor has a dtype that surfw does not read.
         """
         self.path = path
         self._fd = open_weights(path)
@@ -108,23 +108,23 @@ class SafetensorsShard:
             raise
 
     def read_into(self, tensor: SourceTensor, destination: memoryview, start: int) -> None:
-        """Fill `destination` with the tensor's bytes from byte `start` of the tensor on."""
+        """Fill `destination` with the tensor's bytes from byte `start` of the tensor."""
         assert tensor.start is not None, "it is of this file"
         check_unchanged(self.path, self._fd, self.identity)
         read_weights(self.path, self._fd, tensor.start + start, destination)
 
     def close(self) -> None:
-        """Close the file; a second time does nothing."""
+        """Close the file; a second call does nothing."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
 
 
 def read_weights(path: Path, fd: int, position: int, destination: memoryview) -> None:
-    """Fill uint8 memory from an open file, from byte `position` on.
+    """Fill uint8 memory from an open file, starting at byte `position`.
 
     Raises:
-        CheckpointError: it ends early, or cannot be read.
+        CheckpointError: the file ends early, or cannot be read.
     """
     done = 0
     with translate_errors(path):
@@ -141,7 +141,7 @@ def read_weights(path: Path, fd: int, position: int, destination: memoryview) ->
 def read_tensors(
     path: Path, file_bytes: int, read: Callable[[int, memoryview], object], *, where: str
 ) -> tuple[SourceTensor, ...]:
-    """The tensors of a safetensors file in the order of their names; see `read_header`."""
+    """Return the tensors of a safetensors file, sorted by name; see `read_header`."""
     found = read_header(file_bytes, read, where=where).tensors
     return tuple(
         SourceTensor(tensor.name, tensor.dtype, tensor.shape, path, tensor.start)
@@ -150,11 +150,11 @@ def read_tensors(
 
 
 def read_header(file_bytes: int, read: Callable[[int, memoryview], object], *, where: str) -> Header:
-    """The header of a safetensors file; `read` fills memory with its bytes from a position on.
+    """Read the header of a safetensors file; `read(position, memory)` fills memory with its bytes.
 
     Raises:
-        CheckpointError: a rule of the format is broken; the text says which.
-        UnsupportedModelError: a tensor has a type of the format that surfw does not read.
+        CheckpointError: the file breaks a rule of the format, which the message names.
+        UnsupportedModelError: a tensor has a dtype of the format that surfw does not read.
     """
     prefix = bytearray(min(PREFIX_BYTES, file_bytes))
     read(0, memoryview(prefix))
@@ -171,14 +171,14 @@ def read_header(file_bytes: int, read: Callable[[int, memoryview], object], *, w
 
 
 def identify(path: Path, fd: int | None = None) -> Identity:
-    """The file's identity now."""
+    """Return the file's current identity."""
     with translate_errors(path):
         facts = path.stat() if fd is None else os.fstat(fd)
     return Identity(path.name, facts.st_size, facts.st_mtime_ns)
 
 
 def check_unchanged(path: Path, fd: int | None, then: Identity) -> None:
-    """Make sure that a file is unchanged.
+    """Check that a file has not changed since `then`.
 
     Raises:
         CheckpointError: its size or modification time changed.
@@ -192,10 +192,10 @@ def check_unchanged(path: Path, fd: int | None, then: Identity) -> None:
 
 
 def open_weights(path: Path) -> int:
-    """A descriptor of a regular file with weights in it.
+    """Open a regular weight file and return its descriptor.
 
     Raises:
-        CheckpointError: it is missing, not a regular file, or the pointer that git leaves where LFS is not installed.
+        CheckpointError: it is missing, not a regular file, or a Git LFS pointer, as left by git without LFS.
     """
     with translate_errors(path), ExitStack() as opened:
         if not path.is_file():
@@ -209,14 +209,14 @@ def open_weights(path: Path) -> int:
 
 
 def refuse_pointer(data: bytes, where: str) -> None:
-    """Raise CheckpointError if these bytes begin the pointer that git leaves where LFS is not installed."""
+    """Raise CheckpointError if these bytes begin a Git LFS pointer, as left by git without LFS."""
     if data.startswith(_POINTER):
         raise CheckpointError(f"{where} is a Git LFS pointer, not the file itself; run 'git lfs pull' beside it")
 
 
 @contextmanager
 def translate_errors(where: Path | str) -> Iterator[None]:
-    """Turn the operating system's errors about a file into `CheckpointError`."""
+    """Convert `OSError` for a file into `CheckpointError`."""
     try:
         yield
     except PermissionError as exc:

@@ -1,4 +1,4 @@
-"""Checkpoint → store: `prepare` decides what goes where, `write` streams the bytes there, `in_place` copies nothing."""
+"""Checkpoint → store: `prepare` plans the chunks, `write` stores them, `in_place` uses a checkpoint without copying."""
 
 from surfw.chunking.adapter import prepare_adapter, read_base
 from surfw.chunking.copy import copy_model

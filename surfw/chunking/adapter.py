@@ -1,7 +1,7 @@
-"""A LoRA adapter into small chunks over its base, which is in the store already.
+"""Chunk a LoRA adapter over its base, which must already be in the store.
 
-The adapter becomes a model of its own in the store, whose manifest names its base. Each of its chunks holds what it
-adds to one chunk of the base, under the same name.
+The adapter becomes a separate model in the store, whose manifest names its base. Each of its chunks has the name of a
+base chunk and holds the adapter's tensors for it.
 """
 
 import asyncio
@@ -31,19 +31,19 @@ if TYPE_CHECKING:
 
 
 _BASE_LAYER = ".base_layer."
-"""What peft writes into the names of weights of the base that it saves."""
+"""What peft inserts into the names of base weights that it saves."""
 
 
 async def read_base(backend: StorageBackend, name: str) -> Manifest:
-    """The manifest of the model that adapters are to be chunked over.
+    """Read the manifest of the base model for an adapter.
 
     Args:
         backend: the storage of the store.
-        name: the model's, in full or a unique last part.
+        name: the model's full name or a unique last part of it.
 
     Raises:
-        NotAStoreError, UnknownModelError: there is no such model in it.
-        ConfigurationError: it is an adapter itself, or its weights have no digests.
+        NotAStoreError, UnknownModelError: there is no such store or model.
+        ConfigurationError: the model is an adapter itself, or its chunks have no digests.
     """
     store = Store(backend)
     if not await store.check_place():
@@ -74,19 +74,19 @@ def prepare_adapter(
     """Open an adapter and plan its chunks; `write_model` writes them.
 
     Args:
-        model: a hub id, a local directory, or a storage URL under which an adapter lies.
+        model: a hub id, a local directory, or the storage URL of an adapter.
         base: the manifest of its base.
         backend: the storage of the store that has the base.
         name: its name in the store; default: the hub id in full, or the directory's name.
-        revision: of the hub repository.
-        show_progress: let the hub library draw its bars on stderr, in a terminal.
-        storage_options: for a storage URL in `model`.
-        on_step: called with what goes on, in words, whenever that changes.
+        revision: the revision of the hub repository.
+        show_progress: let the hub library draw progress bars on stderr, if that is a terminal.
+        storage_options: options for the storage, if `model` is a storage URL.
+        on_step: called with a description of each step as it starts.
 
     Raises:
         CheckpointError: it is damaged, incomplete, or missing.
-        UnsupportedModelError: it is of a kind that surfw does not apply, or does not fit the base.
-        ConfigurationError: it would take the name of its base, or has no revisions.
+        UnsupportedModelError: surfw does not support this kind of adapter, or it does not fit the base.
+        ConfigurationError: it would have the same name as its base, or `revision` is given but `model` is no hub id.
     """
     if name is not None:
         check_model_name(name)
@@ -114,10 +114,10 @@ def prepare_adapter(
 def _copies_of_base(
     checkpoint: Checkpoint, skeleton: "Skeleton", base: Manifest, backend: StorageBackend
 ) -> frozenset[str]:
-    """The tensors of an adapter that are weights of its base, as peft saves embeddings that it changes.
+    """Return the tensors of an adapter that are copies of base weights, as peft saves for changed embeddings.
 
     Raises:
-        UnsupportedModelError: they are other weights: the base was changed.
+        UnsupportedModelError: they differ from the base's weights: the base was changed.
     """
     found: dict[str, str] = {}
     for outer, inner in strip_prefix(list(checkpoint.tensors), where=checkpoint.url).items():
@@ -140,7 +140,7 @@ def _copies_of_base(
 
 
 async def _digest_tensors(backend: StorageBackend, manifest: Manifest, names: Collection[str]) -> dict[str, bytes]:
-    """BLAKE3 of tensors of a model in a store; whole blocks are read, and verified."""
+    """Return the BLAKE3 of tensors of a stored model; whole blocks are read and verified."""
     source = StorageSource(backend, owned=False)
     try:
         mounted = await source.manifest(manifest.name)

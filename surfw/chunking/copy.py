@@ -1,9 +1,9 @@
-"""A model that is chunked already, into another store, or in other forms: from a store, or from a server.
+"""Copy a chunked model from a store or a server into another store, or into other forms.
 
-Payloads are read as the runtime reads them, verified, and written as `write` writes those of a checkpoint. A chunk
-keeps its identity: what was read is compared with it before anything becomes visible. The checkpoint is not needed, and
-torch only to tell which weights can be quantised. Quantised forms that are there already are copied as they are, and so
-are all forms of an encrypted model, which takes no key.
+Payloads are read and verified as in the runtime, and written as `write` writes a checkpoint's. Chunks keep their ids:
+every payload is checked against its id before anything becomes visible. The checkpoint is not needed; torch is needed
+only to find the weights that can be quantised. Existing quantised forms are copied unchanged, and so are all forms of
+an encrypted model, for which no key is needed.
 """
 
 import asyncio
@@ -52,27 +52,27 @@ async def copy_model(
     progress: Progress = lambda *_: None,
     on_outcome: Callable[[str, Outcome], object] = lambda *_: None,
 ) -> Manifest:
-    """Write a chunked model into a store, and publish it. An empty place becomes a store.
+    """Write a chunked model into a store and publish it. An empty location becomes a store.
 
     Args:
-        source: where it is.
-        model: its name there, in full or a unique last part; None for the only one; or its manifest, if that is read.
+        source: the source of the model.
+        model: its full name there or a unique last part of it; None for the only model; or its manifest.
         backend: the storage.
-        name: its name in the store; default: the one that it has.
-        codecs: as of `write_model`; default: `DEFAULT_CODECS`, or all there is of a model that has no exact forms, or
-            that is encrypted.
-        only_experts: whether packed forms are made of the experts of a mixture alone; those that are there are copied.
-        key: encrypts the copy; an encrypted model stays as it is, so of that one it is its own.
-        signer: signs the copy; without one, it keeps the signature that it has, where that speaks of its forms.
-        progress: as of `write_model`.
-        on_outcome: as of `write_model`.
+        name: its name in the store; default: its current name.
+        codecs: see `write_model`; default: `DEFAULT_CODECS`, or all existing codecs for a model that is encrypted or
+            has no exact forms.
+        only_experts: quantise only the experts of a mixture; existing packed forms are copied.
+        key: encrypts the copy. An encrypted model is copied unchanged, so for one, `key` must be its own key.
+        signer: signs the copy; without one, the copy keeps the model's signature if that covers its forms.
+        progress: see `write_model`.
+        on_outcome: see `write_model`.
 
     Raises:
         UnknownModelError: the source has no such model.
-        ConfigurationError: a form cannot be made of what is there.
-        IntegrityError: what the source delivers is not what it promises.
-        StorageError, WireError: it cannot be read, or the storage cannot take it. Nothing is visible then, and the next
-            run continues where this one stopped.
+        ConfigurationError: a form cannot be made from the existing ones.
+        IntegrityError: bytes from the source do not match its manifest.
+        StorageError, WireError: reading or writing failed. Nothing is visible yet, and the next run resumes where this
+            one stopped.
     """
     manifest = model if isinstance(model, Manifest) else await source.manifest(await source.resolve(model))
     name = check_model_name(name or manifest.name)
@@ -85,7 +85,7 @@ async def copy_model(
                 manifest.name, " and ".join(left), ",".join([*codecs, *left]),
             )  # fmt: skip
     chunks = await asyncio.to_thread(_plan, manifest, codecs, key, only_experts=only_experts)
-    key = None if manifest.key_id else key  # then it is encrypted already
+    key = None if manifest.key_id else key  # an encrypted model is not encrypted again
     payloads = SourcePayloads(source, manifest, asyncio.get_running_loop())
     contents = Contents(
         name=name,
@@ -124,7 +124,7 @@ async def check_copy(
     only_experts: bool = False,
     key: EncryptionKey | None = None,
 ) -> None:
-    """Check that `copy_model` may write a model there, without writing anything; arguments and errors as of that."""
+    """Check, without writing anything, that `copy_model` may write a model; same arguments and errors."""
     await _expect_base(manifest, backend)
     codecs = codecs or _default_codecs(manifest)
     await asyncio.to_thread(_plan, manifest, codecs, key, only_experts=only_experts)
@@ -132,11 +132,11 @@ async def check_copy(
 
 
 async def _expect_base(manifest: Manifest, backend: StorageBackend) -> None:
-    """Make sure that an adapter comes where its base is already.
+    """Check that an adapter's base is already in the target store.
 
     Raises:
-        ConfigurationError: the base is not there.
-        ManifestError: the model of that name has other weights.
+        ConfigurationError: the base is missing.
+        ManifestError: the model with the base's name has other weights.
     """
     if manifest.base is None:
         return
@@ -160,7 +160,7 @@ def _default_codecs(manifest: Manifest) -> Sequence[str]:
 def _plan(
     manifest: Manifest, codecs: Sequence[str], key: EncryptionKey | None, *, only_experts: bool
 ) -> tuple[PlannedChunk, ...]:
-    """The chunks to write; torch is needed where a form is to be made that is not there."""
+    """Plan the chunks to write; requires torch if a packed form has to be made."""
     if manifest.key_id:
         return _plan_encrypted(manifest, codecs, key)
     if manifest.base is not None and key is not None:
@@ -184,7 +184,7 @@ def _plan(
 
 
 def _plan_encrypted(manifest: Manifest, codecs: Sequence[str], key: EncryptionKey | None) -> tuple[PlannedChunk, ...]:
-    """The chunks of an encrypted model, each with those of its forms that are copied."""
+    """Plan the chunks of an encrypted model, each with the forms to copy."""
     if key and key.id != manifest.key_id:
         raise ConfigurationError(
             f"{manifest.name} is encrypted with key {manifest.key_id} already, and a copy stays as it is; the "
@@ -225,15 +225,15 @@ def _copied(
                 f"{theirs.id[:16]}…; chunk the model again"
             )
     copied = replace(manifest, name=name, chunks=tuple(chunks), files=tuple(files), origin=None)
-    # An encrypted copy of a plain model has another identity, which is known only once it has its key's id.
+    # An encrypted copy of a plain model has another identity, known only once the manifest has the key's id.
     return replace(copied, signature=None) if key else copied.with_signature_of(manifest)
 
 
 class SourcePayloads:
-    """Payloads of chunks of a source; besides what is filled, a piece of coded bytes is in memory."""
+    """Reads payloads from a chunk source; besides the destination, one piece of coded bytes is in memory."""
 
     def __init__(self, source: ChunkSource, manifest: Manifest, loop: asyncio.AbstractEventLoop) -> None:
-        """Read a model of a source that works in this event loop."""
+        """`loop` is the event loop in which the source runs."""
         self._source = source
         self._manifest = manifest
         self._loop = loop
@@ -241,16 +241,16 @@ class SourcePayloads:
         self._is_stopped = False
 
     def stop(self) -> None:
-        """Fetch nothing any more; what waits for a fetch fails."""
+        """Stop fetching; pending reads fail."""
         self._is_stopped = True
         for fetch in list(self._fetches):
             fetch.cancel()
 
     def read_into(self, chunk: PlannedChunk, start: int, destination: memoryview) -> None:
-        """Fill `destination` with a chunk's payload from byte `start` on, which begins a block, as does its end.
+        """Fill `destination` with a chunk's payload from byte `start`; both ends must be block boundaries.
 
         Raises:
-            IntegrityError: bytes are not what the manifest promises.
+            IntegrityError: bytes do not match the manifest.
             StorageError, WireError: they could not be read, or reading was stopped.
         """
         stored = self._manifest.by_name[chunk.name]
@@ -262,10 +262,10 @@ class SourcePayloads:
             self._decode(stored, form, start, destination)
 
     def read_form_into(self, chunk: PlannedChunk, form: Form, start: int, destination: memoryview) -> None:
-        """Fill `destination` with bytes of a form from byte `start` on, which begins a block, as does its end.
+        """Fill `destination` with bytes of a form from byte `start`; both ends must be block boundaries.
 
         Raises:
-            IntegrityError: bytes are not what the manifest promises.
+            IntegrityError: bytes do not match the manifest.
             StorageError, WireError: they could not be read.
         """
         self._fetch(self._manifest.by_name[chunk.name], form, start, destination)
@@ -286,7 +286,7 @@ class SourcePayloads:
     def _decode(self, chunk: Chunk, form: Form, start: int, destination: memoryview) -> None:
         first, stop = start // FRAME_BYTES, -(-(start + len(destination)) // FRAME_BYTES)
         ends = [0, *accumulate(form.frames)]
-        low = ends[first] // BLOCK_BYTES * BLOCK_BYTES  # whole blocks can be verified
+        low = ends[first] // BLOCK_BYTES * BLOCK_BYTES  # only whole blocks can be verified
         high = min(-(-ends[stop] // BLOCK_BYTES) * BLOCK_BYTES, form.stored_bytes)
         coded = memoryview(bytearray(high - low))
         self._fetch(chunk, form, low, coded)

@@ -1,4 +1,4 @@
-"""The forms of one chunk while it is written: a file for each, and what the journal says of them afterwards."""
+"""Write the forms of one chunk, each into a file, and encode them as journal entries."""
 
 import os
 import time
@@ -29,9 +29,9 @@ from surfw.safetensors_header import encode_header
 from surfw.storage.store import blob_key
 
 LEAST_GAIN = 0.1
-"""A coded form beside the plain one has to be smaller by this part of it.
+"""Next to a plain form, a coded one is kept only if it is smaller by at least this share.
 
-A chunk of less than a frame gets none: asking for it takes longer than reading it.
+A chunk of less than one frame gets no coded form: requesting it takes longer than reading it.
 """
 
 _SAMPLES, _DECODINGS = 8, 5
@@ -39,13 +39,13 @@ _ENCODERS = min(4, os.cpu_count() or 1)
 
 
 class PayloadSource(Protocol):
-    """Where payloads come from."""
+    """A source of payloads. Methods are called in a thread, with increasing `start` for each chunk."""
 
     def read_into(self, chunk: PlannedChunk, start: int, destination: memoryview) -> None:
-        """Fill `destination` with a chunk's payload from byte `start` on; called with rising `start`, in a thread."""
+        """Fill `destination` with a chunk's payload from byte `start`."""
 
     def read_form_into(self, chunk: PlannedChunk, form: Form, start: int, destination: memoryview) -> None:
-        """Fill `destination` with verified bytes of a form that is copied, likewise."""
+        """Fill `destination` with verified bytes, from byte `start`, of a form that is copied."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class Written:
 
 
 class _Stored:
-    """The stored bytes of one form on their way into its file: encrypted if there is a key, and digested."""
+    """Writes the stored bytes of one form into its file: encrypts them if there is a key, and digests them."""
 
     def __init__(self, file: int, key: EncryptionKey | None) -> None:
         self._file, self._digester = file, Digester()
@@ -65,13 +65,12 @@ class _Stored:
         self.size = 0
 
     def add(self, part: bytes | memoryview) -> None:
-        """Write the next bytes."""
         self.size += len(part)
         for stored in (part,) if self._sealer is None else self._sealer.update(part):
             self._write(stored)
 
     def finish(self) -> tuple[Digests, bytes]:
-        """The digests of all of it, and the seals of its blocks."""
+        """Return the digests of the form, and the seals of its blocks."""
         for stored in self._sealer.finish() if self._sealer else ():
             self._write(stored)
         return self._digester.result(), self._sealer.seals if self._sealer else b""
@@ -82,10 +81,10 @@ class _Stored:
 
 
 class _PackedFile:
-    """The file of one packed form, which is encoded in a thread of its own."""
+    """The file of one packed form, encoded in its own thread."""
 
     def __init__(self, codec: str, planned: PlannedChunk, stored: _Stored) -> None:
-        from surfw.codec.quantised import PackedEncoder  # here: it brings numpy
+        from surfw.codec.quantised import PackedEncoder  # here: imports numpy
 
         self._codec, self._kinds, self._stored = codec, planned.kinds(codec), stored
         parts = plan_parts([tensor.info for tensor in planned.tensors], self._kinds)
@@ -93,25 +92,23 @@ class _PackedFile:
         self._thread = ThreadPoolExecutor(1, f"surfw-{codec}")
 
     def add(self, piece: memoryview) -> Future[None]:
-        """Encode the next piece of the payload."""
         return self._thread.submit(self._encoder.update, piece)
 
     def finish(self) -> Form:
-        """The form, once all is encoded."""
+        """Finish encoding, and return the form."""
         self._thread.submit(self._encoder.finish).result()
         digests, seals = self._stored.finish()
         place = Location(_key(self._codec, digests, seals), 0, self._stored.size)
         return Form(self._codec, self._stored.size, *digests, (place,), kinds=self._kinds, seals=seals)
 
     def close(self) -> None:
-        """End its thread."""
         self._thread.shutdown(cancel_futures=True)
 
 
 class FormFiles:
-    """The files of one chunk's forms, while it is written. Pieces are hashed and coded in threads of their own.
+    """Writes one chunk's forms into files. Pieces are hashed and encoded in separate threads.
 
-    With a key, what comes into the files is encrypted, the plain form's too: it has no header then.
+    With a key, all files are encrypted, including the plain form's, which then has no header.
     """
 
     def __init__(
@@ -153,12 +150,12 @@ class FormFiles:
 
     @property
     def copied(self) -> list[Form]:
-        """The forms that are copied as they are: `copy` takes their bytes."""
+        """The forms that are copied unchanged: pass their bytes to `copy`."""
         return [form for codec in self._codecs if (form := self._planned.copied(codec))]
 
     @property
     def needs_payload(self) -> bool:
-        """Whether there are other forms too."""
+        """Whether any form has to be made from the payload."""
         return len(self.copied) < len(self._codecs)
 
     def copy(self, form: Form, piece: memoryview) -> None:
@@ -166,7 +163,7 @@ class FormFiles:
         self._stored[form.codec].add(piece)
 
     def add(self, piece: memoryview) -> None:
-        """Write the next piece of the payload, whose memory must not change before it is settled."""
+        """Write the next piece of the payload. Its memory must not change until it is settled."""
         encoded = []
         for at in range(0, len(piece) if "lossless" in self._files else 0, FRAME_BYTES):
             start = self._size + at
@@ -181,7 +178,7 @@ class FormFiles:
             _write_all(self._files["none"], piece)
 
     def settle(self) -> None:
-        """Wait until the oldest piece is hashed, and its frames are written."""
+        """Wait until the oldest pending piece is hashed and its frames are written."""
         taken, encoded = self._pending.popleft()
         for coded in encoded:
             frame = coded.result()
@@ -191,7 +188,7 @@ class FormFiles:
             job.result()
 
     def finish(self) -> Written:
-        """Settle the rest; returns the forms that are worth keeping."""
+        """Settle the remaining pieces, and return the chunk with the forms to keep."""
         while self._pending:
             self.settle()
         payload, forms = self._payload.result(), list[Form]()
@@ -213,7 +210,7 @@ class FormFiles:
         return Written(self._key.hide(chunk_id) if self._key else chunk_id, tuple(forms))
 
     def _finish_plain(self, payload: Digests) -> Form:
-        """The form that is the payload itself: in a safetensors file, or encrypted."""
+        """Finish the form `none`: a safetensors file, or the encrypted payload."""
         if self._key is None:
             start, digests, seals = len(self._header), payload, b""
         else:
@@ -223,10 +220,10 @@ class FormFiles:
 
 
 def codecs_of(planned: PlannedChunk, codecs: Sequence[str]) -> tuple[str, ...]:
-    """Of these codecs, those that a chunk has forms of, as far as what it holds decides it; if there is none, `none`.
+    """Return the codecs in which a chunk will be written, before anything is encoded; `none` if no other applies.
 
-    A chunk without matrices has no packed form, and a small one no compressed form beside the plain one. Of an
-    encrypted one, there is what was decided when it was encrypted.
+    A chunk without matrices has no packed form. A small chunk has no compressed form next to the plain one. An
+    encrypted chunk keeps the forms that it has.
     """
     if any(form.seals for form in planned.ready):
         return tuple(form.codec for form in planned.ready)
@@ -237,7 +234,7 @@ def codecs_of(planned: PlannedChunk, codecs: Sequence[str]) -> tuple[str, ...]:
 
 
 def planned_form(planned: PlannedChunk, codec: str) -> Form:
-    """A form that a chunk will have, as far as it is known before anything is read: coded ones are no larger."""
+    """Return a form of a chunk as known before anything is read. For a coded form, the size is an upper bound."""
     if kinds := planned.kinds(codec):
         size = packed_bytes(plan_parts([tensor.info for tensor in planned.tensors], kinds))
         return Form(codec, size, "", b"", kinds=kinds)
@@ -246,12 +243,12 @@ def planned_form(planned: PlannedChunk, codec: str) -> Form:
 
 @dataclass(frozen=True, slots=True)
 class CodedEstimate:
-    """About what `lossless` comes to.
+    """Estimated size and speed of the form `lossless`.
 
     Attributes:
         share: coded bytes ÷ payload bytes.
-        stored_bytes: what the chunks take that get this form beside the plain one.
-        decoded_per_second: payload bytes per second that they are decoded at.
+        stored_bytes: coded bytes of all chunks that are large enough for this form.
+        decoded_per_second: payload bytes decoded per second.
     """
 
     share: float
@@ -260,7 +257,7 @@ class CodedEstimate:
 
 
 def estimate_coded(plan: ChunkPlan, payloads: PayloadSource) -> CodedEstimate:
-    """About what a model comes to in the form `lossless`, from a frame of each of its largest chunks."""
+    """Estimate a model's form `lossless` from one frame of each of its largest chunks."""
     largest = sorted((one for one in plan.chunks if one.payload_bytes), key=lambda one: one.payload_bytes)[-_SAMPLES:]
     frames: list[tuple[bytes | memoryview, memoryview]] = []
     for chunk in largest:
@@ -275,7 +272,7 @@ def estimate_coded(plan: ChunkPlan, payloads: PayloadSource) -> CodedEstimate:
 
 
 def _decode_seconds(frames: Sequence[tuple[bytes | memoryview, memoryview]]) -> float:
-    """How long the threads of a run take to decode these frames: the shortest of several times."""
+    """Measure how long a run's decoder threads take for these frames: the minimum of several runs."""
     seconds = []
     with decoders() as threads:
         for _ in range(_DECODINGS):
@@ -286,27 +283,27 @@ def _decode_seconds(frames: Sequence[tuple[bytes | memoryview, memoryview]]) -> 
 
 
 def _key(codec: str, digests: Digests, seals: bytes) -> str:
-    """The blob of a form."""
+    """Return the blob key of a form."""
     suffix = {"none": ".safetensors", "lossless": ".lossless"}.get(codec, ".packed")
     return blob_key(digests.digest, ".encrypted" if seals else suffix)
 
 
 def scratch_file(scratch: Path, codec: str) -> Path:
-    """The file of one form, from the path that the files of all forms are named after."""
+    """Return the file of one form, named after the path `scratch` that all forms share."""
     return scratch.with_suffix(f".{codec}.tmp")
 
 
 def encode_entry(name: str, codecs: Sequence[str], written: Written) -> bytes:
-    """A line of the journal: a chunk, the codecs that were asked for, and where its forms are stored."""
+    """Encode a line of the journal: a chunk, the requested codecs, and the locations of its forms."""
     forms = [_encode_form(form) for form in written.forms]
     return encode_line({"chunk": name, "codecs": list(codecs), "id": written.id, "forms": forms})
 
 
 def decode_entry(line: bytes) -> tuple[str, tuple[str, ...], Written]:
-    """The name of a chunk, the codecs that were asked for, and its forms.
+    """Decode a line of the journal: the name of a chunk, the requested codecs, and its forms.
 
     Raises:
-        ValueError, KeyError, TypeError, RecursionError: the line is damaged, or another surfw has written it.
+        ValueError, KeyError, TypeError, RecursionError: the line is damaged, or another version of surfw wrote it.
     """
     entry = decode_line(line)
     written = Written(entry["id"], tuple(_decode_form(form) for form in entry["forms"]))

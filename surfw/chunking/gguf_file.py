@@ -1,4 +1,4 @@
-"""A GGUF file into chunks of dense weights, as transformers reads it."""
+"""Prepare a GGUF file for chunking as dense weights, as transformers reads it."""
 
 import logging
 import tempfile
@@ -20,7 +20,7 @@ from surfw.skeleton.sanitise import sanitise, tag_floats
 logger = logging.getLogger("surfw.chunking")
 
 _DTYPE = "float32"
-"""What transformers makes of a GGUF file by default."""
+"""The dtype to which transformers converts a GGUF file by default."""
 
 
 def prepare_gguf(
@@ -35,14 +35,14 @@ def prepare_gguf(
 
     Args:
         file: the file.
-        name: the model's name in the store; default: the file's, without its suffix.
-        dtype: of the dense weights; default: float32, as in transformers.
-        on_missing: as of `prepare_model`.
-        on_step: called with what goes on, in words, whenever that changes.
+        name: the model's name in the store; default: the file's name without its suffix.
+        dtype: the dtype of the dense weights; default: float32, as in transformers.
+        on_missing: see `prepare_model`.
+        on_step: called with a description of each step as it starts.
 
     Raises:
         CheckpointError: it is damaged, or lacks weights.
-        UnsupportedModelError: transformers does not read it, or the package `gguf` is not installed.
+        UnsupportedModelError: transformers cannot read it, or the package `gguf` is not installed.
     """
     check_dtype(dtype or _DTYPE)
     name = check_model_name(name or folder_name(file))
@@ -72,7 +72,7 @@ def prepare_gguf(
 
 
 def _tokenizer_files(file: Path, folder: Path) -> dict[str, Path]:
-    """The files of the tokenizer that transformers makes of a GGUF file; none, with a warning, if it cannot."""
+    """Save the tokenizer that transformers builds from a GGUF file; if it cannot, warn and return no files."""
     from surfw.skeleton.gguf import save_tokenizer
 
     try:

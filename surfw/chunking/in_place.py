@@ -1,14 +1,17 @@
-"""A checkpoint as a model of a store without a copy: its chunks are byte ranges of the checkpoint's own shards.
+"""A checkpoint as a model in a store without copying: its chunks are byte ranges of the checkpoint's own shards.
 
-Invariants: no weight byte is written; a chunk's payload is the same as in a copy, and so is its identity once its
-digests are known, unless the checkpoint has another precision than the model is built with: that is kept then, and
-converted on arrival; tensors that are not a range of a shard (converted ones, `.bin`) are refused; every object is
-pinned to the revision it had when its header was read.
+Invariants:
 
-As a program (`python -m surfw.chunking.in_place`), this makes a private store for a checkpoint that a server serves in
-place: a process of its own, since the server's never loads torch. It reads a JSON object from its standard input
-(`place`, `options`, `stores`), so that no secret stands in the list of processes, and writes one: `store`, or `error`
-and `text`.
+- No weight byte is written.
+- A chunk's payload equals that in a copy, and so does its id once its digests are known. The exception is a checkpoint
+  whose precision differs from the dtype that the model is built with: its precision is kept, and converted on arrival.
+- Tensors that are not a byte range of a shard (converted ones, `.bin`) are refused.
+- Every object is pinned to the revision it had when its header was read.
+
+As a program (`python -m surfw.chunking.in_place`), this module creates a private store for a checkpoint that a server
+serves in place. It runs in a separate process because the server never loads torch. It reads a JSON object from
+standard input (`place`, `options`, `stores`), so that no secret appears in the process list, and writes one to standard
+output: `store`, or `error` and `text`.
 """
 
 import asyncio
@@ -42,10 +45,10 @@ _INSTEAD = "run surfw chunk without --in-place, which writes a copy that is"
 
 
 def check_reach(model: str, backend: StorageBackend) -> None:
-    """Make sure that a store may point at the files of a checkpoint, which is named as for `prepare_model`.
+    """Check that a store may refer to the files of a checkpoint; `model` is as for `prepare_model`.
 
     Raises:
-        ConfigurationError: the store is not on this machine, but the checkpoint is.
+        ConfigurationError: the store is remote, but the checkpoint is local.
     """
     if is_local_url(model) and backend.local_path(MARKER) is None:
         raise ConfigurationError(
@@ -55,11 +58,11 @@ def check_reach(model: str, backend: StorageBackend) -> None:
 
 
 async def build_manifest(prepared: PreparedModel) -> Manifest:
-    """The manifest of a prepared model whose chunks lie in its checkpoint; their digests are not known.
+    """Build the manifest of a prepared model whose chunks lie in its checkpoint; their digests are not known yet.
 
     Raises:
-        UnsupportedModelError: a tensor is not a range of the checkpoint.
-        CheckpointError: the checkpoint changed since it was opened, or its storage does not tell when it changes.
+        UnsupportedModelError: a tensor is not a byte range of the checkpoint.
+        CheckpointError: the checkpoint changed since it was opened, or its storage does not report changes.
     """
     checkpoint = prepared.checkpoint
     planned = [_as_stored(prepared, chunk) for chunk in prepared.plan.chunks]
@@ -71,7 +74,7 @@ async def build_manifest(prepared: PreparedModel) -> Manifest:
 
 
 def _as_stored(prepared: PreparedModel, chunk: PlannedChunk) -> PlannedChunk:
-    """The chunk with floating-point tensors in the precision of the checkpoint: they are converted on arrival."""
+    """Return the chunk with floats in the checkpoint's precision; they are converted on arrival."""
 
     def stored(tensor: PlannedTensor) -> PlannedTensor:
         recipe = prepared.loading.recipes[tensor.info.name]
@@ -90,7 +93,7 @@ def _chunk(planned: PlannedChunk, locations: Sequence[Location], origin: Origin)
 
 
 def _locations(prepared: PreparedModel, chunk: PlannedChunk) -> list[Location]:
-    """Where a chunk's payload lies, in order; neighbours are one range."""
+    """Return the locations of a chunk's payload, in order; adjacent ranges are merged."""
     found: list[Location] = []
     for tensor in chunk.tensors:
         recipe = prepared.loading.recipes[tensor.info.name]
@@ -133,7 +136,7 @@ async def _pins(checkpoint: Checkpoint, shards: set[str]) -> Mapping[str, Pin]:
         if revision is None:
             raise CheckpointError(f"{checkpoint.path / name} vanished while it was read; download it again")
         pins[name] = Pin(await backend.size(name), revision)
-    for shard in checkpoint.shards:  # it may have changed after its header was read and before it was pinned
+    for shard in checkpoint.shards:  # it may have changed between reading its header and pinning it
         await asyncio.to_thread(check_unchanged, shard.path, None, shard.identity)
     return pins
 
@@ -150,11 +153,11 @@ async def write_in_place(
     origin_options: PlacedOptions | None = None,
     progress: Progress = lambda *_: None,
 ) -> Manifest:
-    """Publish a prepared model in a store without copying it, after reading all of it once for its digests.
+    """Publish a prepared model in a store without copying it, after reading it once to compute its digests.
 
     Raises:
-        ManifestError: the store is not on this machine, but the checkpoint is.
-        UnsupportedModelError: a tensor is not a range of the checkpoint.
+        ManifestError: the store is remote, but the checkpoint is local.
+        UnsupportedModelError: a tensor is not a byte range of the checkpoint.
         StorageError: the store cannot be written, or the checkpoint cannot be read. Nothing is visible then.
     """
     manifest = await build_manifest(prepared)
@@ -176,16 +179,16 @@ async def publish_place(
     silence_timeout: float = DEFAULT_SILENCE_SECONDS,
     stores: Path | None = None,
 ) -> Path:
-    """Make the checkpoint in a folder or under a storage URL the one model of a private store, without digests.
+    """Publish the checkpoint at a folder or storage URL as the only model of a private store, without digests.
 
     Args:
         place: the folder or URL.
         options: storage options for it.
-        silence_timeout: seconds without progress after which a remote storage is given up.
+        silence_timeout: seconds without progress after which access to a remote storage fails.
         stores: the folder of private stores; default: `private_stores()`.
 
     Returns:
-        The folder of that store.
+        The folder of the store.
 
     Raises:
         SurfwError: it cannot be served in place.
@@ -204,14 +207,14 @@ async def publish_place(
     store = Store(open_backend(folder))
     await store.create()
     await store.publish(manifest)
-    for name in await store.models():  # of a folder that lay at this place before
+    for name in await store.models():  # of an earlier checkpoint at this place
         if name != manifest.name:
             await store.backend.remove(manifest_key(name))
     return folder
 
 
 def main() -> None:
-    """Make the private store that standard input asks for."""
+    """Create the private store requested on standard input."""
     logging.basicConfig(format="%(levelname)s %(message)s")
     warnings.simplefilter("ignore")
     request = json.load(sys.stdin)
@@ -226,5 +229,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except KeyboardInterrupt:  # the server that waits for this was interrupted as well
+    except KeyboardInterrupt:  # the waiting server was interrupted as well
         sys.exit(130)

@@ -1,4 +1,4 @@
-"""`ModelChunker`: chunking a checkpoint from Python."""
+"""`ModelChunker`: chunk a checkpoint from Python."""
 
 import asyncio
 import os
@@ -28,13 +28,13 @@ class ModelInfo:
 
     Attributes:
         name: the model's name in the store.
-        class_name: the class that is built to run it.
-        dtype: the dtype it is built with.
-        layers: how many of its chunks are layers.
-        chunks: how many chunks it has; fine-tunes share those that are equal.
+        class_name: the class to build.
+        dtype: the dtype to build it with.
+        layers: number of chunks that are layers.
+        chunks: number of chunks; fine-tunes share equal ones.
         payload_bytes: the size of all its weights.
         digest: BLAKE3 of its manifest: equal for equal models.
-        store: where it lies.
+        store: the URL of its store.
     """
 
     name: str
@@ -58,7 +58,7 @@ def _takes_only_experts(quantize: str, codecs: Sequence[str]) -> bool:
 
 
 class ModelChunker:
-    """Cuts one checkpoint into chunks by layer, and writes them into a store."""
+    """Splits one checkpoint into chunks by layer and writes them into a store."""
 
     def __init__(
         self,
@@ -86,34 +86,33 @@ class ModelChunker:
 
         Args:
             model_name: a hub id (`org/name`), a local directory or GGUF file, or a storage URL.
-            output_dir: the folder or storage URL that is, or becomes, the store; default: `./chunks`, unless a backend
-                is given.
-            storage_backend: the storage that is, or becomes, the store; it stays the caller's to close.
+            output_dir: the folder or storage URL of the store, which is created if needed; default: `./chunks`, unless
+                a backend is given.
+            storage_backend: the storage of the store, which is created if needed; the caller must close it.
             name: the model's name in the store; default: the hub id, or the directory's name.
-            base: for a LoRA adapter in peft's format: the model of the store that it changes. Then `dtype`,
-                `dequantize`, `model_class`, `config_from` and `on_missing` have no meaning.
+            base: for a LoRA adapter in peft's format, the model in the store that it changes; excludes `dtype`,
+                `dequantize`, `model_class`, `config_from` and `on_missing`.
             revision: branch, tag or commit of the hub repository.
-            variant: which files of weights, where they are of several kinds: `fp16` for `model.fp16.safetensors`.
+            variant: which weight files to use, if there are several kinds: `fp16` for `model.fp16.safetensors`.
             dtype: convert the weights to this dtype, as `from_pretrained(dtype=…)` would.
-            dequantize: instead of `dtype`, make dense weights of this dtype of quantised ones, as transformers does:
-                compressed-tensors, fp8, mxfp4 and mxfp8.
+            dequantize: instead of `dtype`, convert quantised weights (compressed-tensors, fp8, mxfp4 and mxfp8) to
+                dense ones of this dtype, as transformers does.
             model_class: your own subclass of transformers' `PreTrainedModel`, for a model that transformers does not
                 know.
-            config_from: the local directory of the model's `config.json` and tokenizer, if `model_name` is one with
-                its weights alone, as `torch.distributed.checkpoint` saves them.
-            on_missing: `error`, or `uninitialized`: chunk a checkpoint that lacks weights of its class.
-            codecs: the forms to store of each chunk: `none`, `lossless`, and `int8` and `int4`, which are not exact.
-                Beside `none`, `lossless` is kept where it is at least 10 % smaller.
-            quantize: which matrices `int8` and `int4` take: all, or only those of the experts of a mixture.
+            config_from: a local directory with `config.json` and tokenizer, if `model_name` is a directory with weights
+                only, as saved by `torch.distributed.checkpoint`.
+            on_missing: `error`, or `uninitialized` to chunk a checkpoint that lacks weights of its class.
+            codecs: the forms to store for each chunk: `none`, `lossless`, and `int8` and `int4`, which are not exact.
+                Next to `none`, `lossless` is kept only where it is at least 10 % smaller.
+            quantize: which matrices `int8` and `int4` quantise: all, or only those of the experts of a mixture.
             progress: called with the bytes just finished and the name of their chunk, from a worker thread.
             storage_options: for storage URLs in `output_dir` and `model_name`, such as `{"endpoint_url": "http://…"}`;
-                of two servers, for that of `output_dir`.
-            encryption_key_file: holds the key that all forms are encrypted with; default: they are not.
-            signing_key_file: holds the private key, in PEM, that the model is signed with; default: it is not.
+                if these are on different servers, only for `output_dir`.
+            encryption_key_file: the file with the key that encrypts all forms; default: no encryption.
+            signing_key_file: the PEM file with the private key that signs the model; default: no signature.
 
         Raises:
-            ConfigurationError: both a folder and a backend are given, the file holds no key, or an adapter is to be
-                changed or encrypted.
+            ConfigurationError: an argument is invalid, arguments exclude each other, or a file holds no key.
         """
         expect("model_name", model_name, str | os.PathLike, "a hub id, a local directory or a storage URL")
         model = os.fspath(model_name)
@@ -176,14 +175,14 @@ class ModelChunker:
         )
 
     async def chunk_model(self) -> ModelInfo:
-        """Chunk the model; computing and reading happen in threads, so that the event loop stays free.
+        """Chunk the model. Computation and reading run in threads and do not block the event loop.
 
-        A run that is cancelled or fails leaves nothing visible in the store; the next one goes on where it stopped.
+        A run that is cancelled or fails leaves nothing visible in the store; the next run resumes where it stopped.
 
         Raises:
-            CheckpointError: the checkpoint is damaged, incomplete, or not there.
+            CheckpointError: the checkpoint is damaged, incomplete, or missing.
             UnsupportedModelError: surfw cannot run it.
-            StorageError: the storage cannot take it.
+            StorageError: writing to the storage failed.
         """
         backend = self._backend
         if backend is None:
@@ -213,7 +212,7 @@ class ModelChunker:
         )
 
     def chunk_model_sync(self) -> ModelInfo:
-        """Chunk the model, where no event loop runs.
+        """Chunk the model, outside of an event loop.
 
         Raises:
             ConfigurationError: an event loop runs in this thread.
@@ -222,7 +221,7 @@ class ModelChunker:
         return asyncio.run(self.chunk_model())
 
     async def _prepare_in_thread(self, backend: StorageBackend) -> PreparedModel:
-        """Open and plan in a thread; if this is cancelled, close what the thread has opened."""
+        """Open and plan in a thread; on cancellation, close the checkpoint that the thread opened."""
         prepare = self._prepare
         if self._base is not None:
             prepare = partial(self._prepare_adapter, await read_base(backend, self._base), backend)

@@ -1,8 +1,8 @@
-"""What each chunk will hold, decided before a byte is read. Pure: plain data in, plain data out.
+"""Plan the contents of each chunk before any byte is read. Pure functions of plain data.
 
-The tensors of a chunk stand in a fixed order: first those whose size is a multiple of 64 bytes (`ALIGNMENT`), then the
-others, each in the order of the module's registration. Stored without gaps, all of the first kind then lie at multiples
-of 64 by themselves, and only the few small ones at the end have to be moved apart in memory.
+The tensors of a chunk have a fixed order: first those whose size is a multiple of 64 bytes (`ALIGNMENT`), then the
+others, each group in the module's registration order. So, without gaps in storage, all tensors of the first group are
+aligned to 64 bytes, and only the few small ones at the end have to be moved to aligned addresses in memory.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,19 +15,19 @@ from surfw.errors import ConfigurationError
 from surfw.manifest import Chunk, Form, Kind, TensorInfo, Use, fits, slice_name, stored_bytes
 
 _INT4 = frozenset({"layer", "expert"})
-"""Kinds of chunks whose matrices are int4 in a form of that codec."""
+"""Kinds of chunks whose matrices the codec int4 stores as int4."""
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedTensor:
-    """A tensor on its way into a chunk.
+    """A tensor to be stored in a chunk.
 
     Attributes:
-        info: its name, dtype, shape and place in the payload.
-        copy_of: the source tensor whose bytes it has; None where it has to be converted.
-        copy_from: where in that source tensor they begin.
-        is_matrix: whether it is the weight of `torch.nn.Linear` or of embeddings, and of nothing else, or a matrix of
-            an expert that is used like one: only such are quantised.
+        info: its name, dtype, shape and offset in the payload.
+        copy_of: the source tensor from which its bytes are copied; None if it has to be converted.
+        copy_from: the offset in that source tensor, in bytes.
+        is_matrix: whether it may be quantised: it is used only as the weight of `torch.nn.Linear` or of embeddings, or
+            is a matrix of an expert that is used like one.
     """
 
     info: TensorInfo
@@ -41,8 +41,8 @@ class PlannedChunk:
     """A chunk to write: see `manifest.Chunk`.
 
     Attributes:
-        id: its identity, where that is known before its payload is read.
-        ready: forms with quantised weights, or encrypted ones, that are there already and are copied as they are.
+        id: its id, if that is known before the payload is read.
+        ready: existing forms, quantised or encrypted, that are copied unchanged.
     """
 
     name: str
@@ -57,10 +57,10 @@ class PlannedChunk:
         return sum(tensor.info.nbytes for tensor in self.tensors)
 
     def kinds(self, codec: str) -> tuple[Kind, ...]:
-        """How a packed form of that codec holds each tensor; none if there is nothing to quantise, or no such codec.
+        """Return how a packed form holds each tensor; empty if nothing is quantised, or the codec is not a packed one.
 
-        `int4` has the matrices of layers and experts in int4, and embeddings and heads in int8, as these matter more.
-        Matrices with so few rows that int4 takes more bytes than int8, as it fills them up, are in int8 too.
+        The codec `int4` stores matrices of layers and experts as int4, but embeddings and heads, which are more
+        sensitive, as int8. It also stores matrices with few rows as int8 if padding would make int4 larger.
         """
         if copied := self.copied(codec):
             return copied.kinds
@@ -72,11 +72,11 @@ class PlannedChunk:
         return tuple(kinds) if codec in PACKED_CODECS and set(kinds) != {"raw"} else ()
 
     def copied(self, codec: str) -> Form | None:
-        """The form of that codec that is copied as it is, if there is one."""
+        """Return the form of this codec that is copied unchanged, if there is one."""
         return next((form for form in self.ready if form.codec == codec), None)
 
     def chunk(self, chunk_id: str, *forms: Form) -> Chunk:
-        """The chunk as its manifest describes it, stored in these forms."""
+        """Return the manifest's description of the chunk, stored in these forms."""
         infos = tuple(tensor.info for tensor in self.tensors)
         return Chunk(self.name, self.kind, chunk_id, self.payload_bytes, infos, forms)
 
@@ -95,10 +95,10 @@ class ChunkPlan:
 
 
 def with_exact_rest(chunks: Iterable[PlannedChunk], name: str) -> tuple[PlannedChunk, ...]:
-    """The chunks of a model as they are planned where only the experts of a mixture are quantised.
+    """Change planned chunks so that only the experts of a mixture are quantised.
 
     Raises:
-        ConfigurationError: it has none that can be.
+        ConfigurationError: no expert can be quantised.
     """
     planned = tuple(
         chunk
@@ -115,13 +115,13 @@ def with_exact_rest(chunks: Iterable[PlannedChunk], name: str) -> tuple[PlannedC
 
 @dataclass(frozen=True, slots=True)
 class UnitFacts:
-    """What the plan has to know of an executed module.
+    """What planning needs to know about an executed module.
 
     Attributes:
-        path: its name in the model.
+        path: its path in the model.
         kind: see `manifest.Chunk`.
         tensors: the names of its tensors.
-        experts: the modules in it whose experts are chunks of their own: their paths, and the stacks in each of them.
+        experts: the modules in it whose experts get their own chunks: maps their paths to the names of their stacks.
     """
 
     path: str
@@ -131,11 +131,11 @@ class UnitFacts:
 
 
 def plan_chunks(units: Iterable[UnitFacts], tensors: Mapping[str, PlannedTensor], ties: Mapping[str, str]) -> ChunkPlan:
-    """Sort the tensors into chunks, one for each unit that stores any, and one for each expert in it.
+    """Assign the tensors to chunks: one for each unit that stores any, and one for each expert in a unit.
 
     Args:
         units: the executed modules, in order.
-        tensors: every tensor to store, by its name; of stacks of experts, their slices.
+        tensors: every tensor to store, by name; stacks of experts are given as slices.
         ties: tensors that are stored under another name.
     """
     units = list(units)
@@ -157,7 +157,7 @@ def plan_chunks(units: Iterable[UnitFacts], tensors: Mapping[str, PlannedTensor]
 
 
 def arrange(tensors: Sequence[PlannedTensor]) -> tuple[PlannedTensor, ...]:
-    """The tensors of a chunk in the order and at the places that they have in its payload."""
+    """Return the tensors of a chunk in payload order, with their offsets."""
     arranged, offset = [], 0
     for tensor in sorted(tensors, key=lambda tensor: tensor.info.nbytes % ALIGNMENT != 0):
         arranged.append(replace(tensor, info=replace(tensor.info, offset=offset)))

@@ -1,7 +1,7 @@
-"""Preparing a checkpoint: the class it is of, what each chunk will hold, and where those bytes come from.
+"""Prepare a checkpoint: resolve its class, plan its chunks, and map each chunk to its source bytes.
 
-Mistakes in the arguments, and damage to the files of the checkpoint, are reported before torch and transformers are
-loaded: the functions that need them import them.
+Wrong arguments and damaged checkpoint files are reported before torch and transformers are loaded: only the functions
+that need these import them.
 """
 
 import json
@@ -50,19 +50,19 @@ logger = logging.getLogger("surfw.chunking")
 
 @dataclass(frozen=True)
 class PreparedModel:
-    """A checkpoint whose chunks are planned, before a byte is written. Use it as a context manager, or `close()` it.
+    """A checkpoint whose chunks are planned but not written. Use it as a context manager, or `close()` it.
 
     Attributes:
         name: the model's name in the store.
         checkpoint: the source.
-        class_name: the class that will be built.
-        dtype: the dtype it will be built with.
-        config: its configuration, without requests for foreign code.
-        generation_config: its settings for `generate()`, likewise; None if it has none.
-        plan: what will be written.
-        loading: where it comes from.
+        class_name: the class to build.
+        dtype: the dtype to build it with.
+        config: its configuration, without references to foreign code.
+        generation_config: its settings for `generate()`, cleaned in the same way; None if it has none.
+        plan: the chunks to write.
+        loading: how the model's tensors are made from the source tensors.
         facts: the source tensors.
-        base: of an adapter, the model that it changes.
+        base: for an adapter, the model that it changes.
     """
 
     name: str
@@ -91,7 +91,7 @@ class PreparedModel:
     def manifest(
         self, chunks: Sequence[Chunk], files: Sequence[ModelFile] = (), origin: Origin | None = None
     ) -> Manifest:
-        """The model's manifest, with the places where chunks and tokenizer files lie; `origin` if nothing is copied."""
+        """Build the manifest from stored chunks and tokenizer files; `origin` is given if nothing is copied."""
         return Manifest(
             name=self.name,
             class_name=self.class_name,
@@ -107,10 +107,10 @@ class PreparedModel:
         )
 
     def only_experts(self) -> "PreparedModel":
-        """The same, with packed forms of the experts of a mixture alone.
+        """Return a copy in which only the experts of a mixture have packed forms.
 
         Raises:
-            ConfigurationError: it has none that can be quantised.
+            ConfigurationError: it has no experts that can be quantised.
         """
         return replace(self, plan=replace(self.plan, chunks=with_exact_rest(self.plan.chunks, self.name)))
 
@@ -144,28 +144,28 @@ def prepare_model(
     """Open a checkpoint and plan its chunks.
 
     Args:
-        model: a hub id (`org/name`), a local directory, or a storage URL under which a checkpoint lies.
+        model: a hub id (`org/name`), a local directory, or the storage URL of a checkpoint.
         name: the model's name in the store; default: the hub id in full, or the directory's name.
-        revision: of the hub repository.
-        variant: which files of weights, where they are of several kinds: `fp16` for `model.fp16.safetensors`.
+        revision: the revision of the hub repository.
+        variant: which weight files to use, if there are several kinds: `fp16` for `model.fp16.safetensors`.
         dtype: convert the weights to this dtype, as `from_pretrained(dtype=…)` would; default: `auto`.
-        dequantize: instead of `dtype`, make dense weights of this dtype of quantised ones, as transformers does.
-        model_class: default: the one that the configuration names in its `architectures`, else the base model of its
+        dequantize: instead of `dtype`, convert quantised weights to dense ones of this dtype, as transformers does.
+        model_class: default: the class that the configuration names in `architectures`, else the base model of its
             type.
-        config_from: the local directory of a model's `config.json` and tokenizer, if `model` is one with its weights
-            alone, as `torch.distributed.checkpoint` saves them.
-        on_missing: with `uninitialized`, a model that lacks weights runs only where this is asked for again.
-        show_progress: let the hub library draw its bars on stderr, in a terminal.
-        storage_options: for a storage URL in `model`.
-        silence_timeout: seconds without progress after which a remote storage is given up.
-        on_step: called with what goes on, in words, whenever that changes.
+        config_from: a local directory with `config.json` and tokenizer, if `model` is a directory with weights only,
+            as saved by `torch.distributed.checkpoint`.
+        on_missing: `uninitialized` accepts a model that lacks weights; running it requires the same option again.
+        show_progress: let the hub library draw progress bars on stderr, if that is a terminal.
+        storage_options: options for the storage, if `model` is a storage URL.
+        silence_timeout: seconds without progress after which access to a remote storage fails.
+        on_step: called with a description of each step as it starts.
 
     Raises:
         CheckpointError: the checkpoint is damaged, incomplete, or missing.
         UnsupportedModelError: surfw cannot run it.
     """
     if dtype is not None:
-        check_dtype(dtype)  # refused before anything is fetched, as is the name
+        check_dtype(dtype)  # dtype and name are checked before anything is fetched
     if name is not None:
         check_model_name(name)
     check_on_missing(on_missing)
@@ -217,10 +217,10 @@ def prepare_model(
 
 
 def refuse_revision_of_url(revision: str | None, address: str) -> None:
-    """Refuse the revision of a storage URL.
+    """Refuse a revision for a storage URL.
 
     Raises:
-        ConfigurationError: there is one.
+        ConfigurationError: a revision is given.
     """
     if revision is not None:
         raise ConfigurationError(
@@ -239,7 +239,6 @@ def _plan_model(
     where: str,
     on_step: Callable[[str], object],
 ) -> PreparedModel:
-    """Decide what of a checkpoint goes where."""
     refuse_kernels(checkpoint.config, where=where)
     dense = without_quantisation(checkpoint.config) if is_quantised else checkpoint.config
     clean, generation, code, unfit = sanitise(dense, checkpoint.generation_config, where=where)
@@ -284,7 +283,7 @@ def _plan_model(
 
 
 def _with_registered_files(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint with those of its files too that tokenizer classes of the program's own name."""
+    """Add the files of the checkpoint that are named by tokenizer classes which the program has registered."""
     from surfw.skeleton.tokenizers import registered_names
 
     own = {name: checkpoint.path / name for name in registered_names() if (checkpoint.path / name).is_file()}
@@ -292,10 +291,10 @@ def _with_registered_files(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def check_files(prepared: PreparedModel) -> None:
-    """Make sure that the tokenizer of a prepared model is the checkpoint's when it is read from the files kept of it.
+    """Check that the tokenizer built from the files to be stored equals the checkpoint's.
 
     Raises:
-        CheckpointError: it has no vocabulary, gives other token ids, or its files cannot be read.
+        CheckpointError: it has no vocabulary, yields other token ids, or its files cannot be read.
     """
     from surfw.skeleton.tokenizers import check_tokenizer
 
@@ -309,10 +308,10 @@ def check_files(prepared: PreparedModel) -> None:
 
 
 def report_loading(loading: "Loading", name: str, cls: str, on_missing: OnMissing, where: str) -> None:
-    """Say which tensors have no place, and refuse a model that lacks weights, unless it is wanted so.
+    """Warn about unused tensors, and refuse a model that lacks weights unless `on_missing` allows it.
 
     Raises:
-        CheckpointError: it lacks weights.
+        CheckpointError: weights are missing.
     """
     _report_missing(loading, cls, on_missing, where)
     if loading.unused:
@@ -338,7 +337,7 @@ def _report_missing(loading: "Loading", cls: str, on_missing: OnMissing, where: 
 
 
 def find_matrices(manifest: Manifest) -> frozenset[str]:
-    """The tensors of a chunked model that may be quantised: see `PlannedTensor.is_matrix`. This takes torch.
+    """Return the tensors of a chunked model that may be quantised (see `PlannedTensor.is_matrix`). Requires torch.
 
     Raises:
         UnsupportedModelError: its class or configuration cannot be used here.
@@ -347,7 +346,7 @@ def find_matrices(manifest: Manifest) -> frozenset[str]:
 
 
 def quantisable(skeleton: "Skeleton", ties: Mapping[str, str]) -> frozenset[str]:
-    """The tensors of a model that may be quantised, slices of stacks of experts among them.
+    """Return the tensors of a model that may be quantised, including slices of stacked experts.
 
     Args:
         skeleton: the model.
@@ -360,7 +359,7 @@ def quantisable(skeleton: "Skeleton", ties: Mapping[str, str]) -> frozenset[str]
 
 
 def unit_facts(skeleton: "Skeleton") -> list[UnitFacts]:
-    """What planning has to know of a model's units."""
+    """Return the facts about a model's units that planning needs."""
     from surfw.skeleton.experts import experts_in
 
     experts = skeleton.experts.values()
@@ -371,7 +370,7 @@ def unit_facts(skeleton: "Skeleton") -> list[UnitFacts]:
 
 
 def skeleton_of(manifest: Manifest) -> "Skeleton":
-    """The model of a manifest without weights, as it was when it was chunked. This takes torch.
+    """Build a manifest's model without weights, as it was when it was chunked. Requires torch.
 
     Raises:
         UnsupportedModelError: its class or configuration cannot be used here.
@@ -388,7 +387,7 @@ def skeleton_of(manifest: Manifest) -> "Skeleton":
 
 
 class PayloadReader:
-    """The payloads of chunks: source bytes as they are, or what transformers converts them to."""
+    """Reads the payloads of chunks: source bytes unchanged, or as transformers converts them."""
 
     def __init__(self, prepared: PreparedModel) -> None:
         self._prepared = prepared
@@ -396,7 +395,7 @@ class PayloadReader:
         self._converted: dict[str, memoryview] = {}
 
     def read_into(self, chunk: PlannedChunk, start: int, destination: memoryview) -> None:
-        """Fill `destination` with the chunk's payload from byte `start` on; called with rising `start`."""
+        """Fill `destination` with the chunk's payload from byte `start`; call it with increasing `start`."""
         stop = start + len(destination)
         for tensor in chunk.tensors:
             begin, end = tensor.info.offset, tensor.info.offset + tensor.info.nbytes
@@ -413,7 +412,7 @@ class PayloadReader:
                     self._converted.pop(tensor.info.name, None)
 
     def read_form_into(self, chunk: PlannedChunk, form: Form, start: int, destination: memoryview) -> None:
-        """A checkpoint has no forms to copy."""
+        """Not supported: a checkpoint has no forms to copy."""
         raise NotImplementedError
 
     def _convert(self, name: str) -> memoryview:

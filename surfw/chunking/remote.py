@@ -1,8 +1,8 @@
-"""A checkpoint in a remote storage: of its weights, only headers are read until a tensor is needed.
+"""A checkpoint in a remote storage: only the headers of weight files are read until a tensor is needed.
 
 Small files (configuration, index, tokenizer) are copied to a temporary folder; their sizes are capped. Every object is
-pinned to the revision it had when it was opened, and a change is an error. Read from one thread at a time, and not on
-an event loop.
+pinned to the revision it had when it was opened; if it changes, reading fails. Read from one thread at a time, and not
+on an event loop.
 """
 
 import asyncio
@@ -56,12 +56,12 @@ def open_remote_checkpoint(
     silence_timeout: float = DEFAULT_SILENCE_SECONDS,
     may_be_quantised: bool = False,
 ) -> Checkpoint:
-    """Open the checkpoint that lies under a storage URL, in the layout of the Hugging Face hub.
+    """Open the checkpoint at a storage URL, in the layout of the Hugging Face hub.
 
     Raises:
-        CheckpointError: it is damaged or incomplete.
-        UnsupportedModelError: it is of a kind that surfw cannot read from a remote storage.
-        StorageError: the storage cannot be read, or does not tell when an object changes.
+        CheckpointError: it is damaged or incomplete, or the storage does not report when an object changes.
+        UnsupportedModelError: surfw cannot read this kind of checkpoint from a remote storage.
+        StorageError: the storage cannot be read.
         ConfigurationError: the URL holds secrets, or cannot be used.
     """
     address, name, opened = _open(url, options, silence_timeout)
@@ -81,11 +81,11 @@ def open_remote_checkpoint(
 def open_remote_adapter(
     url: str, options: Mapping[str, Any] | None = None, *, silence_timeout: float = DEFAULT_SILENCE_SECONDS
 ) -> Checkpoint:
-    """Open the adapter that lies under a storage URL, as peft saves it.
+    """Open the adapter at a storage URL, in the layout in which peft saves it.
 
     Raises:
-        CheckpointError, UnsupportedModelError: as of `open_adapter`.
-        StorageError, ConfigurationError: as of `open_remote_checkpoint`.
+        CheckpointError, UnsupportedModelError: see `open_adapter`.
+        StorageError, ConfigurationError: see `open_remote_checkpoint`.
     """
     address, name, opened = _open(url, options, silence_timeout)
     with _closing_on_error(opened):
@@ -100,7 +100,7 @@ def open_remote_adapter(
 
 
 def _open(url: str, options: Mapping[str, Any] | None, silence_timeout: float) -> tuple[str, str, "_Opened"]:
-    """The address of a checkpoint as a manifest may name it, its name, and its storage."""
+    """Return the address of a checkpoint without secrets, its name, and its storage."""
     if display_url(url) != url:
         raise ConfigurationError(
             f"{display_url(url)} holds secrets, which would come into the manifest; put them into the environment or a "
@@ -122,7 +122,7 @@ def _closing_on_error(opened: "_Opened") -> Iterator[None]:
 
 
 class _Opened:
-    """A storage from which a checkpoint is read, and the folder for its small files."""
+    """The storage of a checkpoint, and the temporary folder for its small files."""
 
     def __init__(self, backend: StorageBackend) -> None:
         self.backend = backend
@@ -132,7 +132,7 @@ class _Opened:
         self.folder = Path(self._temporary.name)
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine on an event loop of its own, and wait for it; this thread may have one already."""
+        """Run a coroutine to completion on a separate event loop; this thread may already run one."""
         return self._thread.submit(asyncio.run, work).result()
 
     async def pin(self, name: str) -> Pin:
@@ -150,7 +150,7 @@ class _Opened:
         await self.backend.read_into(name, start, destination, revision=self.pins[name].revision)
 
     async def fetch_small(self, variant: str | None) -> set[str]:
-        """Copy the small files; returns which files of a checkpoint there are."""
+        """Copy the small files, and return the names of the checkpoint's files."""
         url = self.backend.url
         if not await self.backend.exists(CONFIG_FILE):
             await self._refuse_store("a checkpoint", "give it to --store or --source")
@@ -169,7 +169,7 @@ class _Opened:
         return names
 
     async def fetch_adapter(self) -> set[str]:
-        """Copy the small files; returns which files of an adapter there are."""
+        """Copy the small files, and return the names of the adapter's files."""
         if not await self.backend.exists(ADAPTER_CONFIG_FILE):
             await self._refuse_store("an adapter", "copy adapters from it with --from, without --base")
             raise no_adapter(self.backend.url)
@@ -180,7 +180,7 @@ class _Opened:
             raise CheckpointError(f"{self.backend.url} is a surfw store, not {what}: it is chunked already; {advice}")
 
     async def _copy_small(self, candidates: Iterable[str]) -> set[str]:
-        """Copy those of the files that are there and small, and chat templates; returns all that are there."""
+        """Copy the small files and chat templates that exist, and return the names of all files that exist."""
         names = await self._existing(candidates)
         names |= set(filter(is_companion, await self.backend.list(f"{TEMPLATE_FOLDER}/")))
         for name in sorted(names):
@@ -194,7 +194,6 @@ class _Opened:
         return {name for name, is_there in zip(candidates, there, strict=True) if is_there}
 
     async def _copy(self, name: str) -> None:
-        """Copy a small file into the folder."""
         pin = await self.pin(name)
         if pin.size > FILE_BYTES:
             raise CheckpointError(f"{name} in {self.backend.url} has {pin.size} bytes, expected at most {FILE_BYTES}")
@@ -211,7 +210,7 @@ class _Opened:
 
 
 class _RemoteShard:
-    """A safetensors file in a remote storage; its tensors are in the order of their names, as in `SafetensorsShard`."""
+    """A safetensors file in a remote storage; its tensors are sorted by name, as in `SafetensorsShard`."""
 
     def __init__(self, path: Path, opened: _Opened) -> None:
         self._name = path.relative_to(opened.folder).as_posix()
@@ -232,7 +231,7 @@ class _RemoteShard:
         self._fill(tensor.start + start, destination)
 
     def close(self) -> None:
-        """Nothing of its own is open."""
+        """Do nothing: the storage is closed separately."""
 
     def _fill(self, position: int, destination: memoryview) -> None:
         if destination.nbytes:
@@ -240,7 +239,7 @@ class _RemoteShard:
 
 
 def _commit_of(url: str) -> str:
-    """The address, with the current commit if it is on the hub, where branches move."""
+    """Return the address; a hub address is resolved to its current commit, since branches move."""
     scheme, _, rest = url.partition("://")
     if scheme != "hf":
         return url
@@ -254,7 +253,7 @@ def _commit_of(url: str) -> str:
 
 
 def plain_name(text: str) -> str:
-    """The text as a model's name: a dash replaces what a name cannot have."""
+    """Return the text as a model's name, with dashes in place of characters that are not allowed."""
     plain = "".join(one if one.isascii() and (one.isalnum() or one in "._-") else "-" for one in text)
     plain = plain.strip("._-").replace("..", "-") or "model"
     return check_model_name(plain.removesuffix(".json")[:100] or "model")

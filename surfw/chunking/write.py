@@ -1,13 +1,13 @@
-"""Writing a planned model: every chunk is streamed into the store, then the manifest is published.
+"""Write a planned model: stream every chunk into the store, then publish the manifest.
 
-- Blobs first, the manifest last: a model is visible only when all of it is there and durable.
-- Bytes go through a few buffers of 8 MiB; only a converted tensor is held whole, with its sources.
-- All forms of a chunk are made of one reading of its payload, and each is a blob of its own.
-- While one chunk is written, the one before it is synced and put in its place.
-- A blob is in the writer's lease before it is looked for or put in place, so that nobody prunes it: see
+- Blobs are written first and the manifest last: a model becomes visible only when all of it is stored and durable.
+- Bytes pass through a few 8 MiB buffers; only a converted tensor is held whole, with its sources.
+- All forms of a chunk are made from one read of its payload; each form is a separate blob.
+- While one chunk is written, the previous one is synced and moved into place.
+- A blob is added to the writer's lease before it is looked up or moved into place, so that it is never pruned: see
   `storage.housekeeping.leases`.
-- A journal in the folder of the unfinished files lists the chunks that are done. The same plan over the same source
-  resumes from it; a lock, held until the journal is removed, keeps two writers of it apart.
+- A journal in the folder for unfinished files lists the finished chunks. The same plan over the same source resumes
+  from it; a lock, held until the journal is removed, excludes other writers of the same plan.
 """
 
 import asyncio
@@ -73,7 +73,7 @@ logger = logging.getLogger("surfw.chunking")
 
 _BUFFERS = 3
 _OUTCOMES: Sequence["Outcome"] = ("replaced", "new", "unchanged")
-"""What is said of a chunk whose forms came to different ends: the first of these."""
+"""Precedence of outcomes: if the forms of a chunk differ, the first of these is reported."""
 
 _LOOK_SECONDS = 0.05
 _JOURNAL_BYTES = 256 * MIB
@@ -82,20 +82,20 @@ Progress = Callable[[int, str], None]
 """Called with the bytes just finished and the name of their chunk, from a worker thread."""
 
 Outcome = Literal["new", "unchanged", "replaced"]
-"""What became of a chunk: it was written, was there already, or was written because what was there is damaged."""
+"""What happened to a chunk: written, already stored, or rewritten because the stored bytes were damaged."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Contents:
-    """What is to be written.
+    """A model to write.
 
     Attributes:
         name: the model's name.
         key: identifies the work; work with the same key can be resumed.
         plan: its chunks.
-        payloads: where their bytes come from.
-        files: what reads each tokenizer file, by name.
-        manifest: makes the manifest of the chunks and files that were written.
+        payloads: the source of their bytes.
+        files: for each tokenizer file, by name, the function that reads it.
+        manifest: builds the manifest from the written chunks and files.
     """
 
     name: str
@@ -116,22 +116,22 @@ async def write_model(
     progress: Progress = lambda *_: None,
     on_outcome: Callable[[str, Outcome], object] = lambda *_: None,
 ) -> Manifest:
-    """Write a prepared model into a store, and publish it. An empty place becomes a store.
+    """Write a prepared model into a store and publish it. An empty location becomes a store.
 
     Args:
         prepared: the model.
         backend: the storage.
-        codecs: the forms to write of each chunk. Beside `none`, `lossless` is kept where it is at least 10 % smaller;
-            `int8` and `int4` are written where there are weights to quantise.
-        key: encrypts all of them; the tokenizer's files and the manifest stay readable.
-        signer: signs it; without one, a signature stays that the store has of the very same model.
+        codecs: the forms to write for each chunk. Next to `none`, `lossless` is kept only where it is at least 10 %
+            smaller; `int8` and `int4` are written only for chunks with weights to quantise.
+        key: encrypts all forms; tokenizer files and the manifest stay readable.
+        signer: signs the model; without one, an existing signature is kept if it covers this same model.
         progress: see `Progress`.
-        on_outcome: called with the name of each chunk, once it is in the store, and with what became of it.
+        on_outcome: called with each chunk's name and outcome once the chunk is in the store.
 
     Raises:
-        CheckpointError: its tokenizer is not the checkpoint's when it is read from the files that are kept of it.
+        CheckpointError: the tokenizer built from the stored files differs from the checkpoint's.
         ConfigurationError: the store has the model in exact forms, and none of `codecs` is exact.
-        StorageError: the storage failed. Nothing is visible, and the next run continues where this one stopped.
+        StorageError: the storage failed. Nothing is visible yet, and the next run resumes where this one stopped.
     """
     await asyncio.to_thread(check_files, prepared)
     contents = Contents(
@@ -160,7 +160,7 @@ async def write_contents(
     progress: Progress,
     on_outcome: Callable[[str, Outcome], object],
 ) -> Manifest:
-    """Write a model, and publish it; arguments and errors as of `write_model`."""
+    """Write a model and publish it. For arguments and errors, see `write_model`."""
     store = Store(backend)
     await store.create()
     work = contents.key
@@ -200,7 +200,7 @@ async def write_contents(
 
 
 def _sign(manifest: Manifest, before: Manifest | None, signer: SigningKey | None) -> Manifest:
-    """The manifest with its signature: a new one, or that of what is replaced by the same."""
+    """Return the manifest with a new signature, or with the previous one if that still covers it."""
     if signer is not None:
         return signer.sign(manifest)
     return manifest if before is None or manifest.signature else manifest.with_signature_of(before)
@@ -218,11 +218,11 @@ def _warn_of_change(store: Store, before: Manifest, manifest: Manifest) -> None:
 
 
 async def check_target(backend: StorageBackend, name: str, codecs: Sequence[str]) -> None:
-    """Check that a model may be written into a store in these forms, without writing anything.
+    """Check, without writing anything, that a model may be written into a store in these forms.
 
     Raises:
-        NotAStoreError: the place is used for something else.
-        ConfigurationError: as of `write_model`.
+        NotAStoreError: the location is used for something else.
+        ConfigurationError: see `write_model`.
         StorageError: the storage cannot be read.
     """
     store = Store(backend)
@@ -232,17 +232,17 @@ async def check_target(backend: StorageBackend, name: str, codecs: Sequence[str]
 
 
 async def _find_stored(store: Store, name: str) -> Manifest | None:
-    """What a store says of a model; None if it has no such model."""
+    """Return the stored manifest of a model; None if it is missing or damaged."""
     with suppress(UnknownModelError, ManifestError):  # a damaged manifest may be replaced
         return await store.facts(name)
     return None
 
 
 def _expect_exact_forms(store: Store, name: str, before: Sequence[str], codecs: Sequence[str]) -> None:
-    """Make sure that a model does not lose its exact forms, which nothing could bring back.
+    """Refuse to replace all exact forms of a stored model with quantised ones: they could not be restored.
 
     Raises:
-        ConfigurationError: it is stored in such forms, and would not be any more.
+        ConfigurationError: the model is stored in exact forms, and `codecs` has none.
     """
     if set(codecs).issubset(PACKED_CODECS) and not set(before).issubset(PACKED_CODECS):
         raise ConfigurationError(
@@ -253,7 +253,7 @@ def _expect_exact_forms(store: Store, name: str, before: Sequence[str], codecs: 
 
 
 class ChunkWriter:
-    """Writes the chunks of one plan into one storage; everything is to be called under `locked`."""
+    """Writes the chunks of one plan into one storage. Call every method under `locked`."""
 
     def __init__(
         self, backend: StorageBackend, source: PayloadSource, *, model: str, key: str, progress: Progress
@@ -272,12 +272,13 @@ class ChunkWriter:
         self._stop = threading.Event()
 
     async def expect_space(self, store: Store, plan: ChunkPlan) -> None:
-        """Make sure that a store on this machine has room for what is still to be written.
+        """Check that a local store has space for the chunks that are still to be written.
 
-        Where there is too little, chunks do not count that may be those of other models of the store, by their sizes.
+        If space is short, a chunk does not count if another model in the store has one of the same size, since the two
+        may be equal. If only the `lossless` forms do not fit, they are dropped.
 
         Raises:
-            StorageFullError: there is not.
+            StorageFullError: there is not enough space.
         """
         if self.backend.local_path(MARKER) is None:
             return
@@ -310,7 +311,7 @@ class ChunkWriter:
             )
 
     async def write(self, plan: ChunkPlan) -> list[Chunk]:
-        """Write the chunks that are not in the storage yet, and return all of them."""
+        """Write the chunks that are not stored yet, and return all chunks."""
         done = self._read_journal()
         await self.lease.hold(place.object for one in done.values() for form in one.forms for place in form.locations)
         finishing: asyncio.Task[None] | None = None
@@ -348,10 +349,10 @@ class ChunkWriter:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other writers of the same plan away.
+        """Exclude other writers of the same plan.
 
         Raises:
-            StorageError: another one is at work.
+            StorageError: another writer is active.
         """
         with translate_errors(f"preparing {self.folder}"):
             fd = _lock(self.folder / "lock")
@@ -363,10 +364,10 @@ class ChunkWriter:
             os.close(fd)
 
     async def publish(self, store: Store, manifest: Manifest) -> None:
-        """Make the model visible, and remove the journal.
+        """Make the model visible and remove the journal.
 
         Raises:
-            StorageError: a blob vanished since it was written, or the manifest cannot be written.
+            StorageError: a blob disappeared after it was written, or the manifest cannot be written.
         """
         await self.lease.confirm(objects_of(manifest))
         await store.publish(manifest)
@@ -374,13 +375,13 @@ class ChunkWriter:
         self.forget()
 
     def forget(self) -> None:
-        """Remove the journal: the model is published."""
+        """Remove the journal of a published model."""
         shutil.rmtree(self.folder, ignore_errors=True)
-        with suppress(OSError):  # others are at work there
+        with suppress(OSError):  # other writers use it
             self.folder.parent.rmdir()
 
     def _write_forms(self, planned: PlannedChunk, scratch: Path) -> Written:
-        """Stream a chunk into a file for each form; a piece is hashed and coded while the next is read and written."""
+        """Stream a chunk into one file per form; a piece is hashed and encoded while the next is read and written."""
         size = planned.payload_bytes
         buffers = [memoryview(bytearray(min(size, PIECE_BYTES))) for _ in range(min(_BUFFERS, -(-size // PIECE_BYTES)))]
         with (
@@ -390,7 +391,7 @@ class ChunkWriter:
             for index, start in enumerate(range(0, size if files.needs_payload else 0, PIECE_BYTES)):
                 self._expect_to_go_on(planned)
                 if index >= len(buffers):
-                    files.settle()  # the buffer's previous piece is not needed any more
+                    files.settle()  # frees the buffer of its previous piece
                 piece = buffers[index % len(buffers)][: min(PIECE_BYTES, size - start)]
                 self.source.read_into(planned, start, piece)
                 files.add(piece)
@@ -402,7 +403,6 @@ class ChunkWriter:
             return files.finish()
 
     def _copy(self, planned: PlannedChunk, form: Form, files: FormFiles) -> None:
-        """Copy a form as it is."""
         buffer = memoryview(bytearray(min(form.stored_bytes, PIECE_BYTES)))
         for start in range(0, form.stored_bytes, PIECE_BYTES):
             self._expect_to_go_on(planned)
@@ -415,9 +415,9 @@ class ChunkWriter:
             raise StorageError(f"writing chunk {planned.name} was stopped")
 
     async def _place(self, form: Form) -> tuple[Form, Outcome]:
-        """Where the stored bytes will lie, and what becomes of them.
+        """Return the form at its final location, and its outcome.
 
-        A payload may lie behind our header, or behind that of an equal one that is already stored, whole and undamaged.
+        An equal payload that is already stored and undamaged is reused, even behind another header than ours.
         """
         (ours,) = form.locations
         size = await self._size(ours.object)
@@ -425,13 +425,13 @@ class ChunkWriter:
             return form, "new"
         there = Location(ours.object, size - form.stored_bytes, size)
         if there == ours and self.backend.local_path(ours.object) is None:
-            return form, "unchanged"  # far away, a size that fits has to do: reading takes as long as writing
+            return form, "unchanged"  # remote: only the size is checked, since reading is as slow as writing
         if await self._is_whole(there, form):
             return replace(form, locations=(there,)), "unchanged"
         return form, "replaced"
 
     async def _is_whole(self, at: Location, form: Form) -> bool:
-        """Whether an object has these stored bytes; payloads lie behind a header, and nothing else does."""
+        """Whether an object has these stored bytes. Plain payloads follow a header; other forms have none."""
         has_header = form.codec == "none" and not form.seals
         if not (PREFIX_BYTES < at.start <= PREFIX_BYTES + MAX_HEADER_BYTES if has_header else at.start == 0):
             return False
@@ -443,7 +443,7 @@ class ChunkWriter:
         return not has_header or is_header(await self.backend.load_range(at.object, 0, at.start), at.stop)
 
     async def _finish(self, name: str, written: Written, scratch: Path, done: dict[str, Written]) -> None:
-        """Put a chunk's files in their places, durably, and note in `done` and in the journal that it is done."""
+        """Move a chunk's files into place durably, and record the chunk in `done` and in the journal."""
         placed, outcomes = [], set[Outcome]()
         for form in written.forms:
             found, outcome = await self._finish_form(name, form, scratch_file(scratch, form.codec))
@@ -455,7 +455,7 @@ class ChunkWriter:
         self.on_outcome(name, next(one for one in _OUTCOMES if one in outcomes))
 
     async def _finish_form(self, name: str, form: Form, scratch: Path) -> tuple[Form, Outcome]:
-        """The form where it lies now, and what became of it."""
+        """Store a form; return it at its final location, and its outcome."""
 
         def sync() -> None:
             with translate_errors(f"writing chunk {name} to {self.backend.url}"), scratch.open("rb") as file:
@@ -469,14 +469,14 @@ class ChunkWriter:
             if outcome == "unchanged":
                 await asyncio.to_thread(scratch.unlink)
             else:
-                if self.backend.local_path(key):  # else the file is only a step of an upload
+                if self.backend.local_path(key):  # otherwise the file is uploaded, and need not be durable
                     await asyncio.to_thread(sync)
                 await self.backend.adopt(key, scratch)
         return placed, outcome
 
     @asynccontextmanager
     async def _placing(self, form: Form) -> AsyncIterator[None]:
-        """Let one writer at a time store a payload: another model may have an equal one behind another header.
+        """Let one writer at a time store a payload: another model may have the same one behind another header.
 
         Writers of other payloads, or into other stores, do not wait.
         """
@@ -489,44 +489,44 @@ class ChunkWriter:
         try:
             yield
         finally:
-            file.unlink(missing_ok=True)  # before it is unlocked, so that a waiting writer makes a new one
+            file.unlink(missing_ok=True)  # before unlocking, so that a waiting writer creates a new one
             os.close(fd)
 
     def _read_journal(self) -> dict[str, Written]:
-        """The chunks that an earlier run finished; lines that are cut off or damaged do not count."""
+        """Return the chunks that an earlier run finished; truncated or damaged lines are skipped."""
         done: dict[str, Written] = {}
         with translate_errors(f"reading the journal in {self.folder}"):
             journal = read_regular(self._journal, _JOURNAL_BYTES) if self._journal.exists() else b""
         for line in journal.splitlines():
             try:
                 name, codecs, written = decode_entry(line)
-                if codecs == tuple(self.codecs):  # others are there when the disk has got more room, or less
+                if codecs == tuple(self.codecs):  # they differ if the free space has changed since
                     done[name] = written
             except (ValueError, KeyError, TypeError, RecursionError):
                 continue
         return done
 
     async def _is_stored(self, written: Written) -> bool:
-        """Whether a chunk of the journal is still in the storage, in full length."""
+        """Whether a chunk of the journal is still stored in full length."""
         places = [place for form in written.forms for place in form.locations]
         return all([await self._size(place.object) == place.stop for place in places])
 
     async def _size(self, key: str) -> int | None:
-        """The length of an object; None if it does not exist."""
+        """Return the length of an object; None if it does not exist."""
         with suppress(NotFoundError):
             return await self.backend.size(key)
         return None
 
 
 def _lock(file: Path) -> int | None:
-    """The descriptor of the locked file; None if another writer has locked it."""
+    """Lock a file and return its descriptor; None if another writer holds the lock."""
     with suppress(BlockingIOError):
         while True:
             with ExitStack() as opened:
                 fd = create_file(file)
                 opened.callback(os.close, fd)
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.fstat(fd).st_nlink:  # else another writer has just removed it, and it locks nobody out
+                if os.fstat(fd).st_nlink:  # otherwise it was just removed, and the lock excludes nobody
                     opened.pop_all()
                     return fd
     return None

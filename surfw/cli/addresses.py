@@ -1,4 +1,4 @@
-"""What an address means that somebody typed: a server, a folder, a storage, or a model of the hub.
+"""Interpret an address given on the command line: a server, a folder, a storage, or a model of the hub.
 
     localhost:8765, ws://host:8765, wss://host     a surfw server
     http://host:8765, https://host                 a surfw server, if one answers there; else a web server's files
@@ -6,7 +6,7 @@
     s3://bucket/prefix, hf://org/name, …           a storage
     org/name                                       a model of the hub, if no such folder is here
 
-Every command reads addresses with `read_address`, so that what works for one works for all of them.
+Every command reads addresses with `read_address`, so an address that works for one works for all.
 """
 
 import os
@@ -32,20 +32,20 @@ _WEB = {"http": "ws", "https": "wss"}
 
 
 class Mistake(typer.BadParameter):
-    """A mistake on the command line, in words that already name what was typed. Exit code 2."""
+    """A mistake on the command line, with a message that already names the input. Exit code 2."""
 
     def format_message(self) -> str:
-        """Return the words as they are."""
+        """Return the message unchanged."""
         return self.message
 
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """An address, as it was understood.
+    """An interpreted address.
 
     Attributes:
-        kind: what lies there; `web` is a web server that may be a surfw server.
-        url: what the rest of surfw takes for it: the address of a server or a storage, or a folder.
+        kind: what it names; `web` is a web server that may be a surfw server.
+        url: the form that the rest of surfw accepts: the URL of a server or a storage, or a folder.
     """
 
     kind: Kind
@@ -53,22 +53,22 @@ class Address:
 
     @property
     def is_server(self) -> bool:
-        """Whether it is that of a surfw server."""
+        """Whether it is the address of a surfw server."""
         return self.kind == "server"
 
     @property
     def as_server(self) -> str:
-        """The address of the surfw server that it may be."""
+        """The URL of a surfw server at this address."""
         scheme, mark, rest = self.url.partition("://")
         return f"{_WEB.get(scheme, scheme)}{mark}{rest.rstrip('/')}" if mark else self.url
 
 
 def read_address(text: str, *, exists: Callable[[str], bool] = os.path.lexists) -> Address:
-    """What an address means. Nothing is contacted.
+    """Interpret an address. Nothing is contacted.
 
     Args:
-        text: as it was typed.
-        exists: whether there is a file or folder of that name.
+        text: the address as it was typed.
+        exists: returns whether there is a file or folder of that name.
     """
     if "://" in text:
         return _read_url(text)
@@ -83,7 +83,7 @@ def read_address(text: str, *, exists: Callable[[str], bool] = os.path.lexists) 
 
 def _read_url(text: str) -> Address:
     scheme, _, rest = text.partition("://")
-    url = text if "." in scheme else f"{scheme.lower()}://{rest}"  # with dots, it is a path of Python
+    url = text if "." in scheme else f"{scheme.lower()}://{rest}"  # a scheme with dots is a Python path
     if is_server_url(url):
         return Address("server", url)
     return Address("web" if scheme.lower() in _WEB and not _has_path(url) else "storage", url)
@@ -95,21 +95,21 @@ def is_path(text: str) -> bool:
 
 
 def is_host(text: str) -> bool:
-    """Whether a text can only be a host, whose port is missing."""
+    """Whether a text can only be a host without a port."""
     return _HOST_ALONE.fullmatch(text) is not None
 
 
 def read_source(text: str, *, seconds: float, tls: TlsFiles | None = None) -> str:
-    """The address of a source of weights; a web server is asked, for so long, whether it is a surfw server."""
+    """Return the URL of a source of weights; a web server is probed, for up to `seconds`, for a surfw server."""
     address = read_address(text)
     return address.as_server if address.kind == "web" and _is_surfw(address, seconds, tls) else address.url
 
 
 def read_server(text: str) -> str:
-    """The address of a server.
+    """Return the URL of a server.
 
     Raises:
-        Mistake: it is that of something else.
+        Mistake: it is not the address of a server.
     """
     address = read_address(text)
     if address.kind in {"server", "web"}:
@@ -120,7 +120,7 @@ def read_server(text: str) -> str:
 
 
 def _is_surfw(address: Address, seconds: float, tls: TlsFiles | None) -> bool:
-    """Whether a surfw server answers at the address of a web server; it may want a token, which is not sent here."""
+    """Whether a surfw server answers at the address of a web server; it may require a token, which is not sent."""
     import asyncio
 
     from surfw.client import probe
@@ -134,7 +134,7 @@ def _is_surfw(address: Address, seconds: float, tls: TlsFiles | None) -> bool:
 
 
 def is_on_this_machine(url: str) -> bool:
-    """Whether a server's address is one of this machine's own. No name is looked up, and nothing is contacted."""
+    """Whether a server's address belongs to this machine. No name is resolved, and nothing is contacted."""
     try:
         host = urlsplit(url).hostname or ""
     except ValueError:
@@ -144,7 +144,7 @@ def is_on_this_machine(url: str) -> bool:
     try:
         ((family, *_, address), *_) = socket.getaddrinfo(host, 0, type=socket.SOCK_DGRAM, flags=socket.AI_NUMERICHOST)
         with socket.socket(family, socket.SOCK_DGRAM) as one:
-            one.bind(address)  # which the system allows for its own addresses only
+            one.bind(address)  # the system allows this for its own addresses only
     except (OSError, UnicodeError):
         return False
     return True

@@ -1,7 +1,7 @@
 """The application: its commands, and how an error becomes a line on stderr and an exit code.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage or a wrong setting, 130 interrupted, 143 ended by SIGTERM, 129 ended by
-SIGHUP, 141 where nobody reads stdout any more.
+SIGHUP, 141 if the reader of stdout has left.
 """
 
 import logging
@@ -38,15 +38,14 @@ _COMMANDS = {
     "config": ("config:config", "Show every setting, its value, and where it comes from."),
     "schema": ("schema:schema", "Print the JSON Schema of what a command prints with --json."),
 }
-"""Where each command and its examples are, and its summary: `surfw --help` imports none of them."""
+"""The module of each command and its examples, and its summary; `surfw --help` imports none of the modules."""
 _EVERYDAY = ("chunk", "serve", "infer", "stats", "bench")
 
 
 class _Commands(options.Group):
-    """All commands, each imported when it is asked for."""
+    """All commands, each imported when it is first used."""
 
     def __init__(self, **given: Any) -> None:
-        """Know them by name."""
         super().__init__(**given)
         known = {
             name: options.Deferred(name, where, summary, panel=None if name in _EVERYDAY else options.MORE)
@@ -130,7 +129,7 @@ def run() -> int:
 
 
 def _run() -> int:
-    """Run the command, and turn what it raises into a line and an exit code."""
+    """Run the command, and turn an exception into an error line and an exit code."""
     try:
         try:
             app()
@@ -152,7 +151,7 @@ def _run() -> int:
 
 
 class _ToStderr(logging.StreamHandler[TextIO]):
-    """Writes to stderr as it is at the time: a spinner or a live view puts itself in its place."""
+    """Writes to the current `sys.stderr`, which a spinner or a live view may have replaced."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a record."""
@@ -161,14 +160,14 @@ class _ToStderr(logging.StreamHandler[TextIO]):
 
 
 class _Remark(streams.OneLine):
-    """Format a record as `surfw: warning: …`, on one line, in words of the command line."""
+    """Formats a record as one line, `surfw: warning: …`, with options instead of arguments."""
 
     def format(self, record: logging.LogRecord) -> str:
         return f"surfw: {record.levelname.lower()}: {with_options(super().format(record))}"
 
 
 def _report(error: Exception) -> int:
-    """Print an error, and return the exit code; a reader that has left, such as `head`, has seen what it wanted."""
+    """Print an error and return the exit code; print nothing if the reader of stdout has left, as `head` does."""
     if isinstance(error, streams.OutputError) and error.is_unread:
         return 128 + signal.SIGPIPE
     return _fail(with_options(str(error)), 2 if isinstance(error, options.WrongSettingError) else 1)

@@ -1,4 +1,4 @@
-"""`surfw bench`: measurements against a baseline of the same run."""
+"""`surfw bench`: measure against a baseline in the same run."""
 
 from functools import partial
 from pathlib import Path
@@ -62,7 +62,7 @@ Examples:
 """
 
 _CONNECTION = ("token_file", *options.TLS_SETTINGS)
-"""How servers are reached; the processes that are measured have it by variables."""
+"""Settings for connecting to servers; the measured processes get them in environment variables."""
 
 _FOLDER = typer.Option(
     "--dir", metavar="DIR", help="Where to write; removed afterwards. [default: the temporary folder]"
@@ -83,7 +83,7 @@ def wire(
     rounds: Annotated[
         int, typer.Option(min=1, help="Each has new processes, and five turns with the baseline; medians are shown.")
     ] = 7,
-    json: options.Json = False,  # noqa: ARG001 - read by what shows the result
+    json: options.Json = False,  # noqa: ARG001 - read by `keeps_results`
     quiet: options.Quiet = False,
 ) -> "Result":
     """From a server's cache into a client's memory, against a raw TCP socket that moves the same bytes."""
@@ -97,7 +97,7 @@ def wire(
 @keeps_results
 def codec(
     rounds: Annotated[int, typer.Option(min=1, help="How often all is done, in turn; medians are shown.")] = 15,
-    json: options.Json = False,  # noqa: ARG001 - read by what shows the result
+    json: options.Json = False,  # noqa: ARG001 - read by `keeps_results`
     quiet: options.Quiet = False,
 ) -> "Result":
     """Encoding and decoding the form lossless, against Blosc's own functions on the same frames."""
@@ -111,7 +111,7 @@ def codec(
 @keeps_results
 def everything(
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of each; medians are shown.")] = 7,
-    json: options.Json = False,  # noqa: ARG001 - read by what shows the result
+    json: options.Json = False,  # noqa: ARG001 - read by `keeps_results`
     quiet: options.Quiet = False,
 ) -> "list[Result]":
     """All that needs no model, no storage and no card: wire, codec, cache, flood, and the start of the demo model."""
@@ -140,7 +140,7 @@ def everything(
 @keeps_results
 def flood(
     seconds: Annotated[float, typer.Option(min=0.1, help="How long each measurement takes.")] = 3.0,
-    json: options.Json = False,  # noqa: ARG001 - read by what shows the result
+    json: options.Json = False,  # noqa: ARG001 - read by `keeps_results`
     quiet: options.Quiet = False,
 ) -> "Result":
     """A good client's rate, and a new one's wait, beside clients that flood the server in a dozen ways."""
@@ -170,7 +170,7 @@ def clients(
     direct: Annotated[bool, typer.Option("--direct", help="Also read the storage without a server.")] = False,
     rounds: Annotated[int, typer.Option(min=1, help="Alternations with the baseline; medians are shown.")] = 3,
     seconds: Annotated[float, typer.Option(min=0, help="Go on for so long after the last round.")] = 0.0,
-    json: options.Json = False,  # noqa: ARG001 - read by what shows the result
+    json: options.Json = False,  # noqa: ARG001 - read by `keeps_results`
     quiet: options.Quiet = False,
 ) -> "Result":
     """Many clients of one server, each a process, against as many raw TCP connections with the same bytes.
@@ -217,7 +217,7 @@ def cache(
     passes: Annotated[
         int | None, typer.Option(min=1, max=1000, help="Passes of each client through it. [default: 6]")
     ] = None,
-    json: options.Json = False,  # noqa: ARG001 - read by what shows the result
+    json: options.Json = False,  # noqa: ARG001 - read by `keeps_results`
     quiet: options.Quiet = False,
 ) -> "Result":
     """What a server's cache hits where clients announce what they read, against LRU; the ceiling is the optimum.
@@ -244,7 +244,7 @@ def chunk(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A hub id or a local directory.")],
     folder: Annotated[str | None, _FOLDER] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Alternations with the baseline; medians are shown.")] = 3,
-    json: options.Json = False,  # noqa: ARG001 - read by what shows the result
+    json: options.Json = False,  # noqa: ARG001 - read by `keeps_results`
     quiet: options.Quiet = False,
 ) -> "Result":
     """Chunking a checkpoint, against `cp` of the same bytes, both synced to the disk."""
@@ -267,7 +267,7 @@ def bench_storage(
     model: Annotated[str | None, typer.Option(help="Name of the model. [default: the only one there is]")] = None,
     configuration: options.Configuration,
     rounds: Annotated[int, typer.Option(min=1, help="Alternations with the baselines; medians are shown.")] = 5,
-    json: options.Json = False,  # noqa: ARG001 - read by what shows the result
+    json: options.Json = False,  # noqa: ARG001 - read by `keeps_results`
     quiet: options.Quiet = False,
 ) -> "Result":
     """Reading a model from a storage, against plain parallel ranges, and Run:ai Model Streamer if it is installed."""
@@ -377,7 +377,7 @@ def _check_against(names: "Sequence[str]") -> None:
     """Check the names of `--against`.
 
     Raises:
-        BadParameter: one is no peer's.
+        BadParameter: a name is unknown.
     """
     from surfw.bench.comparison import check_peers
     from surfw.errors import ConfigurationError
@@ -468,7 +468,7 @@ def bench_start(
     ] = "auto,none,lossless",
     configuration: options.Configuration,
     rounds: Annotated[int, typer.Option(min=1, help="Starts of each, in turn; medians are shown.")] = 3,
-    json: options.Json = False,  # noqa: ARG001 - read by what shows the result
+    json: options.Json = False,  # noqa: ARG001 - read by `keeps_results`
     quiet: options.Quiet = False,
 ) -> "Result":
     """From the start of `surfw infer` to its first token, against transformers, which needs all weights first."""
@@ -512,7 +512,7 @@ def device(
     lines: Annotated[
         str | None, typer.Option(metavar="FILE", help="Also write each figure as it comes, as lines of JSON.")
     ] = None,
-    json: options.Json = False,  # noqa: ARG001 - read by what shows the result
+    json: options.Json = False,  # noqa: ARG001 - read by `keeps_results`
     quiet: options.Quiet = False,
 ) -> "Result":
     """Streaming to a graphics card, against the rate of copies, the resident model, accelerate and diffusers."""
@@ -542,7 +542,7 @@ def device(
 
 
 def _say(text: str, *, quiet: bool) -> None:
-    """Say what goes on. A spinner would take time from what is measured."""
+    """Print the current step. A spinner would take time from the measurement."""
     from surfw.cli import render
 
     if not quiet:

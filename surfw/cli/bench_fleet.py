@@ -1,4 +1,4 @@
-"""`surfw bench fleet`: a fleet of clients and servers, simulated before it is there."""
+"""`surfw bench fleet`: simulate a fleet of clients and servers before it exists."""
 
 from typing import TYPE_CHECKING, Annotated
 
@@ -56,7 +56,7 @@ def fleet(
     measure: Annotated[
         bool, typer.Option("--measure", help="Run a small fleet on this machine instead, beside its simulation.")
     ] = False,
-    json: options.Json = False,  # noqa: ARG001 - read by what shows the result
+    json: options.Json = False,  # noqa: ARG001 - read by `keeps_results`
     quiet: options.Quiet = False,
 ) -> "Result":
     """A fleet before it is there: what its caches hit, what is read of the storage, how long clients wait, its cost.

@@ -1,4 +1,4 @@
-"""What `bench` shows people."""
+"""The output of `bench` for people."""
 
 from surfw.bench.compare import Comparison
 from surfw.bench.infer_result import InferResult
@@ -32,7 +32,7 @@ def show_rows(result: Result) -> None:
 
 
 def show_changes(comparison: Comparison) -> None:
-    """Print what became of ratios since an earlier run."""
+    """Print how ratios changed since an earlier run."""
     render.out.print()
     _show_table(
         (f"ratios since {comparison.file}", "before", "now", "change", "95 % interval", "verdict"),
@@ -47,7 +47,7 @@ def show_changes(comparison: Comparison) -> None:
 
 
 def show_comparison(result: InferResult) -> None:
-    """Print how fast each was, and what a reader has to know about it."""
+    """Print the speed of each peer, its ceiling, and notes on the comparison."""
     _show_table(
         ("", "tok/s", "spread", "surfw is", "TTFT", "memory", "and cache"),
         [
@@ -117,7 +117,7 @@ def show_quality(result: QualityResult) -> None:
 
 
 def _show_table(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    """Print a table without the columns that are empty."""
+    """Print a table without its empty columns."""
     shown = [index for index in range(len(headings)) if any(row[index] for row in rows)]
     names = [headings[index] for index in shown]
     render.print_table(names, [[row[index] for index in shown] for row in rows], numbers=names[1:])
@@ -137,5 +137,5 @@ def _percent(value: float | None) -> str:
 
 
 def _range(low: float | None, high: float | None) -> str:
-    """The worst and the best of several rounds; empty if there was one."""
+    """Format the lowest and highest value of several rounds; empty if they do not differ."""
     return "" if low is None or high is None or low == high else f"{low:.3g}–{high:.3g}"

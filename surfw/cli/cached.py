@@ -1,4 +1,4 @@
-"""The disk cache: `surfw pull` fills it ahead, `list --cached` and `rm --cached` show it and make room."""
+"""The disk cache: `surfw pull` fills it, `list --cached` shows it, `rm --cached` removes models from it."""
 
 import time
 from typing import TYPE_CHECKING, Annotated, Any
@@ -26,7 +26,7 @@ Examples:
 """
 
 _NO_LIMIT_BYTES = 1 << 62
-"""Of a cache whose size was not set: what is pulled stays whatever it takes."""
+"""The limit of a cache whose size was not set: pulled models are kept whatever their size."""
 
 _DIGEST_SHOWN = 12
 
@@ -67,8 +67,8 @@ def pull(
         connection = chosen.connection(settings) | {
             "disk_cache": settings.disk_cache or _NO_LIMIT_BYTES,
             "offline": False,
-            "verify_key": None,  # what is pulled is checked below
-            "encryption_key_file": None,  # and stays as it is stored
+            "verify_key": None,  # the manifest is checked below
+            "encryption_key_file": None,  # chunks are cached as they are stored
         }
         with WeightClient(chosen.all if chosen.others else chosen.url, **connection) as client:
             pulled = _pull(client, settings, quiet=json or quiet)
@@ -129,7 +129,7 @@ def _folder(settings: "Settings") -> "CacheFolder":
 
 
 def list_cached(settings: "Settings", *, json: bool) -> None:
-    """Show what the disk cache holds."""
+    """List the models in the disk cache."""
     from surfw.cli import render
 
     folder = _folder(settings)
@@ -171,9 +171,9 @@ def remove_cached(settings: "Settings", name: str, *, json: bool) -> None:
     """Remove a model from the disk cache.
 
     Raises:
-        UnknownModelError: it is not there.
-        NotFoundError: nothing is there.
-        ConfigurationError: it is in use.
+        UnknownModelError: the cache does not hold it.
+        NotFoundError: the cache is empty.
+        ConfigurationError: a process uses it.
     """
     from surfw.cli import render
     from surfw.source import find_model

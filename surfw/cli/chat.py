@@ -1,7 +1,7 @@
-"""`surfw chat`: a conversation with a model that stays open, and that remembers what it has read.
+"""`surfw chat`: a conversation with a model that stays open and keeps its KV cache between turns.
 
-In a terminal a person writes, and Ctrl-C stops an answer, not the session: answers are given in a thread of their own,
-so that nothing is interrupted where it must not be. In a pipe each line is a turn, and the first error ends it.
+At a terminal, Ctrl-C stops an answer, not the session. Answers run in a thread of their own, so that a signal does not
+interrupt code that it would break. From a pipe, each line is a turn, and the first error ends the session.
 """
 
 import json
@@ -47,7 +47,7 @@ COMMANDS = {
 }
 
 _PATIENCE_SIGNALS = 2
-"""How often Ctrl-C is taken as a wish to stop the answer; then it ends the session."""
+"""How many times Ctrl-C stops an answer; the next one ends the session."""
 
 
 @options.with_settings(*options.RUN_SETTINGS)
@@ -78,7 +78,7 @@ def chat(
 
 
 def sees_person() -> bool:
-    """Whether somebody can write at a terminal, and see what stderr says."""
+    """Whether stdin and stderr are terminals, so that a person can write and read."""
     return sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty()
 
 
@@ -91,7 +91,7 @@ def converse(
     ignore_eos: bool = False,
     quiet: bool = False,
 ) -> None:
-    """Open the model and hold a session with it: with the person at the terminal, or with the lines of a pipe."""
+    """Open the model and hold a session: with the person at the terminal, or with the lines of a pipe."""
     from surfw.cli.chat_view import ChatView
 
     is_interactive = sees_person()
@@ -118,7 +118,7 @@ def converse(
 
 @contextmanager
 def _open(configuration: options.Configuration, view: "ChatView") -> Iterator[tuple["StreamingModel", str]]:
-    """Open the model, and show what goes on meanwhile; yields it, and where its weights come from."""
+    """Open the model while showing progress; yield it, and the source of its weights."""
     from surfw.cli.sources import choose_source, connect, open_model
 
     settings = configuration.settings
@@ -147,7 +147,7 @@ def _answer_lines(conversation: "Conversation", view: "ChatView") -> None:
 
 
 class _Session:
-    """A person at the terminal, and the model."""
+    """A session with a person at the terminal."""
 
     def __init__(
         self,
@@ -156,7 +156,7 @@ class _Session:
         view: "ChatView",
         begin: "Callable[[str | None], Conversation]",
     ) -> None:
-        """Talk with an open model; `begin` makes a conversation with it, with a system message."""
+        """`begin` starts a conversation with the open model, with a system message."""
         self._streaming = streaming
         self._begin = begin
         self._conversation = conversation
@@ -167,11 +167,11 @@ class _Session:
         }  # fmt: skip
 
     def run(self) -> None:
-        """Take messages and commands, until the person has had enough."""
+        """Take messages and commands until the person ends the session."""
         from surfw.cli.chat_prompt import LineEditor
 
         with ThreadPoolExecutor(1, thread_name_prefix="surfw-chat") as self._answers:
-            self._answers.submit(_nothing).result()  # starts the thread, while nothing is lost by a Ctrl-C
+            self._answers.submit(_nothing).result()  # starts the thread while a Ctrl-C does no harm
             self._greet()
             self._loop(LineEditor(surfw_home() / "history", list(COMMANDS)))
 
@@ -197,7 +197,7 @@ class _Session:
 
     @property
     def _name(self) -> str:
-        """What the model is asked for by: the name of the adapter that is applied, or its own."""
+        """The name that selects the model: that of the applied adapter, or its own."""
         return self._streaming.adapter or self._streaming.manifest.name
 
     def _greet(self) -> None:
@@ -205,7 +205,7 @@ class _Session:
         self._view.note(f"{self._name}{how} · /help · Ctrl-C stops an answer, Ctrl-D ends the session")
 
     def _take(self, text: str) -> None:
-        """Answer a message or obey a command; after a `SurfwError` the session goes on, unless the model is closed."""
+        """Answer a message or run a command; the session survives a `SurfwError`, unless the model is closed."""
         word, _, rest = text.strip().partition(" ")
         try:
             if text.startswith("/"):
@@ -231,13 +231,13 @@ class _Session:
         self._view.conclude(turn)
 
     def _ask(self, text: str, shown: "View") -> "Turn":
-        """Ask in a thread of its own, which Ctrl-C stops, and any other end of this as well."""
+        """Ask in the answer thread. Ctrl-C stops the answer, and so does any exception here."""
         with _stopped_by_signal(self._conversation):
             try:
                 return self._answers.submit(
                     self._conversation.ask, text, on_text=shown.on_text, on_token=shown.on_token
                 ).result()
-            except BaseException:  # of `submit` too, which may have begun the answer
+            except BaseException:  # also from `submit`, which may have begun the answer
                 _end(self._conversation, self._answers.submit(_nothing))
                 raise
 
@@ -250,7 +250,7 @@ class _Session:
         self._view.note("the system message is set" if text else "there is no system message now")
 
     def _model(self, name: str) -> None:
-        """Go on with another model, or, where there can be no conversation with that, with the one there is."""
+        """Switch to another model; return to the current one if the other cannot hold a conversation."""
         before = self._name
         if not name:
             self._view.note(f"this is {before}; /model NAME goes on with another model of the source")
@@ -289,11 +289,11 @@ class _Session:
 
 
 def _nothing() -> None:
-    """Work that is done as soon as all work before it is."""
+    """A job without work; it is done once all jobs before it are."""
 
 
 def _end(conversation: "Conversation", after: "Future[None]") -> None:
-    """Stop an answer that nobody wants any more, and that may only be about to begin; work after it tells its end."""
+    """Stop an abandoned answer, which may not have begun yet; `after`, a job queued behind it, is done when it ends."""
     while not after.done():
         conversation.stop()
         wait([after], 0.05)
@@ -301,7 +301,7 @@ def _end(conversation: "Conversation", after: "Future[None]") -> None:
 
 @contextmanager
 def _stopped_by_signal(conversation: "Conversation") -> Iterator[None]:
-    """Take SIGINT as a wish to stop the answer, unless it is ignored."""
+    """Make SIGINT stop the answer, unless the signal is ignored."""
     before: Any = signal.getsignal(signal.SIGINT)
     received = 0
 
@@ -309,7 +309,7 @@ def _stopped_by_signal(conversation: "Conversation") -> Iterator[None]:
         nonlocal received
         received += 1
         conversation.stop()
-        if signals.is_interrupted() or received > _PATIENCE_SIGNALS:  # another signal comes here too, noted
+        if signals.is_interrupted() or received > _PATIENCE_SIGNALS:  # noted: it was SIGTERM or SIGHUP
             raise KeyboardInterrupt
 
     if not callable(before):

@@ -1,7 +1,7 @@
-"""The line where a person writes in `chat`: editing, history by the arrow keys, completion of commands.
+"""The input line of `chat`: editing, history with the arrow keys, completion of commands.
 
-All of it is prompt_toolkit's, and drawn on stderr. The history is a file of our own, since prompt_toolkit's is readable
-by others and grows without end; where it cannot be read or written, the session has a history of its own.
+It uses prompt_toolkit and draws on stderr. The history file is our own, since prompt_toolkit's is readable by others
+and grows without bound; if it cannot be read or written, the history lasts for the session only.
 """
 
 import errno
@@ -25,18 +25,18 @@ _PROMPT = "> "
 _KEPT_ENTRIES = 1000
 _MOST_ENTRY_BYTES = 64_000
 _MOST_BYTES = 4_000_000
-"""A file that has grown larger is cut to the last entries when it is read; one that is far larger begins anew."""
+"""A larger file is cut to its last entries when it is read; one of more than twice this size is emptied."""
 
 
 class LineEditor:
-    """Reads what a person writes, a message at a time."""
+    """Reads a person's messages, one at a time."""
 
     def __init__(self, history: Path, commands: Sequence[str]) -> None:
         """Prepare the terminal.
 
         Args:
-            history: the file that keeps what was written.
-            commands: words that the tab key completes at the beginning of a line.
+            history: the file that keeps the messages.
+            commands: words that Tab completes at the beginning of a line.
         """
         self._session: PromptSession[str] = PromptSession(
             history=PrivateHistory(history),
@@ -57,10 +57,10 @@ class LineEditor:
 
 
 class PrivateHistory(History):
-    """Entries in a file that only its owner can read, one JSON string a line, the last ones of them."""
+    """The last entries, in a file that only its owner can read, as one JSON string per line."""
 
     def __init__(self, path: Path) -> None:
-        """Name the file; it need not be there."""
+        """The file need not exist."""
         super().__init__()
         self._path = path
 
@@ -81,7 +81,7 @@ class PrivateHistory(History):
         return [entry for line in reversed(lines) if (entry := _parse(line))]
 
     def store_string(self, string: str) -> None:
-        """Add an entry, unless it is so long that nobody wrote it by hand."""
+        """Add an entry, unless it is too long to have been typed."""
         line = json.dumps(string)
         if len(line) > _MOST_ENTRY_BYTES:
             return
@@ -90,13 +90,13 @@ class PrivateHistory(History):
             self._write([line], os.O_APPEND)
 
     def _write(self, lines: Sequence[str], how: int) -> None:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK | how  # or opening a FIFO waits for its reader
+        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK | how  # a FIFO must not block until it is read
         with os.fdopen(os.open(self._path, flags, 0o600), "w") as file:
             file.write("".join(f"{line}\n" for line in lines))
 
 
 def _last(lines: Sequence[str]) -> list[str]:
-    """The last entries that are kept."""
+    """Return the last entries, within the limits on their number and half of that on bytes."""
     kept: list[str] = []
     room = _MOST_BYTES // 2
     for line in reversed(lines[-_KEPT_ENTRIES:]):
@@ -108,7 +108,7 @@ def _last(lines: Sequence[str]) -> list[str]:
 
 
 def _parse(line: str) -> str | None:
-    """The entry that a line of the file holds; None if it holds something else."""
+    """Return the entry in a line of the file; None if it is not one."""
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError):

@@ -22,39 +22,39 @@ if TYPE_CHECKING:
 
 
 class ChatView:
-    """The screen of a session; in a pipe, only its answers."""
+    """The output of a session; for a pipe, only the answers."""
 
     def __init__(self, *, is_interactive: bool, live: bool | Literal["full"] | None, quiet: bool) -> None:
         """Choose what is shown.
 
         Args:
-            is_interactive: a person is there, and may wait.
+            is_interactive: whether a person is at the terminal.
             live: the setting.
-            quiet: nothing on stderr but errors.
+            quiet: print only errors on stderr.
         """
         self._is_interactive = is_interactive
         self._live = live
         self._quiet = quiet
 
     def follow(self, streaming: "StreamingModel", source: str, most_tokens: int) -> None:
-        """Show what this model does while it answers.
+        """Set the model to follow while it answers.
 
         Args:
             streaming: the model.
             source: where its weights come from.
-            most_tokens: of an answer.
+            most_tokens: the most tokens of an answer.
         """
         self._followed = streaming, source, most_tokens
 
     @contextmanager
     def opening(self) -> Iterator["View"]:
-        """Show what goes on while the model is opened."""
+        """Show progress while the model is opened."""
         with choose_view("text", live=self._live, json=False, quiet=self._quiet) as shown, _without_echo():
             yield shown
 
     @contextmanager
     def answering(self) -> Iterator["View"]:
-        """Show an answer, which is given to the view as it comes."""
+        """Yield a view that shows an answer as it arrives."""
         streaming, source, most = self._followed
         with self.opening() as shown, shown.running(streaming, source, most, has_text=True):
             try:
@@ -63,12 +63,12 @@ class ChatView:
                 shown.end_text()
 
     def note(self, text: str) -> None:
-        """Say what is going on, in a line."""
+        """Print a note in one line."""
         if not self._quiet:
             render.err.print(f"surfw: {one_line(text)}", style="dim", soft_wrap=not self._is_interactive)
 
     def error(self, exc: Exception) -> None:
-        """Say what went wrong, in a line, while the session goes on."""
+        """Print an error in one line; the session goes on."""
         print(f"surfw: error: {one_line(with_options(str(exc)))}", file=sys.stderr, flush=True)
 
     def help(self, commands: Mapping[str, str]) -> None:
@@ -88,7 +88,7 @@ class ChatView:
 
 @contextmanager
 def _without_echo() -> Iterator[None]:
-    """Keep what is typed off the screen; it waits for the next message."""
+    """Turn off the terminal's echo; what is typed meanwhile is kept for the next message."""
     if sys.stdin is None or not sys.stdin.isatty():
         yield
         return

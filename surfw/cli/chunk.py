@@ -1,6 +1,6 @@
-"""`surfw chunk`: a checkpoint into a store.
+"""`surfw chunk`: chunk a checkpoint into a store.
 
-Its hidden options (`--list`, `--remove`, `--prune`, `--verify`) do what the commands of `store` do; scripts use them.
+Its hidden options (`--list`, `--remove`, `--prune`, `--verify`) run the commands of `store`; scripts use them.
 """
 
 from collections import Counter
@@ -41,12 +41,12 @@ Examples:
 """
 
 _TASKS = {"list": "list", "show": "show", "rm": "rm", "remove": "rm", "prune": "prune", "verify": "verify"}
-"""The words that somebody may put behind `chunk`, and the commands that do it."""
+"""Words that users may type after `chunk`, and the commands they probably meant."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Wanted:
-    """What is to be chunked, and how; see the options of `chunk`."""
+    """The parsed options of `chunk`."""
 
     model: str
     name: str | None
@@ -219,14 +219,14 @@ def chunk(
         config_from=config_from, encrypt=encrypt, key=_read_key(encrypt), signer=_read_signer(sign), codecs=codecs,
         only_experts=_read_quantize(quantize, codecs), dry_run=dry_run, in_place=in_place,
     )  # fmt: skip
-    with _busy(model, quiet=json or quiet) as step:  # before anything is imported that takes time
+    with _busy(model, quiet=json or quiet) as step:  # shown before the slow imports
         _chunk(wanted, settings, step, json=json, quiet=quiet)
 
 
 def _do(
     task: str, settings: Settings, *, model: str | None, remove: str | None, dry_run: bool, json: bool, quiet: bool
 ) -> None:
-    """Do what a hidden option asks for."""
+    """Run the command behind a hidden option."""
     from surfw.cli import housekeeping
 
     match task:
@@ -243,10 +243,10 @@ def _do(
 def _only_task(
     tasks: Mapping[str, bool], *, model: str | None, dry_run: bool, chunking: Mapping[str, bool]
 ) -> str | None:
-    """Return the one task that was asked for; None for chunking, which has options of its own.
+    """Return the hidden option that was given; None if the command is to chunk.
 
     Raises:
-        BadParameter: options that exclude each other were given.
+        BadParameter: options conflict.
     """
     given = [option for option, is_given in tasks.items() if is_given]
     if not given:
@@ -265,10 +265,10 @@ def _only_task(
 
 
 def _read_codecs(names: str | None) -> tuple[str, ...]:
-    """The codecs of an option.
+    """Parse `--codec`.
 
     Raises:
-        BadParameter: it names others.
+        BadParameter: it is not a valid list of codecs.
     """
     from surfw.codec import DEFAULT_CODECS, check_codecs
     from surfw.errors import ConfigurationError
@@ -280,10 +280,10 @@ def _read_codecs(names: str | None) -> tuple[str, ...]:
 
 
 def _read_quantize(what: str | None, codecs: Sequence[str]) -> bool:
-    """Whether only experts are quantised.
+    """Parse `--quantize`: whether only experts are quantised.
 
     Raises:
-        BadParameter: it says something else, or nothing is quantised.
+        BadParameter: the value is unknown, or no codec quantises.
     """
     from surfw.codec import PACKED_CODECS
 
@@ -299,7 +299,6 @@ def _read_quantize(what: str | None, codecs: Sequence[str]) -> bool:
 
 
 def _read_key(file: str | None) -> "EncryptionKey | None":
-    """The key of --encrypt."""
     if file is None:
         return None
     from surfw.encryption import read_key
@@ -308,7 +307,6 @@ def _read_key(file: str | None) -> "EncryptionKey | None":
 
 
 def _read_signer(file: str | None) -> "SigningKey | None":
-    """The key of --sign."""
     if file is None:
         return None
     from surfw.signing import read_signing_key
@@ -317,7 +315,7 @@ def _read_signer(file: str | None) -> "SigningKey | None":
 
 
 def _check_dequantize(dtype: str | None, given: Mapping[str, bool]) -> None:
-    """Refuse a dtype that no weights have, and options that `--dequantize` does not go with."""
+    """Refuse an unknown dtype, and options that conflict with `--dequantize`."""
     from surfw.config import check_dtype
     from surfw.errors import ConfigurationError
 
@@ -330,7 +328,7 @@ def _check_dequantize(dtype: str | None, given: Mapping[str, bool]) -> None:
 
 
 def _refuse_in_place(given: Mapping[str, str | None]) -> None:
-    """Refuse what would be done to weights that are read and written."""
+    """Refuse options that apply to stored weights; `--in-place` stores none."""
     for option, value in given.items():
         if value is not None:
             raise typer.BadParameter("nothing is stored with --in-place; leave one of them out", param_hint=option)
@@ -345,7 +343,7 @@ def _refuse_without_from(given: Mapping[str, bool]) -> None:
 
 
 def _refuse_with(option: str, other: str, given: Mapping[str, bool], what: str) -> None:
-    """Refuse an option that does not go with another one, if it was given."""
+    """Refuse the option `other` if it was given; it conflicts with `option`."""
     if given[other]:
         raise typer.BadParameter(f"is for {what}, and does not go with {option}", param_hint=other)
 
@@ -363,7 +361,7 @@ def _chunk_adapter(
     json: bool,
     quiet: bool,
 ) -> None:
-    """Chunk a LoRA adapter over a model of the store, or show what that would write."""
+    """Chunk a LoRA adapter over a model of the store, or show what would be written."""
     from surfw.cli.chunk_adapter import WantedAdapter, chunk_adapter
 
     wanted = WantedAdapter(
@@ -375,10 +373,10 @@ def _chunk_adapter(
 
 
 def _read_adapter_codecs(names: str | None) -> tuple[str, ...]:
-    """The codecs of an option for adapters, whose small matrices are not quantised.
+    """Parse `--codec` for an adapter, whose small matrices are never quantised.
 
     Raises:
-        BadParameter: it names others.
+        BadParameter: it is not a valid list of codecs, or names one that quantises.
     """
     from surfw.codec import PACKED_CODECS
 
@@ -389,7 +387,7 @@ def _read_adapter_codecs(names: str | None) -> tuple[str, ...]:
 
 
 def _chunk(wanted: _Wanted, settings: Settings, step: Callable[[str], None], *, json: bool, quiet: bool) -> None:
-    """Chunk a checkpoint, or show what that would write; `step` is told what goes on."""
+    """Chunk a checkpoint, or show what would be written; `step` shows the current step."""
     import asyncio
 
     from surfw.checkpoint.reader import folder_name
@@ -409,7 +407,7 @@ def _chunk(wanted: _Wanted, settings: Settings, step: Callable[[str], None], *, 
         backend.expect_writable()
     name = wanted.name or (folder_name(Path(model)) if is_here(model) else None)
     if name is None:
-        asyncio.run(Store(backend).check_place())  # before what takes time, as the other
+        asyncio.run(Store(backend).check_place())  # checked before the slow work, as in the other branch
     else:
         asyncio.run(check_target(backend, check_model_name(name), wanted.codecs))
     if wanted.in_place:
@@ -427,14 +425,14 @@ def _chunk(wanted: _Wanted, settings: Settings, step: Callable[[str], None], *, 
         storage_options=placed.for_url(model),
         on_step=step,
     ) as opened:
-        from surfw.models.planned import PlannedModel  # torch is there by now
+        from surfw.models.planned import PlannedModel  # torch is imported by now
 
         prepared = opened.only_experts() if wanted.only_experts else opened
         planned = PlannedModel(prepared)
         facts = chunk_view.plan_facts(planned, wanted.codecs)
         step("")
         if wanted.dry_run:
-            if name is None:  # it was not known before
+            if name is None:  # the name was unknown until now
                 asyncio.run(check_target(backend, prepared.name, wanted.codecs))
             _show_plan(planned, facts, backend, wanted, step, json=json)
             return
@@ -458,7 +456,7 @@ def _show_plan(
     *,
     json: bool,
 ) -> None:
-    """Show what would be written, and what is known of all forms; refuse weights that cannot stay where they are."""
+    """Show what would be written, and compare all forms; with `--in-place`, refuse weights that must be copied."""
     import asyncio
 
     from surfw.chunking.in_place import build_manifest
@@ -466,7 +464,7 @@ def _show_plan(
     from surfw.codec import CODECS
 
     if wanted.in_place:
-        asyncio.run(build_manifest(planned.prepared))  # refuses weights that are not in the checkpoint as they are used
+        asyncio.run(build_manifest(planned.prepared))  # refuses weights that are used in another form than stored
     step("trying how well the weights compress, and how fast they are read")
     forms = planned.compare(("none",) if wanted.in_place else CODECS, store=None if wanted.in_place else backend)
     step("")
@@ -476,7 +474,7 @@ def _show_plan(
 def _write(
     prepared: "PreparedModel", backend: "StorageBackend", wanted: _Wanted, placed: "PlacedOptions", *, quiet: bool
 ) -> "tuple[Manifest, Counter[Outcome]]":
-    """Write a model; returns its manifest, and what became of how many of its chunks, if they were copied."""
+    """Write a model; return its manifest and the number of chunks per outcome, which is empty with `--in-place`."""
     import asyncio
 
     from surfw.chunking import write_model
@@ -515,7 +513,7 @@ def _measure_quality(
     placed: "PlacedOptions",
     step: Callable[[str], None],
 ) -> "dict[str, Quality]":
-    """How good the quantised forms are, beside the weights in the store, or else those of the checkpoint."""
+    """Measure the quantised forms against the exact weights in the store, or in the checkpoint if none are stored."""
     from surfw.cli import chunk_quality
     from surfw.codec import has_exact_forms, stored_packed_codecs
 
@@ -534,12 +532,12 @@ def _measure_quality(
         reference = (url, {"dtype": wanted.dtype, "storage_options": placed.for_url(url), "on_missing": missing})
     codecs = stored_packed_codecs(manifest)
     if reference is not written and (wanted.dequantize is not None or Path(url).suffix.lower() == ".gguf"):
-        return {}  # nothing dense is stored anywhere
+        return {}  # there are no dense weights to compare with
     return chunk_quality.measure(manifest, codecs, reference=reference, written=written, step=step)
 
 
 def _busy(model: str, *, quiet: bool) -> AbstractContextManager[Callable[[str], None]]:
-    """Show what goes on before the first byte is written; while the hub is asked, its library shows that."""
+    """Show progress until the first byte is written; while the hub is asked, its library shows its own."""
     from surfw.cli import render
     from surfw.cli.addresses import is_here
 

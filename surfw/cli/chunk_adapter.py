@@ -1,4 +1,4 @@
-"""`surfw chunk ADAPTER --base NAME`: a LoRA adapter over a model of the store."""
+"""`surfw chunk ADAPTER --base NAME`: chunk a LoRA adapter over a model of the store."""
 
 import asyncio
 from collections import Counter
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class WantedAdapter:
-    """What is to be chunked, over what, and how; see the options of `chunk`."""
+    """The parsed options of `chunk --base`."""
 
     model: str
     base: str
@@ -31,7 +31,7 @@ class WantedAdapter:
 def chunk_adapter(
     wanted: WantedAdapter, settings: Settings, step: Callable[[str], None], *, json: bool, quiet: bool
 ) -> None:
-    """Chunk an adapter, or show what that would write; `step` is told what goes on."""
+    """Chunk an adapter, or show what would be written; `step` shows the current step."""
     from surfw.chunking import prepare_adapter, read_base
     from surfw.cli import chunk_view, render
     from surfw.storage import open_backend

@@ -1,4 +1,4 @@
-"""How good the quantised forms are that `chunk` has just written: measured by running the model, a layer at a time."""
+"""Measure the quality of the quantised forms that `chunk` has written, by running the model a layer at a time."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -18,23 +18,23 @@ logger = logging.getLogger("surfw.chunking")
 
 _TOKENS = 512
 _MOST_BYTES = 4 * GB
-"""A larger model takes minutes."""
+"""A larger model is not measured, since that takes minutes."""
 
 Place = tuple["Source", Mapping[str, Any]]
-"""A source of weights, and what models are opened with there."""
+"""A source of weights, and the options for opening a model there."""
 
 
 def measure(
     manifest: "Manifest", codecs: Sequence[str], *, reference: Place, written: Place, step: Callable[[str], None]
 ) -> "dict[str, Quality]":
-    """Measure them on a small text; what keeps that from being done is a warning.
+    """Measure the forms on a small text; if that is not possible, log a warning.
 
     Args:
-        manifest: of the model that was written.
-        codecs: of the quantised forms; without any, nothing is done.
+        manifest: the manifest of the written model.
+        codecs: the quantised forms; if there are none, nothing is done.
         reference: where the unquantised weights are.
         written: where the model was written.
-        step: told what goes on.
+        step: called with the current step.
     """
     if not codecs:
         return {}
@@ -65,12 +65,12 @@ def measure(
 
 
 def facts(found: "Mapping[str, Quality]") -> dict[str, Any]:
-    """What `--json` prints of it."""
+    """Return what `--json` prints for the measured qualities."""
     return {"quality": {codec: asdict(one) for codec, one in found.items()}} if found else {}
 
 
 def describe(codec: str, one: "Quality") -> str:
-    """A line about a form."""
+    """Describe a form's quality in a line."""
     on = f"on {one.tokens} tokens"
     if one.kl is None:
         error = percent(one.relative_error or 0, 1)

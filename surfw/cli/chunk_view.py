@@ -1,4 +1,4 @@
-"""What `chunk` shows of a plan, of a copy, and of what it has written."""
+"""The output of `chunk`: a plan, a copy, or what was written."""
 
 import logging
 from collections import Counter
@@ -39,7 +39,7 @@ def show_result(
     quality: "Mapping[str, Quality]",
     json: bool,
 ) -> None:
-    """Show what was written: one JSON object, or a line, and one for each quantised form that was measured."""
+    """Show what was written: as one JSON object, or as a line and one more per quantised form that was measured."""
     if not has_exact_forms(manifest):
         codecs = ",".join(["none", *stored_packed_codecs(manifest)])
         said = "%s: no exact weights are stored; to have them too, chunk the checkpoint with --codec %s"
@@ -71,7 +71,7 @@ def show_result(
 
 
 def _describe_forms(manifest: "Manifest") -> str:
-    """The size of the weights, and of each form besides the plain one."""
+    """Describe the size of the exact weights, if they are stored, and of each other form."""
     sizes = form_bytes(manifest)
     words = {"lossless": "compressed without loss", "int8": "as int8", "int4": "as int4"}
     others = [f"{format_size(sizes[codec])} {text}" for codec, text in words.items() if codec in sizes]
@@ -82,7 +82,7 @@ def _describe_forms(manifest: "Manifest") -> str:
 
 
 def weight_facts(manifest: "Manifest") -> dict[str, Any]:
-    """What `--json` prints of the weights in packed forms: how many are quantised, and why the others are not."""
+    """Return what `--json` prints about packed forms: how many weights are quantised, and why the others are not."""
     found = [
         {"codec": codec, "int4": counts["int4"], "int8": counts["int8"]}
         | {"exact": {reason: counts[reason] for reason in _REASONS}}
@@ -93,7 +93,7 @@ def weight_facts(manifest: "Manifest") -> dict[str, Any]:
 
 
 def _describe_weights(manifest: "Manifest") -> Iterator[str]:
-    """The same in a line for each packed codec."""
+    """Yield the facts of `weight_facts` as a line per packed codec."""
     for codec in stored_packed_codecs(manifest):
         counts = count_weights(manifest, codec)
         parts = [f"{counts[kind]} in {bits}" for kind, bits in _KINDS.items() if counts[kind]]
@@ -103,7 +103,7 @@ def _describe_weights(manifest: "Manifest") -> Iterator[str]:
 
 
 def _tell(outcomes: "Counter[Outcome]") -> str:
-    """Say what became of the chunks; nothing where all are new."""
+    """Describe the outcomes of the chunks; empty if all are new."""
     if outcomes.keys() <= {"new"}:
         return ""
     if outcomes.keys() == {"unchanged"}:
@@ -115,7 +115,7 @@ def _tell(outcomes: "Counter[Outcome]") -> str:
 
 
 def adapter_facts(prepared: "PreparedModel") -> dict[str, Any]:
-    """What `--json` prints of an adapter, under the keys that a model has for the same things."""
+    """Return what `--json` prints for an adapter, under the same keys as for a model."""
     return {
         "model": prepared.name,
         "name": prepared.name,
@@ -130,7 +130,7 @@ def adapter_facts(prepared: "PreparedModel") -> dict[str, Any]:
 
 
 def plan_facts(planned: "PlannedModel", codecs: Sequence[str]) -> dict[str, Any]:
-    """What `--json` prints of the plan: also under the keys that `show` has for the same things."""
+    """Return what `--json` prints for a plan; some facts are repeated under the keys that `show` uses."""
     prepared = planned.prepared
     parts = [
         {
@@ -159,7 +159,7 @@ def plan_facts(planned: "PlannedModel", codecs: Sequence[str]) -> dict[str, Any]
 def show_plan(
     planned: "PlannedModel", facts: Mapping[str, Any], forms: "PlannedForms", codecs: Sequence[str], *, json: bool
 ) -> None:
-    """Show what would be written of a checkpoint in these codecs, and all forms that it may be stored in."""
+    """Show what would be written with these codecs, and all forms that the checkpoint could be stored in."""
     if json:
         render.print_json({**facts, **_form_facts(forms, codecs), **weight_facts(planned.manifest(codecs))})
         return
@@ -188,7 +188,7 @@ def show_plan(
 
 
 def _form_facts(forms: "PlannedForms", codecs: Sequence[str]) -> dict[str, Any]:
-    """What `--json` prints of all forms, and of those that were asked for."""
+    """Return what `--json` prints about all forms, and about the requested ones."""
     found: dict[str, Any] = {
         "forms": [asdict(one) for one in forms.needs],
         "unit": forms.unit,
@@ -205,7 +205,7 @@ def _form_facts(forms: "PlannedForms", codecs: Sequence[str]) -> dict[str, Any]:
 
 
 def _show_forms(forms: "PlannedForms") -> None:
-    """All forms side by side, and where their rates come from."""
+    """Show all forms side by side, and where their rates come from."""
     headings = ["form", "size", "smallest budget", "read in a pass", f"{forms.unit}/s"]
     rows = [
         (
@@ -231,7 +231,7 @@ def _layer_count(prepared: "PreparedModel") -> int:
 
 
 def copy_facts(manifest: "Manifest", name: str) -> dict[str, Any]:
-    """What `--json` prints of a copy: what it prints of a plan, without what takes torch to know."""
+    """Return what `--json` prints for a copy: the facts of a plan that need no torch."""
     parts = [
         {"name": one.name, "kind": one.kind, "tensors": len(one.tensors), "payload_bytes": one.payload_bytes}
         for one in manifest.chunks
@@ -249,7 +249,7 @@ def copy_facts(manifest: "Manifest", name: str) -> dict[str, Any]:
 
 
 def show_copy(manifest: "Manifest") -> None:
-    """Show what would be written of a model that is chunked already."""
+    """Show what copying a chunked model would write."""
     rows = [
         (one.name, one.kind, ", ".join(form.codec for form in one.forms), format_size(one.payload_bytes))
         for one in manifest.chunks

@@ -1,4 +1,4 @@
-"""Text in a column beside something else: its last rows; those before them are given up, to be printed. Pure."""
+"""The last rows of a text, in a column beside other lines; earlier rows leave it to be printed. Pure."""
 
 from collections.abc import Sequence
 
@@ -9,25 +9,24 @@ NEWLINE, BETWEEN = "\n", "   "
 
 
 class TextColumn:
-    """The end of a text that grows."""
+    """The end of a growing text."""
 
     def __init__(self) -> None:
-        """Start empty."""
         self._text = ""
         self._dim = 0
 
     def add(self, text: str, *, dim: bool = False) -> None:
-        """Add text at the end; dim text only before all other."""
+        """Append text; dim text has to come before all other text."""
         self._text += printable(text, lines=True).expandtabs()
         self._dim = len(self._text) if dim else self._dim
 
     def end(self) -> str:
-        """Take all that is left."""
+        """Remove and return all that is left."""
         left, self._text = self._text, ""
         return left
 
     def give_up(self, width: int, rows: int) -> str:
-        """Take rows from the beginning, as lines, until no more than so many are left."""
+        """Remove rows from the beginning until at most `rows` are left; return them as lines."""
         found = wrap(self._text, width)
         given = found[: max(0, len(found) - rows)]
         gone = sum(map(len, given))
@@ -35,7 +34,7 @@ class TextColumn:
         return "".join(f"{row.removesuffix(NEWLINE)}\n" for row in given)
 
     def beside(self, others: Sequence[str], width: int) -> list[str]:
-        """Return the rows, each as wide as the column, with other lines beside them."""
+        """Return the last rows, padded to the width, with one of the other lines beside each."""
         from rich.cells import cell_len
 
         rows = self.rows(width)
@@ -46,7 +45,7 @@ class TextColumn:
         ]
 
     def rows(self, width: int) -> list[tuple[str, str]]:
-        """Return the rows, as they are and with their styles."""
+        """Return each row as a pair: plain, and with its style."""
         found, dim = [], self._dim
         for whole in wrap(self._text, width):
             row = whole.removesuffix(NEWLINE)
@@ -56,7 +55,7 @@ class TextColumn:
 
 
 def wrap(text: str, width: int) -> list[str]:
-    """Cut a text into rows of so many cells at most; together they are the text, newlines included."""
+    """Cut a text into rows of at most `width` cells; joined, they are the text, newlines included."""
     from rich.cells import cell_len
 
     rows = [""]

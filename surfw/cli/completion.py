@@ -1,7 +1,7 @@
-"""What a shell offers on Tab: the names of models, dtypes, choices.
+"""Shell completion on Tab: names of models, dtypes, and fixed choices.
 
-It has to be quick and silent. A source that does not answer within a second offers nothing, and neither does one that
-fails: a complaint would stand in the middle of the line that is being typed.
+Completion must be fast and silent. A source that fails, or does not answer within a second, offers nothing: an error
+message would appear in the middle of the line being typed.
 """
 
 import logging
@@ -21,22 +21,22 @@ Completion = Callable[[str], list[str]]
 
 
 def models_in_store(context: typer.Context, incomplete: str) -> list[str]:
-    """The names of the models in the store that the command line names, or else the settings."""
+    """Complete the names of models in the store given on the command line, or else in the settings."""
     return _beginning_with(incomplete, _in_time(partial(_list_store, context)))
 
 
 def models_in_source(context: typer.Context, incomplete: str) -> list[str]:
-    """The names of the models that `infer` would find: in its source, on the server of this machine, in the store."""
+    """Complete the names of models that `infer` would find: in its source, on this machine's server, in the store."""
     return _beginning_with(incomplete, _in_time(partial(_list_source, context)))
 
 
 def dtypes(incomplete: str) -> list[str]:
-    """The names of dtypes."""
+    """Complete the names of dtypes."""
     return _beginning_with(incomplete, list(DTYPES))
 
 
 def choices(texts: Sequence[str]) -> Completion:
-    """A completion that offers a few fixed texts."""
+    """Return a completion that offers fixed texts."""
 
     def complete(incomplete: str) -> list[str]:
         return _beginning_with(incomplete, texts)
@@ -49,7 +49,7 @@ def _beginning_with(incomplete: str, names: Sequence[str]) -> list[str]:
 
 
 def _in_time(look: Callable[[], list[str]]) -> list[str]:
-    """What `look` finds within a second; nothing if it fails."""
+    """Return what `look` finds; nothing if it fails. If it takes over a second, end the process."""
     found: list[str] = []
 
     def run() -> None:
@@ -63,12 +63,12 @@ def _in_time(look: Callable[[], list[str]]) -> list[str]:
     thread.start()
     thread.join(_SECONDS)
     if thread.is_alive():
-        os._exit(1)  # an ordinary exit would wait for its threads
+        os._exit(1)  # an ordinary exit would wait for threads
     return found
 
 
 def _settings(context: typer.Context, *names: str) -> Settings:
-    """The settings, as far as they have been typed already."""
+    """Load the settings, with the options typed so far."""
     config = context.params.get("config") or context.find_root().params.get("config")
     return Settings.load(config, **{name: context.params.get(name) or None for name in names})
 

@@ -1,4 +1,4 @@
-"""`surfw chunk MODEL --from SOURCE`: a model that is chunked already, into a store."""
+"""`surfw chunk MODEL --from SOURCE`: copy a chunked model into a store."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Copy:
-    """What is to be copied, and how; see the options of `chunk`."""
+    """The parsed options of `chunk --from`."""
 
     model: str
     source: str
@@ -34,7 +34,7 @@ class Copy:
 def copy_model(
     wanted: Copy, configuration: options.Configuration, step: Callable[[str], None], *, json: bool, quiet: bool
 ) -> None:
-    """Copy a model that is chunked already, or show what that would write."""
+    """Copy a chunked model, or show what would be written; `step` shows the current step."""
     from surfw import chunking
     from surfw.chunking.copy import check_copy
     from surfw.cli import chunk_quality, chunk_view, render

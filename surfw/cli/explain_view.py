@@ -25,7 +25,7 @@ def facts(explanation: "Explanation", origins: Mapping[str, SettingOrigin]) -> d
 
 
 def show(explanation: "Explanation", origins: Mapping[str, SettingOrigin], console: Console) -> None:
-    """Print it: a table in a terminal, plain lines elsewhere."""
+    """Print an explanation: a table on a terminal, plain lines elsewhere."""
     rows = explanation_rows(explanation, _origin(explanation, origins))
     if console.is_terminal:
         console.print(render.pair_table("", rows))
@@ -36,7 +36,7 @@ def show(explanation: "Explanation", origins: Mapping[str, SettingOrigin], conso
 
 
 def _origin(explanation: "Explanation", origins: Mapping[str, SettingOrigin]) -> SettingOrigin:
-    """Where the value comes from that limits memory: `cache_layers`, `device_memory` or `memory_budget`."""
+    """Return the origin of the setting that limits memory: `cache_layers`, `device_memory` or `memory_budget`."""
     return origins["memory_budget" if explanation.limited_by == "default" else explanation.limited_by]
 
 

@@ -1,6 +1,6 @@
-"""The figures of an open model as a table: of a run, for `infer --live full`, and of a session, for `chat`."""
+"""Tables of an open model's figures: for a run (`infer --live full`), and for a session (`chat`)."""
 
-from __future__ import annotations  # what comes from torch's rooms is named in types only
+from __future__ import annotations  # modules that import torch are named in type hints only
 
 from typing import TYPE_CHECKING
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 def run_table(
     statistics: Statistics, first_seconds: float | None, token_seconds: float | None, *, generates: bool
 ) -> Table:
-    """Make the table of a run; the figures that people ask for most come first.
+    """Make the table of a run, with the most wanted figures first.
 
     Args:
-        statistics: of the model.
-        first_seconds: when the first token came.
-        token_seconds: the mean time of every further token.
-        generates: whether the model does; others have no KV cache.
+        statistics: the model's statistics.
+        first_seconds: the time to the first token; None if there is none.
+        token_seconds: the mean time of each later token; None if there is none.
+        generates: whether the model generates; others have no KV cache.
     """
     rows = []
     if first_seconds is not None and generates:
@@ -38,7 +38,7 @@ def run_table(
 
 
 def session_table(conversation: ConversationFacts, statistics: Statistics) -> Table:
-    """Make the table of a session: how long the conversation is, and what all its turns took together."""
+    """Make the table of a session: the length of the conversation, and the totals of its turns."""
     bound = "" if conversation.positions is None else f" of {conversation.positions:,}"
     cached = conversation.cached_tokens
     if cached or not conversation.tokens:
@@ -54,7 +54,7 @@ def session_table(conversation: ConversationFacts, statistics: Statistics) -> Ta
 
 
 def _rows(statistics: Statistics) -> list[tuple[str, str]]:
-    """What was found in memory, what was waited for, and what memory is used."""
+    """Make the rows on cache hits, waiting, and memory."""
     cache, spent, latency = statistics["cache"], statistics["time"], statistics["fetch_latency_seconds"]
     experts = statistics.get("experts")
     chosen = [("experts in memory when chosen", percent(experts["hit_rate"]))] if experts else []

@@ -1,8 +1,8 @@
-"""A view that has the terminal to itself, as `top` has, for as long as it is shown.
+"""A view that fills the terminal, as that of `top` does.
 
-It is drawn on the terminal's other screen, so that whatever was there before comes back, and each time as a whole, so
-that nothing is left of it where the window changes its size. Its last state stays when it ends, with the warnings that
-were logged meanwhile, which would have torn it apart.
+It is drawn on the terminal's alternate screen, so that the previous content comes back, and always as a whole, so that
+a resize leaves no remains. When it ends, its last state is printed, followed by the warnings that were logged
+meanwhile; they are held back because they would have garbled it.
 """
 
 import logging
@@ -22,12 +22,12 @@ from surfw.cli import signals
 _KEPT_WARNINGS = 50
 
 LOOK_SECONDS = 0.2
-"""How often to look whether the window has another size."""
+"""How often to check whether the window was resized."""
 
 
 @dataclass(frozen=True)
 class _Whole:
-    """A view that is told how high the screen is; rich tells that to none that it shows inside of another."""
+    """Passes the screen's height to a view; rich does not pass it to nested views."""
 
     view: RenderableType
 
@@ -36,10 +36,10 @@ class _Whole:
 
 
 class FullScreen:
-    """Shows views, one after the other; a context manager, also for `async with`."""
+    """Shows views one after another; a context manager for `with` and `async with`."""
 
     def __init__(self, console: Console) -> None:
-        """Show on this console, which is a terminal."""
+        """Show on `console`, which has to be a terminal."""
         self._console = console
         self._live = Live(
             console=console, screen=True, auto_refresh=False, redirect_stdout=False, redirect_stderr=False
@@ -50,17 +50,17 @@ class FullScreen:
         self._holding: list[tuple[logging.Handler, Callable[[logging.LogRecord], bool]]] = []
 
     def show(self, view: RenderableType) -> None:
-        """Show a view instead of the one before."""
+        """Show a view, replacing the one before."""
         self._view, self._size = view, self._console.size
         self._live.update(_Whole(view), refresh=True)
 
     def redraw(self) -> None:
-        """Draw the view again if the window has another size."""
+        """Redraw the view if the window was resized."""
         if self._console.size != self._size:
             self.show(self._view)
 
     def __enter__(self) -> Self:
-        """Turn to the other screen, and hold back what is logged."""
+        """Switch to the alternate screen, and hold back log lines."""
         for handler in logging.getLogger("surfw").handlers:
             if isinstance(handler, logging.StreamHandler):
                 hold_back = partial(self._hold_back, handler)
@@ -73,7 +73,7 @@ class FullScreen:
     def __exit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Turn back, print the last view, and log what was held back."""
+        """Switch back, print the last view and the log lines that were held back."""
         self._live.stop()
         signals.is_full_screen = False
         self._console.print(self._view)
@@ -83,12 +83,12 @@ class FullScreen:
             sys.stderr.write(line)
 
     def _hold_back(self, handler: "logging.StreamHandler[Any]", record: logging.LogRecord) -> bool:
-        """Keep a line for later, as a filter of its handler, which has no moment without a place for it."""
+        """Keep a log line for later; as a filter, since the handler then stays in place and loses no line."""
         self._held.append(handler.format(record) + handler.terminator)
         return False
 
     async def __aenter__(self) -> Self:
-        """Turn to the other screen, as `with` does; the event loop does not wait for the terminal."""
+        """Enter as `with` does; the event loop does not wait for the terminal."""
         import asyncio
 
         return await asyncio.to_thread(self.__enter__)
@@ -96,7 +96,7 @@ class FullScreen:
     async def __aexit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Turn back, as at the end of `with`."""
+        """Exit as `with` does; the event loop does not wait for the terminal."""
         import asyncio
 
         await asyncio.to_thread(self.__exit__, kind, exc, trace)

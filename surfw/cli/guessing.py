@@ -1,6 +1,6 @@
-"""What `--prompt-lookup` and `--draft` ask for: tokens that are guessed ahead; and what it came to."""
+"""`--prompt-lookup` and `--draft`: speculation, and a summary of its outcome."""
 
-from __future__ import annotations  # what comes from torch's rooms is named in types only
+from __future__ import annotations  # modules that import torch are named in type hints only
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -19,22 +19,21 @@ if TYPE_CHECKING:
     from surfw.settings import Settings
 
 _OWN_FORM = "self:"
-"""Before the form of the model's own weights that a draft has."""
+"""The prefix of a draft that is a form of the model's own weights: `self:int4`."""
 
 
 @dataclass(frozen=True)
 class Guessing:
-    """The two options.
+    """The options `--prompt-lookup` and `--draft`.
 
     Raises:
-        Mistake: both are given, or the form of the model that is to guess is none.
+        Mistake: both are given, or the draft is empty or an unknown form of the model.
     """
 
     prompt_lookup: int | None
     draft: str | None
 
     def __post_init__(self) -> None:
-        """See that one of them is given at most, and can be used."""
         if self.prompt_lookup is not None and self.draft is not None:
             raise Mistake("--draft does not go with --prompt-lookup; give one of them")
         if self.draft == "":
@@ -47,20 +46,20 @@ class Guessing:
                 raise Mistake(f"--draft is {draft!r}, expected {' or '.join(forms)}, a model's name, or a source")
 
     def refuse(self, what: str) -> None:
-        """Refuse either option where it has no meaning.
+        """Refuse both options together with `what`.
 
         Raises:
-            Mistake: one is given.
+            Mistake: one of them is given.
         """
         for name, value in (("--prompt-lookup", self.prompt_lookup), ("--draft", self.draft)):
             if value is not None:
                 raise Mistake(f"{name} does not go with {what}")
 
     def check(self, client: WeightClient, manifest: Manifest, settings: Settings) -> None:
-        """Refuse a draft that is not there, or cannot guess for a model; torch is not imported for that.
+        """Check, without importing torch, that the draft exists and can guess for the model.
 
         Raises:
-            SurfwError: it is not, or cannot.
+            SurfwError: it does not exist, or cannot guess for the model.
         """
         if self.draft is None:
             return
@@ -84,7 +83,7 @@ class Guessing:
     def begin(
         self, streaming: StreamingModel, client: WeightClient, settings: Settings, on_phase: Callable[[str], None]
     ) -> None:
-        """Have a model guess, if that is asked for; `on_phase` hears what takes a while.
+        """Set up speculation for a model, if one of the options is given; `on_phase` is called with each slow phase.
 
         Raises:
             SurfwError: the draft cannot be opened, or there is no memory for it.
@@ -101,12 +100,12 @@ class Guessing:
 
 
 def _read_draft(address: str, settings: Settings) -> str:
-    """The source of a draft of its own."""
+    """Return the source of a draft that has a source of its own."""
     return read_source(address, seconds=settings.connect_timeout, tls=settings.tls)
 
 
 def _is_name(word: str, client: WeightClient) -> bool:
-    """Whether a word is a model's name in the source, and no source of its own."""
+    """Whether a word is a model's name in the source, rather than another source."""
     if is_path(word) or read_address(word).kind in {"server", "web", "storage"}:
         return False
     named = any(word in {one, one.rpartition("/")[2]} for one in client.models())
@@ -114,7 +113,7 @@ def _is_name(word: str, client: WeightClient) -> bool:
 
 
 def guessed(facts: SpeculationFacts | None) -> list[str]:
-    """Say what guessing came to."""
+    """Summarise the outcome of speculation."""
     if facts is None:
         return []
     what = "prompt lookup" if facts["kind"] == "prompt_lookup" else f"the draft {facts['draft']}"

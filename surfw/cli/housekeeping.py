@@ -1,4 +1,4 @@
-"""What the commands of `store` do with a store, and how they show the result: one function each."""
+"""The work of the commands in `store`, and how the results are shown: one function per command."""
 
 import asyncio
 import logging
@@ -35,10 +35,10 @@ _ASK_SECONDS = 1.0
 
 
 def list_models(settings: Settings, *, json: bool, quiet: bool) -> None:
-    """Show what is in the store.
+    """Show the contents of the store.
 
     Raises:
-        StorageError: a manifest or a lease is not understood; all that is has been shown by then.
+        StorageError: a manifest or a lease is not understood; raised after everything else was shown.
     """
     with _busy(settings, quiet=json or quiet):
         contents = _run(settings, Housekeeping.contents)
@@ -75,11 +75,11 @@ def prune(settings: Settings, *, dry_run: bool, json: bool, quiet: bool) -> None
 
 
 def verify(settings: Settings, model: str | None, *, json: bool, quiet: bool) -> None:
-    """Read every byte of a model, or of all of them; before that, check signatures if there is a key for them.
+    """Read and check every byte of one model, or of all; if there is a verify key, check signatures first.
 
     Raises:
-        IntegrityError: one is not signed as it should be; or something is damaged or missing, and all of it has been
-            shown by then.
+        IntegrityError: a signature is missing or wrong; or parts are damaged or missing, raised after all of them were
+            shown.
     """
     if settings.verify_key is not None:
         _check_signatures(settings, model)
@@ -117,10 +117,10 @@ def _run(settings: Settings, work: Callable[[Housekeeping], Awaitable[T]]) -> T:
 
 
 def _warn_of_readers(settings: Settings, model: str | None) -> None:
-    """Warn if a server on this machine has clients that read a model; None for those that were removed already.
+    """Warn if a server on this machine has clients that read the model; None means models that were removed already.
 
-    A store cannot tell who reads it. So this asks the one server that may be at hand: at the setting `port` of this
-    machine. One that serves another store, or does not answer within a second, is not spoken of.
+    A store does not know its readers, so this asks the server at the setting `port` of this machine. A server that
+    serves another store, or does not answer within a second, is ignored.
     """
     url = f"ws://{DEFAULT_HOST}:{settings.port}"
     try:
@@ -133,8 +133,8 @@ def _warn_of_readers(settings: Settings, model: str | None) -> None:
     if "connections" in stats:
         reading = [one["model"] for one in stats["connections"] if one["model"]]
         readers = sum(one == model if model else one not in stats["models"] for one in reading)
-    else:
-        readers = stats["clients"] if model is None or model in stats["models"] else 0  # it does not say who reads what
+    else:  # the server does not say who reads what
+        readers = stats["clients"] if model is None or model in stats["models"] else 0
     if readers:
         what = model or "models that were removed"
         logger.warning(
@@ -191,7 +191,7 @@ def _show_models(models: Sequence[StoredModel]) -> None:
 
 
 def _document(model: ModelDetails) -> dict[str, Any]:
-    """What `--json` prints of a model: also under the keys that `chunk` has for the same things."""
+    """Return what `--json` prints for a model; some facts are repeated under the keys that `chunk` uses."""
     facts = asdict(model)
     if facts["experts"] is None:
         del facts["experts"]
@@ -233,7 +233,7 @@ def _show_details(model: ModelDetails) -> None:
 
 
 def _alike(parts: Sequence[StoredChunk]) -> list[list[StoredChunk]]:
-    """Chunks in groups: neighbours of one kind and size."""
+    """Group adjacent chunks with the same kind, number of tensors and size."""
     return [list(group) for _, group in groupby(parts, lambda one: (one.kind, one.tensors, one.payload_bytes))]
 
 

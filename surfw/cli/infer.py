@@ -1,4 +1,4 @@
-"""`surfw infer`: a prompt through a model whose weights arrive while it runs."""
+"""`surfw infer`: run a prompt through a model whose weights arrive while it runs."""
 
 import select
 import sys
@@ -202,9 +202,9 @@ def _run(
     json: bool,
     check: "Callable[[Manifest], None]" = lambda _: None,
 ) -> None:
-    """Run a request, which is made once torch is imported; without one, explain what would limit it.
+    """Run a request, or explain what limits the model if `make_request` is None.
 
-    `check` sees the manifest before.
+    The request is made after torch is imported. `check` is called with the manifest before that.
     """
     from surfw.cli import render
     from surfw.cli.infer_run import Opened, answer_request, ask_server
@@ -244,7 +244,7 @@ def _run(
 def _explain_only(
     streaming: "StreamingModel", configuration: options.Configuration, view: "View", source: str, *, json: bool
 ) -> None:
-    """Show what limits the model: without a prompt, that is the result."""
+    """Show what limits the model, as the command's only output."""
     from surfw.cli import explain_view, render
 
     found = streaming.explain(new_tokens=configuration.settings.max_new_tokens)
@@ -272,7 +272,7 @@ def _parse_ids(text: str | None) -> list[int] | None:
 
 
 def _one_of(name: str, value: str | None, other_name: str, other: str | None) -> str | None:
-    """What was given in one of two ways.
+    """Return a value that can be given in two ways.
 
     Raises:
         Mistake: it was given in both.
@@ -294,7 +294,7 @@ def _check_together(
     """Refuse options that contradict each other.
 
     Raises:
-        Mistake: two of them do.
+        Mistake: two options do.
     """
     options.check_system(system, raw=raw)
     if system is not None and ids is not None:
@@ -304,7 +304,7 @@ def _check_together(
 
 
 def _read_prompt(prompt: str | None, ids: list[int] | None, *, quiet: bool) -> str | None:
-    """The prompt, from the command line or from stdin; None if there are ids instead."""
+    """Return the prompt, from the command line or from stdin; None if token ids were given."""
     if ids is not None:
         if prompt is not None:
             raise Mistake("give either --prompt or --prompt-ids, and not both")
@@ -321,7 +321,7 @@ def _read_prompt(prompt: str | None, ids: list[int] | None, *, quiet: bool) -> s
 
 
 def _read_stdin(*, quiet: bool) -> str:
-    """All of stdin. If nothing comes for a moment, say what is waited for: a script may have left a pipe open."""
+    """Read all of stdin. If nothing arrives for a second, say so: a script may have left a pipe open."""
     if sys.stdin is None:
         return ""
     if not quiet and not select.select([sys.stdin], [], [], _PATIENCE_SECONDS)[0]:

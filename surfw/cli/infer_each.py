@@ -1,7 +1,7 @@
-"""`surfw infer --model A --model B`: the same prompt through several models of a source, each answer under its name.
+"""`surfw infer --model A --model B`: run one prompt through several models of a source, with a heading per answer.
 
-They run one after another, each in the place of the one before (`StreamingModel.switch`), so that layers that two of
-them have are read once.
+The models run one after another. Each replaces the one before (`StreamingModel.switch`), so that layers which two of
+them share are read once.
 """
 
 import time
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 
 def check_together(models: Sequence[str], others: Mapping[str, object]) -> None:
-    """Refuse options that are for one model, where several are given.
+    """Refuse options for a single model if several models are given.
 
     Raises:
-        Mistake: one of them is given.
+        Mistake: one of the options is given, or a model's name is invalid.
     """
     for name in models[1:]:
         options.check_option("model", name)
@@ -49,10 +49,10 @@ def answer_each(
     json: bool,
     check: "Callable[[Manifest], None]",
 ) -> None:
-    """Run a request with each model, and show the answers; `check` sees each manifest before anything is read.
+    """Run a request with each model, and show the answers; `check` is called with each manifest before the first run.
 
     Raises:
-        SurfwError: one of the models does not answer; those after it do not, either.
+        SurfwError: a model fails; those after it do not run.
     """
     from surfw.cli import render
     from surfw.cli.infer_run import Opened, answer_request, ask_server
@@ -95,7 +95,7 @@ def answer_each(
 def _go_on(
     streaming: "StreamingModel | None", client: "ReadAheadClient", settings: "Settings", view: "View", opened: ExitStack
 ) -> "StreamingModel":
-    """Open a model: in the place of the one before, where there is one."""
+    """Open a model, replacing the one before, if any."""
     from surfw.cli.sources import open_model
 
     if streaming is None or streaming.device.type != "cpu":  # on a device, models share no memory
@@ -106,6 +106,6 @@ def _go_on(
 
     assert settings.model is not None, "several models are named"
     view.phase(f"switching to {settings.model}")
-    streaming.metrics = Metrics()  # what is told of a model's run is of that alone
+    streaming.metrics = Metrics()  # a run's statistics cover that model only
     streaming.switch(settings.model)
     return streaming

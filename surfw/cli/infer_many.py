@@ -1,4 +1,4 @@
-"""`surfw infer --prompts FILE`: many prompts as JSON lines, and their answers as JSON lines."""
+"""`surfw infer --prompts FILE`: answer many prompts; both prompts and answers are JSON lines."""
 
 import itertools
 import json
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _MOST_LINE_BYTES = 16 * 1024 * 1024
 _MOST_AHEAD = 1024
-"""How many prompts may be read before the oldest that has no answer yet; with --ordered, so many answers wait."""
+"""The most prompts read ahead of the answers written; with --ordered, up to this many answers wait for their turn."""
 
 _EXPECTED: Mapping[str, tuple[type, str]] = {
     "prompt": (str, "a text"),
@@ -37,12 +37,12 @@ _EXPECTED: Mapping[str, tuple[type, str]] = {
     "pair": (list, "a text, or a list of texts"),
     "prompt_name": (str, "a text"),
 }
-"""What a line may have besides its id."""
+"""The keys that a line may have besides `id`: their types, and how error messages describe them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Many:
-    """What was asked for; see the options of `infer`."""
+    """The options of `infer` that apply to `--prompts`."""
 
     prompts: Path | None
     output: Path | None
@@ -61,7 +61,7 @@ def check_together(many: Many, others: Mapping[str, object]) -> None:
     """Refuse options that contradict each other.
 
     Raises:
-        Mistake: two of them do.
+        Mistake: two options conflict, or one needs another.
     """
     if many.prompts is None:
         alone: dict[str, object] = {
@@ -81,7 +81,7 @@ def check_together(many: Many, others: Mapping[str, object]) -> None:
 
 @dataclass
 class _Question:
-    """A line of the file: what it asks, or what is wrong with it."""
+    """A line of the file: its request, or the error in it."""
 
     line: int
     id: Any
@@ -91,7 +91,7 @@ class _Question:
 
 @dataclass
 class _Tally:
-    """What has come of the prompts so far."""
+    """The counts so far."""
 
     answered: int = 0
     failed: int = 0
@@ -104,7 +104,7 @@ def answer_file(many: Many, configuration: options.Configuration) -> None:
     """Answer all prompts of a file.
 
     Raises:
-        SurfwError: the file, or the model, cannot be read; or a prompt could not be answered, once all others are.
+        SurfwError: the file or the model cannot be read; or some prompts failed, raised after all others were answered.
     """
     from surfw.cli import render
     from surfw.cli.sources import choose_source, connect, open_model
@@ -139,7 +139,7 @@ def answer_file(many: Many, configuration: options.Configuration) -> None:
 
 
 def _serves_stage(configuration: options.Configuration) -> bool:
-    """Join the job; where this is not rank 0, which answers, compute a stage of the model until it has answered all."""
+    """Join the job. On ranks other than 0, serve a stage of the model until rank 0 is done, and return True."""
     from surfw.cli.sources import choose_source, connect, open_model
     from surfw.distributed import StageModel, join_job
 
@@ -172,7 +172,7 @@ def _summary(tally: _Tally) -> str:
 
 
 class _Run:
-    """Questions go to the model from a thread that reads them; answers come in the model's."""
+    """Answers a file. A thread reads questions ahead of the model; answers arrive in the model's thread."""
 
     def __init__(
         self,
@@ -183,20 +183,20 @@ class _Run:
         done: set[str],
         write: Callable[[Mapping[str, Any]], None],
     ) -> None:
-        """Note the model, the ids that are answered, and what writes an answer."""
+        """`done` has the ids that are answered already, as JSON; `write` writes an answer."""
         self._many, self._settings, self._streaming = many, configuration.settings, streaming
         self._done, self._write = done, write
         self._tally = _Tally()
         self._asked: dict[int, _Question] = {}
-        self._waiting: dict[int, Mapping[str, Any]] = {}  # answers that come after one that is not there yet
+        self._waiting: dict[int, Mapping[str, Any]] = {}  # answers not written yet, since an earlier one is missing
         self._next = 0
         self._lock = threading.RLock()
         self._room = threading.Semaphore(_MOST_AHEAD)
         self._advance: Callable[..., None] = lambda **_: None
-        self._places: list[int] = []  # of what the model is asked, among all questions
+        self._places: list[int] = []  # the place of each request among all questions
 
     def run(self, lines: IO[bytes], total: int | None) -> _Tally:
-        """Answer all questions of a file, of which so many are known to be there."""
+        """Answer all questions of a file; `total` is their number, if known."""
         from surfw.cli import render
         from surfw.models.inference import GenerationOptions, InferenceRequest
         from surfw.models.many import MOST_SEQUENCES
@@ -221,7 +221,7 @@ class _Run:
         return self._tally
 
     def _requests(self, lines: IO[bytes], shared: "InferenceRequest") -> Iterator["InferenceRequest"]:
-        """What the model is asked, in a thread that reads ahead of it; questions that are wrong are answered here."""
+        """Yield the requests, in a thread that reads ahead of the model; invalid questions are answered here."""
         for place, question in enumerate(self._questions(lines, {}, shared)):
             self._room.acquire()
             with self._lock:
@@ -254,7 +254,7 @@ class _Run:
             yield question
 
     def _parse(self, number: int, line: bytes, shared: "InferenceRequest") -> _Question:
-        """Read a line; what is wrong with it is its answer."""
+        """Parse a line; an error in it becomes its answer."""
         question = _Question(number, None)
         many = self._many
         common: dict[str, Any] = {
@@ -286,7 +286,7 @@ class _Run:
             self._answer(place, self._facts(result))
 
     def _facts(self, result: "InferenceResult") -> dict[str, Any]:
-        """What is written of a result: tokens, or what an encoder gives."""
+        """Return what is written for a result: text and tokens, or an encoder's output."""
         names = [name for name in ("embedding", "pooling", "predictions") if getattr(result, name) is not None]
         if names:
             self._count_tokens(result.prompt_tokens)
@@ -294,7 +294,7 @@ class _Run:
         return {name: getattr(result, name) for name in names}
 
     def _answer(self, index: int, answer: Mapping[str, Any]) -> None:
-        """Write an answer, in its turn."""
+        """Write an answer; with --ordered, after all earlier ones."""
         with self._lock:
             question = self._asked.pop(index)
             document = {"id": question.id, "line": question.line, **answer}
@@ -314,11 +314,11 @@ class _Run:
 
 
 class _LineError(ValueError):
-    """A line of the prompts cannot be used as it is."""
+    """A line of the prompts is invalid."""
 
 
 def _read_line(line: bytes) -> dict[str, Any]:
-    """The object that a line has."""
+    """Parse a line as a JSON object."""
     try:
         found = json.loads(line)
     except (ValueError, RecursionError):
@@ -330,7 +330,7 @@ def _read_line(line: bytes) -> dict[str, Any]:
 
 
 def _read_settings(own: object, found: Mapping[str, Any]) -> dict[str, Any]:
-    """What a line asks for, by the names of `InferenceRequest`."""
+    """Check the values of a line, and return them under the names of `InferenceRequest`."""
     if not isinstance(own, str | int) or isinstance(own, bool):
         raise _LineError(f"an id is a text or a whole number, not {json.dumps(own)[:40]}")
     if unknown := sorted(set(found) - set(_EXPECTED)):
@@ -369,7 +369,7 @@ def _open_prompts(many: Many) -> Iterator[IO[bytes]]:
 
 
 def _count_lines(lines: IO[bytes]) -> int | None:
-    """How many lines a file has that are not empty; None for a pipe."""
+    """Count the lines that are not empty; None for a pipe."""
     if not lines.seekable():
         return None
     total = sum(bool(line.strip()) for line in lines)
@@ -379,7 +379,7 @@ def _count_lines(lines: IO[bytes]) -> int | None:
 
 @contextmanager
 def _open_output(many: Many) -> Iterator[tuple[set[str], Callable[[Mapping[str, Any]], None]]]:
-    """Where answers go, and the ids that have one there already."""
+    """Open the output; yield the ids that have an answer there already, and a function that writes an answer."""
     if many.output is None:
         out = sys.stdout
 
@@ -413,18 +413,18 @@ def _open_output(many: Many) -> Iterator[tuple[set[str], Callable[[Mapping[str, 
 
 
 def _read_answers(output: Path) -> tuple[set[str], int]:
-    """The ids that have an answer, errors not counted, and how many bytes of whole lines there are."""
+    """Return the ids that have an answer other than an error, and the size of all complete lines in bytes."""
     done: set[str] = set()
     whole = 0
     try:
         with output.open("rb") as file:
             for number, line in enumerate(file, 1):
                 if not line.endswith(b"\n"):
-                    break  # it was being written when the process was killed
+                    break  # incomplete: the process was killed while it wrote
                 try:
                     answer = json.loads(line)
                     key = json.dumps(answer["id"])
-                    answer["line"]  # a prompt has none
+                    answer["line"]  # a line of prompts lacks it
                 except (ValueError, TypeError, KeyError):
                     raise ConfigurationError(
                         f"line {number} of {output} is no answer of surfw's; name that of an earlier run, or a new file"

@@ -1,4 +1,4 @@
-"""A request to an open model, for `surfw infer`: run, shown as it comes, and what it came to."""
+"""Run a request on an open model for `surfw infer`, show the answer as it arrives, and report the outcome."""
 
 import logging
 from collections.abc import Callable
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from surfw.wire import ServerStats
 
 _STATS_SECONDS = 1.0
-"""How long a summary waits for what the server says of its cache."""
+"""How long a summary waits for the statistics of the server's cache."""
 
 
 @dataclass(frozen=True)
 class Opened:
-    """An open model, where its weights come from, what opening it took, and who asks its server for more."""
+    """An open model, its source, what opening it took, and a function that returns its server's statistics."""
 
     streaming: "StreamingModel"
     source: str
@@ -33,7 +33,7 @@ class Opened:
     ask_server: "Callable[[], ServerStats | None]"
 
     def report(self, result: "InferenceResult", *, is_whole: bool = True) -> "Report":
-        """Put together what a run came to."""
+        """Build the report of a run."""
         from surfw.cli.infer_summary import Report, queued_seconds
         from surfw.runtime.memory import peak_rss_bytes
 
@@ -65,10 +65,10 @@ def answer_request(
     explain: bool,
     json: bool,
 ) -> "tuple[Report, dict[str, Any]]":
-    """Run a request, and show its answer as it comes.
+    """Run a request, and show its answer as it arrives.
 
     Returns:
-        What it came to, and with `explain` what limits it, by the name that has in JSON.
+        The report; and with `explain`, what limits the run, under its key in JSON.
     """
     from surfw.cli import explain_view
     from surfw.models.heads import generates
@@ -89,7 +89,7 @@ def answer_request(
             view.explain(found, configuration.origins)
     most = request.max_new_tokens if generates(streaming) else 0
     if most:
-        streaming.leave_room(len(ids), most)  # or say that there is none, before anything is shown
+        streaming.leave_room(len(ids), most)  # fails before anything is shown if the budget is too small
     if tokenizer is not None and request.prompt is not None and continues_prompt(streaming, tokenizer, request):
         view.prompt(request.prompt, lambda token: space_before(tokenizer, ids, token))
     try:
@@ -104,10 +104,10 @@ def answer_request(
 
 
 def ask_server(chosen: "ChosenSource", settings: "Settings") -> "ServerStats | None":
-    """What the server says of itself; None if it is none, or says nothing soon.
+    """Return the server's statistics; None if the source is not a server, or does not answer in time.
 
-    Also None where weights are cast: what a pass reads of the server's cache is not what it takes in memory, then. And
-    where there is a disk cache: a run reads that, and offline nobody is asked anything.
+    Also None if weights are cast, since the size of a pass in memory is then not its size in the server's cache; and
+    with a disk cache or offline, since the run then reads the disk cache, and offline no server may be contacted.
     """
     from surfw.client import read_stats
 

@@ -1,6 +1,6 @@
-"""What a run of `infer` came to: for scripts, and in plain words."""
+"""The outcome of a run of `infer`: facts for scripts, and a summary in words."""
 
-from __future__ import annotations  # what comes from torch's rooms is named in types only
+from __future__ import annotations  # modules that import torch are named in type hints only
 
 import os
 from contextlib import suppress
@@ -33,30 +33,30 @@ _POOLINGS = {
     "projection": "projection",
     "pooler": "pooler",
 }
-"""What is said of each pooling."""
+"""How each pooling is described."""
 _MOSTLY = 0.5
 _BUSY = 0.5
-"""From this share of a run on, what threads wait for a processor says that other work is going on."""
+"""If threads wait for a processor for this share of a run or more, other work competes with it."""
 _BRIEF_SECONDS = 1.0
-"""A run that computed for less says nothing of that."""
+"""Competing work is not reported for a shorter run."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What a run came to.
+    """The outcome of a run.
 
     Attributes:
         model: the model's name.
         source: where its weights came from, without credentials.
-        result: the text, or what an encoder gives.
+        result: the text and tokens, or an encoder's output.
         load_seconds: from the first import to the open model.
         statistics: of the model.
-        peak_rss_bytes: the most memory that the process used.
-        advice: what more memory would bring, if that is known.
-        is_whole: False for a run that was interrupted.
-        queued_seconds: how long its threads waited for a processor, all together; see `queued_seconds`.
-        ask_server: returns what the server that the weights came from says of itself; None if it is no server.
-        adapter: the name of the adapter that was applied; None if none was.
+        peak_rss_bytes: the peak memory of the process.
+        advice: what more memory would gain, if known.
+        is_whole: False for a run that was interrupted or failed.
+        queued_seconds: the total time its threads waited for a processor; see `queued_seconds`.
+        ask_server: returns the statistics of the server that the weights came from; None if there are none.
+        adapter: the name of the applied adapter, if any.
     """
 
     model: str
@@ -100,7 +100,7 @@ class Report:
 
 
 def place_of(source: str) -> str:
-    """Say in a word what a run waits for: `link`, `server` on this machine, `disk`, or `storage` somewhere else."""
+    """Return what a run waits for: `link`, `server` (on this machine), `disk`, or `storage` (remote)."""
     if is_server_url(source):
         return "server" if is_on_this_machine(source) else "link"
     return "storage" if "://" in source and not source.startswith("file://") else "disk"
@@ -125,16 +125,16 @@ def summary(report: Report) -> str:
 
 
 def queued_seconds() -> float:
-    """How long the threads of this process have waited for a processor, all together; 0 where that is not told."""
+    """Return the total time this process's threads have waited for a processor; 0 if the system does not report it."""
     waited = 0
     for path in Path("/proc/self/task").glob("*/schedstat"):
-        with suppress(OSError, ValueError, IndexError):  # a thread that has ended; another system
+        with suppress(OSError, ValueError, IndexError):  # the thread has ended, or the system has no schedstat
             waited += int(path.read_text().split()[1])
     return waited / 1e9
 
 
 def _busy(report: Report) -> list[str]:
-    """Say of a run that computed if other work took the processors away, for which its threads wait together."""
+    """Warn if other work kept the threads of a compute-bound run waiting for processors."""
     from surfw.models.statistics import stall_share
 
     time = report.statistics["time"]
@@ -146,7 +146,7 @@ def _busy(report: Report) -> list[str]:
 
 
 def _server_cache(statistics: Statistics, ask_server: Callable[[], ServerStats | None]) -> list[str]:
-    """Say of a run that mostly waited if the cache of its server is too small, so that passes find nothing in it."""
+    """Warn if a run mostly waited and its server's cache is smaller than one pass, so that nothing is ever hit."""
     from surfw.models.statistics import stall_share
     from surfw.wire import find_shortage
 
@@ -196,7 +196,7 @@ def limits(source: str, time: RunTimes, plan: PlanFacts | None, advice: Advice |
 
 
 def encoder_text(result: InferenceResult) -> str | None:
-    """What an encoder says in a form that suits a person; None for a model that generates."""
+    """Format an encoder's output for people; None for a model that generates."""
     if result.predictions is not None:
         return "\n".join(map(_prediction, result.predictions))
     values = result.embedding
@@ -226,7 +226,7 @@ def _candidate(one: dict[str, Any]) -> str:
 
 
 def _pooling(result: InferenceResult) -> str:
-    """Say how an embedding was made of the hidden states, and why so."""
+    """Say how an embedding was pooled from the hidden states, and what determined that."""
     if (how := result.pooling) is None:
         return ""
     modes = " and ".join(_POOLINGS.get(mode, mode) for mode in how["modes"])

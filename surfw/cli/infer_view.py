@@ -1,6 +1,6 @@
-"""What `infer` shows people: a status below the text on a terminal, and elsewhere lines on stderr."""
+"""The output of `infer` for people: a status below the text on a terminal, lines on stderr elsewhere."""
 
-from __future__ import annotations  # what comes from torch's rooms is named in types only
+from __future__ import annotations  # modules that import torch are named in type hints only
 
 import os
 import stat
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from surfw.settings import SettingOrigin
 
 _SLOW_SECONDS = 10.0
-"""Where no status can be drawn, a phase that takes longer gets a line."""
+"""If no status can be drawn, a phase that takes longer gets a line."""
 
 _SHOWN_PROMPT = 600
 _SIDE_ROWS = 4
@@ -36,10 +36,9 @@ _WIDE_COLUMNS, _TABLE_COLUMNS = 120, 64
 
 
 class View:
-    """What all views do: print the answer on stdout as it comes. This one says nothing else."""
+    """The base of all views: prints the answer on stdout as it arrives, and nothing else."""
 
     def __init__(self, answer: Literal["text", "ids", "nothing"]) -> None:
-        """Choose what is printed as it comes."""
         self._answer = answer
         self._pace = Pace(0)
         self._tokens: list[int] = []
@@ -48,14 +47,13 @@ class View:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End what is drawn."""
         self.close()
 
     def close(self) -> None:
-        """End what is drawn; a second time does nothing."""
+        """Stop drawing. Closing twice is safe."""
 
     def result_so_far(self, prompt_tokens: int) -> InferenceResult:
-        """Return what a generation has come to that did not end."""
+        """Return the result of a generation that was stopped."""
         from surfw.models.inference import InferenceResult
 
         times = self._pace.times
@@ -67,27 +65,27 @@ class View:
         )
 
     def phase(self, text: str) -> None:
-        """Say what is going on, which may take a while; a Ctrl-C that has waited for an import ends it here."""
+        """Show the current phase; a Ctrl-C that was deferred by an import is raised here."""
         signals.check()
         note_phase(text)
 
     def note(self, text: str) -> None:
-        """Say something, in a line that stays."""
+        """Show a line that stays."""
 
     def explain(self, explanation: Explanation, origins: Mapping[str, SettingOrigin]) -> None:
-        """Show what limits the run that comes now."""
+        """Show what limits the next run."""
 
     def heading(self, text: str) -> None:
-        """Print whose answer comes now, where there are several."""
+        """Print the name of the model whose answer follows, if there are several."""
         if self._answer != "nothing":
             self._print(f"{one_line(text)}:\n")
 
     def prompt(self, text: str, space: Callable[[int], str]) -> None:
-        """Show the prompt before what continues it.
+        """Show the prompt that the answer continues.
 
         Args:
             text: the prompt.
-            space: returns what is to stand between it and a first token.
+            space: returns the space between the prompt and a given first token.
         """
 
     @contextmanager
@@ -97,8 +95,8 @@ class View:
         Args:
             streaming: the model.
             source: where its weights come from.
-            most_tokens: how many it generates at most; 0 for a model that does not.
-            has_text: whether there will be text: token ids are printed if not.
+            most_tokens: the most tokens it generates; 0 for a model that does not generate.
+            has_text: whether there will be text; if not, token ids are printed.
         """
         self._pace = Pace(most_tokens)
         if self._answer == "text" and not has_text:
@@ -111,7 +109,7 @@ class View:
             self._print(text)
 
     def on_token(self, token: int, seconds: float) -> None:
-        """Note a new token, and print its id if that is the answer."""
+        """Record a new token, and print its id if ids are the answer."""
         self._pace.add_token(seconds)
         self._tokens.append(token)
         if self._answer == "ids":
@@ -123,14 +121,14 @@ class View:
             print(flush=True)
 
     def done(self, report: Report) -> None:
-        """End the answer, or print what an encoder gives; and say what the run came to."""
+        """End the answer, or print an encoder's output; subclasses add a summary."""
         if self._answer == "nothing":
             return
         print(encoder_text(report.result) or "", flush=True)
 
     def stopped(self, report: Report) -> None:
-        """End the answer of a run that was interrupted, or failed, and say what it came to."""
-        with suppress(OutputError):  # Ctrl-C has ended the reader of a pipe too; `streams.finish` tells of the rest
+        """End the answer of a run that was interrupted or failed; subclasses add a summary."""
+        with suppress(OutputError):  # Ctrl-C also ends the reader of a pipe; `streams.finish` reports other failures
             self.end_text()
 
     def _print(self, text: str) -> None:
@@ -139,20 +137,19 @@ class View:
 
 
 class PlainView(View):
-    """Lines on stderr: where the weights come from, what takes long, and a summary."""
+    """Prints lines on stderr: the source of the weights, slow phases, and a summary."""
 
     def __init__(self, answer: Literal["text", "ids", "nothing"]) -> None:
-        """Choose what is printed as it comes."""
         super().__init__(answer)
         self._timer: threading.Timer | None = None
 
     def close(self) -> None:
-        """Say nothing any more of what takes long."""
+        """Cancel the pending line about a slow phase."""
         if self._timer is not None:
             self._timer.cancel()
 
     def phase(self, text: str) -> None:
-        """Say what is going on, once it has taken long."""
+        """Print the current phase once it has taken long."""
         super().phase(text)
         self.close()
         self._timer = threading.Timer(_SLOW_SECONDS, self.note, [text])
@@ -160,18 +157,18 @@ class PlainView(View):
         self._timer.start()
 
     def note(self, text: str) -> None:
-        """Say something in a line."""
+        """Print a line on stderr."""
         print(f"surfw: {text}\n", end="", file=sys.stderr, flush=True)
 
     def explain(self, explanation: Explanation, origins: Mapping[str, SettingOrigin]) -> None:
-        """Show what limits the run that comes now."""
+        """Show what limits the next run."""
         from surfw.cli import explain_view, render
 
         explain_view.show(explanation, origins, render.err)
 
     @contextmanager
     def running(self, streaming: StreamingModel, source: str, most_tokens: int, *, has_text: bool) -> Iterator[None]:
-        """Follow nothing; the text says it all."""
+        """Show nothing but the text while the model runs."""
         self.close()
         with super().running(streaming, source, most_tokens, has_text=has_text):
             yield
@@ -182,20 +179,20 @@ class PlainView(View):
         self.note(summary(report))
 
     def stopped(self, report: Report) -> None:
-        """Print a summary of what there was."""
+        """End the answer; print a summary if there were tokens."""
         super().stopped(report)
         if report.result.token_ids:
             self.note(summary(report))
 
 
 class LiveView(View):
-    """A status on the terminal, from the first moment to the last; the text runs above it, if it goes there too."""
+    """Draws a status on the terminal, from start to end; the text runs above it if stdout is a terminal, too."""
 
     def __init__(self, answer: Literal["text", "ids", "nothing"], *, table: bool) -> None:
-        """Begin with no model.
+        """Prepare the status; nothing is drawn yet.
 
         Args:
-            answer: what is printed on stdout as it comes.
+            answer: what is printed on stdout as it arrives.
             table: show a table of figures below the status.
         """
         super().__init__(answer)
@@ -213,24 +210,24 @@ class LiveView(View):
     def __enter__(self) -> Self:
         try:
             self._screen.open()
-        except BaseException:  # a signal
+        except BaseException:  # such as an interruption by a signal
             self._screen.close()
             raise
         return self
 
     def close(self) -> None:
-        """Erase the status, and show what is left of the text."""
+        """Erase the status, and print the rest of the text."""
         if self._column is not None:
             self._screen.change(self._end_column)
         self._screen.close()
 
     def phase(self, text: str) -> None:
-        """Say what is going on, beside the spinner."""
+        """Show the current phase beside the spinner."""
         super().phase(text)
         self._phase, self._phase_began = text, time.monotonic()
 
     def note(self, text: str) -> None:
-        """Say something in a line that stays, above the status."""
+        """Print a line above the status, where it stays."""
         from rich.text import Text
 
         from surfw.cli import render
@@ -239,7 +236,7 @@ class LiveView(View):
             render.err.print(Text(break_lines(f"surfw: {one_line(text)}", render.err.width)), style="dim")
 
     def explain(self, explanation: Explanation, origins: Mapping[str, SettingOrigin]) -> None:
-        """Show what limits the run that comes now."""
+        """Show what limits the next run."""
         from surfw.cli import explain_view, render
 
         with self._screen.stepping_aside("\n"):
@@ -256,7 +253,7 @@ class LiveView(View):
 
     @contextmanager
     def running(self, streaming: StreamingModel, source: str, most_tokens: int, *, has_text: bool) -> Iterator[None]:
-        """Follow the model in the status, unless a pipe takes the text, which may lead back to the terminal."""
+        """Follow the model in the status, unless the text goes to a pipe, which may lead back to the terminal."""
         with super().running(streaming, source, most_tokens, has_text=has_text):
             self.phase("reading the prompt" if most_tokens else "running")
             self._model, self._place = streaming, place_of(source)
@@ -270,27 +267,27 @@ class LiveView(View):
                 self.phase("closing the model")
 
     def on_token(self, token: int, seconds: float) -> None:
-        """Note a new token; the first one tells how it follows the prompt."""
+        """Record a new token; the first one determines the space after the prompt."""
         if self._space is not None:
             self._write(self._space(token))
             self._space = None
         super().on_token(token, seconds)
 
     def end_text(self) -> None:
-        """End what is drawn, and the answer's last line, if it is elsewhere."""
+        """Stop drawing; end the answer's last line if it is not on the screen."""
         self.close()
         if not self._is_one:
             super().end_text()
 
     def done(self, report: Report) -> None:
-        """End the answer, or print what there is instead; then the table, if it is shown, and a summary."""
+        """End the answer, or print an encoder's output; then the table, if it is shown, and a summary."""
         self.close()
         if not (self._is_one and self._tokens):  # else the screen has ended its last line
             super().done(report)
         self._conclude(report)
 
     def stopped(self, report: Report) -> None:
-        """Say what a run came to; what it has said stays."""
+        """End the answer, which stays; print the table and a summary if there were tokens."""
         super().stopped(report)
         if report.result.token_ids:
             self._conclude(report)
@@ -311,7 +308,7 @@ class LiveView(View):
             super()._print(text)
 
     def _write(self, text: str, *, dim: bool = False) -> None:
-        """Write to the terminal: into the column, where there is one, and what leaves it for good."""
+        """Write to the terminal. If there is a column, the text goes there, and rows that leave it are printed."""
 
         def add(column: TextColumn) -> str:
             column.add(text, dim=dim)
@@ -328,17 +325,17 @@ class LiveView(View):
             self._screen.write(text, dim=dim)
 
     def _begin_column(self) -> None:
-        """Show the text beside the table from now on, if that is shown and the window is wide."""
+        """Show the text beside the table from now on, if there is a table and the window is wide."""
         if self._shows_table and self._is_one and self._screen.size.columns >= _WIDE_COLUMNS:
             self._column = self._column or TextColumn()
 
     def _end_column(self) -> str:
-        """Leave the column, if there is one; returns what is left of its text."""
+        """Remove the column, if there is one; return the rest of its text."""
         column, self._column = self._column, None
         return column.end() if column is not None else ""
 
     def _below(self, size: os.terminal_size) -> list[str]:
-        """The status, in at most a third of the window, and the table, as far as there is room."""
+        """Return the status, in at most a third of the window, and as much of the table as fits."""
         from surfw.cli import figures, render
 
         model, now = self._model, time.monotonic()
@@ -354,7 +351,7 @@ class LiveView(View):
         rows = render.lines(table, min(_TABLE_COLUMNS, size.columns - 1))[:room]
         if self._column is None:
             return lines + rows
-        if size.columns < _WIDE_COLUMNS:  # until the next token comes
+        if size.columns < _WIDE_COLUMNS:  # too narrow; the next token removes the column
             return [styled for _, styled in self._column.rows(size.columns - 1)] + lines
         self._text_columns, self._table_rows = size.columns - _TABLE_COLUMNS - len(BETWEEN) - 1, len(rows)
         return self._column.beside(rows, self._text_columns) + lines
@@ -376,10 +373,10 @@ def choose_view(
     """Choose the view.
 
     Args:
-        answer: what a pipe gets as it comes: text, or token ids. A terminal always gets text, where there is any.
+        answer: what is printed as it arrives: text or token ids. A live view on a terminal prints text if there is any.
         live: the setting.
-        json: nothing goes to stdout as it comes.
-        quiet: nothing goes to stderr.
+        json: print nothing on stdout.
+        quiet: print nothing on stderr.
     """
     shown: Literal["text", "ids", "nothing"] = "nothing" if json else answer
     if quiet:
@@ -390,6 +387,6 @@ def choose_view(
 
 
 def _is_kept(number: int) -> bool:
-    """Whether an open file is one that keeps what is written, or drops it: no pipe, which may lead to the terminal."""
+    """Whether a descriptor is a file or a device, rather than a pipe, which may lead back to the terminal."""
     mode = os.fstat(number).st_mode
     return stat.S_ISREG(mode) or stat.S_ISCHR(mode)

@@ -1,7 +1,7 @@
-"""What all benchmarks can do with their result: show it, save it, compare it with one that was saved, report it.
+"""Show, save, compare and report the results of benchmarks.
 
-A benchmark returns its result, or several; `keeps_results` gives it the options `--save`, `--compare` and `--report`,
-and does what they say.
+A benchmark returns one or several results; `keeps_results` adds the options `--save`, `--compare` and `--report`, and
+applies them.
 """
 
 import inspect
@@ -35,7 +35,7 @@ _Report = Annotated[
 
 
 def keeps_results(command: Callable[..., "Result | Sequence[Result]"]) -> Callable[..., None]:
-    """Give a benchmark the options of what becomes of its result."""
+    """Give a benchmark the options `--save`, `--compare` and `--report`."""
 
     @wraps(command)
     def run(*, save: Path | None, compare: Path | None, report: Path | None, **given: Any) -> None:
@@ -58,7 +58,7 @@ def keeps_results(command: Callable[..., "Result | Sequence[Result]"]) -> Callab
 
 
 def _prepare(save: Path | None, compare: Path | None, report: Path | None, benchmark: str) -> "dict[str, Result]":
-    """Refuse files that will not do before anything is measured; read the earlier results."""
+    """Refuse unusable files before anything is measured; return the earlier results, if any are compared."""
     from surfw.bench.compare import read_results
 
     if report is not None and report.suffix not in _REPORTS:
@@ -83,7 +83,7 @@ def _prepare(save: Path | None, compare: Path | None, report: Path | None, bench
 
 
 def _expect_result(before: "dict[str, Result]", benchmark: str, file: Path) -> "Result":
-    """The earlier result of a benchmark.
+    """Return the earlier result of a benchmark.
 
     Raises:
         ConfigurationError: the file holds none.
@@ -103,7 +103,7 @@ def _keep(
     from surfw.bench.report import write_report
 
     if save is not None:
-        save_results(results, save)  # before anything else can fail: it took minutes
+        save_results(results, save)  # saved first, before anything else can fail: measuring took minutes
     comparisons: list[Comparison] = []
     if compare is not None:
         earlier = [_expect_result(before, one.benchmark, compare) for one in results]

@@ -1,4 +1,4 @@
-"""How a server without a screen logs on stderr: lines for people, or one JSON object a line for programs."""
+"""Logging on stderr of a server without a screen: lines for people, or one JSON object per line for programs."""
 
 import json
 import logging
@@ -20,10 +20,10 @@ _LOGGER = logging.getLogger("surfw.server")
 class JsonLines(logging.Formatter):
     """Formats every record as one JSON object in one line.
 
-    Always there are `time` (RFC 3339, in UTC), `level` (`info`, `warning` or `error`), `kind` and `text`. The kind is
-    that of a server's event, as its statistics list them; or `serving` (with its address), `ended` (by an error), or
-    `log`, for what libraries log. `details` (such as where things lie), `more` (how many others before it the line
-    stands for), and `trace` (of an exception) are there if there are any.
+    The keys `time` (RFC 3339, in UTC), `level` (`info`, `warning` or `error`), `kind` and `text` are always present.
+    The kind is that of a server's event, as in its statistics; or `serving` (with its address), `ended` (by an error),
+    or `log`, for records of libraries. The keys `details` (such as locations), `more` (the number of earlier events
+    that the line stands for), and `trace` (of an exception) are present if they have a value.
     """
 
     def format(self, record: logging.LogRecord) -> str:
@@ -42,15 +42,15 @@ class JsonLines(logging.Formatter):
 
 
 def set_up(form: LogFormat, level: int) -> None:
-    """Log what a server does, from this level on, instead of showing it."""
+    """Log what a server does, from this level on, instead of showing a screen."""
     handler: logging.Handler
     if form == "text":
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(OneLine("%(asctime)s %(levelname)s %(message)s"))
         _LOGGER.addHandler(handler)
         _LOGGER.propagate = False
-    else:  # whatever is logged, by any library
-        handler = logging.StreamHandler(getattr(sys.stderr, "rich_proxied_file", sys.stderr))  # which breaks no lines
+    else:  # all records, of any library
+        handler = logging.StreamHandler(getattr(sys.stderr, "rich_proxied_file", sys.stderr))  # does not wrap lines
         handler.setFormatter(JsonLines())
         logging.getLogger().addHandler(handler)
         logging.getLogger("surfw").handlers.clear()
@@ -60,7 +60,7 @@ def set_up(form: LogFormat, level: int) -> None:
 
 @contextmanager
 def reporting(form: LogFormat) -> Iterator[None]:
-    """Log the error that ends the command, where lines are JSON, in words of the command line; exit with code 1."""
+    """With JSON lines, log the error that ends the command, with options instead of arguments; exit with code 1."""
     try:
         yield
     except SurfwError as exc:

@@ -1,4 +1,4 @@
-"""Where the process of a command begins: with its signals, before anything is imported that takes time."""
+"""The entry point of the process: sets up signal handling before anything slow is imported."""
 
 import sys
 
@@ -6,7 +6,7 @@ from surfw.cli import signals
 
 
 def main() -> None:
-    """Run the command line, and exit."""
+    """Run the command line, and exit with its code."""
     signals.set_up()
     from surfw.cli.app import run
 

@@ -1,7 +1,7 @@
-"""What all commands share: how one is parsed and run, and the options of the settings, `--config`, `--json` and `-q`.
+"""What all commands share: parsing, running, and the options for settings, `--config`, `--json` and `-q`.
 
-Typer reads the options; `surfw.settings` decides which value counts. So no option of a setting has a default of its
-own, and one that is not given is None.
+Typer reads the options; `surfw.settings` decides which value applies. So an option for a setting has no default here,
+and is None if it is not given.
 """
 
 import inspect
@@ -54,7 +54,7 @@ Place = Annotated[
         autocompletion=completion.models_in_source,
     ),
 ]
-"""Which model is run."""
+"""The argument that names the model to run."""
 IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Continue after the model's end token.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings and errors on stderr.")]
 ConfigFile = Annotated[
@@ -65,7 +65,7 @@ ConfigFile = Annotated[
 ]
 
 MORE = "More commands"
-"""Where the help shows the commands that are not for every day: an application's `rich_help_panel`."""
+"""The `rich_help_panel` of the less common commands, which the help lists under this heading."""
 
 _PLACE = "configuration"
 _OFFERED: dict[str, tuple[str, ...]] = {}
@@ -76,7 +76,7 @@ _OTHER_WORDS = {
     "models": "list", "info": "show", "inspect": "show", "remove": "rm", "delete": "rm", "clean": "prune",
     "gc": "prune", "check": "verify", "settings": "config",
 }  # fmt: skip
-"""What other tools call these commands."""
+"""Names that other tools use, and the commands they stand for."""
 
 _COMPLETIONS: Mapping[str, Callable[..., list[str]]] = {
     "model": completion.models_in_source,
@@ -85,12 +85,12 @@ _COMPLETIONS: Mapping[str, Callable[..., list[str]]] = {
 
 
 class WrongSettingError(ConfigurationError):
-    """A variable, or a settings file, cannot be used as it is. Exit code 2, as that of a wrong option."""
+    """An environment variable or a settings file is invalid. Exit code 2, as for a wrong option."""
 
 
 @contextmanager
 def _in_kind_words(args: Sequence[str]) -> Iterator[None]:
-    """Improve typer's complaints: what was seen and expected, no names of exceptions, a guess at what was meant."""
+    """Improve typer's error messages: say what was seen and expected, drop exception names, suggest a fix."""
     typed = list(args)  # typer empties the list
     try:
         yield
@@ -100,7 +100,7 @@ def _in_kind_words(args: Sequence[str]) -> Iterator[None]:
             exc.message = f"{seen!r} is not {expected}"
         exc.message = exc.message.removeprefix("Value error, ")
         raise
-    except Exception as exc:  # a usage error, whose class typer keeps to itself
+    except Exception as exc:  # a usage error; typer does not export its class
         if near := getattr(exc, "possibilities", None):
             meant = [one for one in near if one != "--help"][:2] or near
             exc.message = f"{exc.message}; did you mean {' or '.join(meant)}?"  # type: ignore[attr-defined]
@@ -116,7 +116,7 @@ def _in_kind_words(args: Sequence[str]) -> Iterator[None]:
 
 
 def _expect(param: Any) -> str | None:
-    """What an option of a number has to be, in words; None for any other."""
+    """Describe the values that a numeric option accepts; None for any other option."""
     if param is None:
         return None
     if setting := SETTINGS.get(param.name or ""):
@@ -130,7 +130,7 @@ def _expect(param: Any) -> str | None:
 
 
 def _find_value(option: str, args: Sequence[str]) -> str | None:
-    """What was typed as the value of an option."""
+    """Return the value that was typed for an option."""
     for at, text in enumerate(args):
         if text.startswith(f"{option}="):
             return text.partition("=")[2]
@@ -140,10 +140,10 @@ def _find_value(option: str, args: Sequence[str]) -> str | None:
 
 
 class Group(TyperGroup):
-    """A group of commands that shows them in groups, and knows what else they are called."""
+    """A group of commands whose help has sections, and which suggests commands for the names other tools use."""
 
     def format_commands(self, ctx: typer.Context, formatter: Any) -> None:  # type: ignore[override]
-        """Write the commands, those for every day first."""
+        """Write the commands, the common ones first."""
         shown = [(name, one) for name, one in self.commands.items() if not one.hidden]
         width = formatter.width - 6 - max(len(name) for name, _ in shown)
         panels: dict[str, list[tuple[str, str]]] = {"Commands": [], MORE: []}
@@ -156,12 +156,12 @@ class Group(TyperGroup):
                     formatter.write_dl(rows, col_max=max(len(name) for name, _ in shown))
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
-        """Read what stands before the command."""
+        """Parse the options before the command."""
         with _in_kind_words(args):
             return super().parse_args(ctx, args)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """Return the command that was named; if there is none, say which one may have been meant."""
+        """Return the named command; if it does not exist, fail with a suggestion."""
         if args and args[0] not in self.commands and (meant := _OTHER_WORDS.get(args[0])) in self.commands:
             ctx.fail(f"No such command {args[0]!r}. Did you mean {meant!r}?")
         name, command, args = super().resolve_command(ctx, args)
@@ -171,19 +171,19 @@ class Group(TyperGroup):
 
 
 class Command(TyperCommand):
-    """A command as typer runs it, except for its usage line, its complaints, and what an interruption does."""
+    """A typer command with its own usage line, error messages, and handling of interruptions."""
 
     def collect_usage_pieces(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]
         """Return the pieces of the usage line; a required argument has no braces."""
         return [piece.strip("{}") for piece in super().collect_usage_pieces(ctx)]
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
-        """Read the command line."""
+        """Parse the command line."""
         with _in_kind_words(args):
             return super().parse_args(ctx, [*_join_words(ctx, args)])
 
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
-        """Run it. If it is interrupted, say so on stderr, with the text that the interruption may carry."""
+        """Run the command. If it is interrupted, say so on stderr, with the text of the `KeyboardInterrupt`, if any."""
         try:
             signals.begin(quiet=bool(ctx.params.get("quiet")))
             return super().invoke(ctx)
@@ -193,26 +193,25 @@ class Command(TyperCommand):
         except Exception as exc:
             if not signals.is_interrupted():
                 raise
-            signals.say()  # whatever fails from then on fails because of that
+            signals.say()  # an error after a signal is a consequence of it
             raise KeyboardInterrupt from exc
 
 
 class Deferred(Command):
     """The name and the summary of a command whose module is not imported yet.
 
-    `where` names the module in this package, its function, or its application of several commands, and what the
-    examples are called there, if that is not `EXAMPLES`: `chunk:chunk`, `store:rm:RM_EXAMPLES`.
+    `where` is a module of this package, the command's function or typer application in it, and optionally the name of
+    its examples if that is not `EXAMPLES`: `chunk:chunk`, `store:rm:RM_EXAMPLES`.
     """
 
     name: str
 
     def __init__(self, name: str, where: str, summary: str, *, panel: str | None = None) -> None:
-        """Remember what there is to know."""
         super().__init__(name, help=summary, rich_help_panel=panel)
         self._where = where
 
     def load(self) -> Any:
-        """Import it, and return the command itself."""
+        """Import the module, and return the command itself."""
         module_name, function, *examples_name = self._where.split(":")
         module = import_module(f"surfw.cli.{module_name}")
         found = getattr(module, function)
@@ -228,7 +227,7 @@ class Deferred(Command):
 
 @dataclass(frozen=True)
 class Configuration:
-    """The settings of a command, and where each comes from; of options that may be repeated, all that were given."""
+    """A command's settings, the origin of each, and in `several` all values of the options that may be repeated."""
 
     settings: Settings
     origins: Mapping[str, SettingOrigin]
@@ -239,8 +238,8 @@ def load_configuration(context: typer.Context, config: Path | None, arguments: M
     """Load the settings from options, variables, and the file named by `--config` before or after the command.
 
     Raises:
-        WrongSettingError: a variable, the file, or what stands in it, cannot be used.
-        BadParameter: an option cannot be used, or two of them exclude each other.
+        WrongSettingError: an environment variable, the file, or a value in it is invalid.
+        BadParameter: an option is invalid, or two of them exclude each other.
     """
     given = [SETTINGS[name].option for name in EXCLUSIVE if arguments.get(name) is not None]
     if len(given) > 1:
@@ -263,10 +262,10 @@ def load_configuration(context: typer.Context, config: Path | None, arguments: M
 
 
 def tls_for(configuration: Configuration, url: str) -> TlsFiles | None:
-    """The certificates for a server, if it is one with TLS.
+    """Return the certificates for a server with TLS, if there are any.
 
     Raises:
-        Mistake: it is none, or no server, and there is an option for them.
+        Mistake: they were given as options, and the URL is not that of a server with TLS.
         ConfigurationError: there is a key without a certificate.
     """
     for name in TLS_SETTINGS:
@@ -279,17 +278,17 @@ def tls_for(configuration: Configuration, url: str) -> TlsFiles | None:
 
 
 def hand_on(configuration: Configuration, names: Sequence[str]) -> None:
-    """Let processes that this one starts have these settings too, by their variables."""
+    """Pass these settings to child processes, in environment variables."""
     for name in names:
         if (value := getattr(configuration.settings, name)) is not None:
             os.environ[SETTINGS[name].variable] = str(value)
 
 
 def check_option(name: str, value: Any) -> None:
-    """Refuse a value of a setting's option; None is one that was not given.
+    """Check the value of a setting's option; None means that it was not given.
 
     Raises:
-        Mistake: it cannot be used.
+        Mistake: the value is invalid.
     """
     try:
         if value is not None:
@@ -299,10 +298,10 @@ def check_option(name: str, value: Any) -> None:
 
 
 def _check_size(loaded: Configuration, name: str) -> None:
-    """Refuse a setting's size that must have lost its unit.
+    """Refuse a size setting whose unit is evidently missing.
 
     Raises:
-        ConfigurationError: it stands in a variable or a file.
+        ConfigurationError: the size comes from an environment variable or a file.
         Mistake: it was given as an option.
     """
     size, origin = getattr(loaded.settings, name), loaded.origins[name]
@@ -314,10 +313,10 @@ def _check_size(loaded: Configuration, name: str) -> None:
 
 
 def check_size(option: str, size: str | None) -> None:
-    """Refuse an option's size that is none, or that must have lost its unit.
+    """Refuse an option's value that is not a size, or whose unit is evidently missing.
 
     Raises:
-        Mistake: it is one of these.
+        Mistake: the value is refused.
     """
     if size is not None and not is_size(size):
         raise Mistake(f"{option} is {size!r}, expected a size such as 1.2GB")
@@ -330,10 +329,10 @@ def _ask_for_unit(where: str, size: str) -> str:
 
 
 def with_settings(*names: str, several: Sequence[str] = ()) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command the options of these settings, and `--config`.
+    """Give a command the options for these settings, and `--config`.
 
-    The options stand where the command has its parameter `configuration`, which receives a `Configuration`. Those of
-    `several` may be repeated; the first one is the setting.
+    The options take the place of the command's parameter `configuration`, which receives a `Configuration`. Options in
+    `several` may be repeated; the first value is the setting.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
@@ -365,10 +364,10 @@ def with_settings(*names: str, several: Sequence[str] = ()) -> Callable[[Callabl
 
 
 def check_system(system: str | None, *, raw: bool) -> None:
-    """Refuse a system message where there is no chat template for it.
+    """Refuse a system message if the chat template is not used.
 
     Raises:
-        Mistake: `--system` and `--raw` were given.
+        Mistake: both `--system` and `--raw` were given.
     """
     if system is not None and raw:
         raise Mistake(
@@ -382,10 +381,10 @@ def commands_with(name: str) -> list[str]:
 
 
 def _join_words(ctx: typer.Context, args: Sequence[str]) -> Iterator[str]:
-    """Make one option of a switch and the word that follows it: `--live full` is `--live-full`.
+    """Join a switch and the word after it into one option: `--live full` becomes `--live-full`.
 
     Raises:
-        Mistake: another word follows.
+        Mistake: the switch does not take that word.
     """
     offered = {option for parameter in ctx.command.params for option in parameter.opts}
     known = {one.option: one.words for one in SETTINGS.values() if one.words and one.option in offered}
@@ -409,22 +408,22 @@ def _join_words(ctx: typer.Context, args: Sequence[str]) -> Iterator[str]:
 
 
 def _is_word(left: Sequence[str]) -> bool:
-    """Whether what follows a switch must be meant for it: a word of letters, and no name or prompt after it.
+    """Whether the text after a switch must belong to it: it has letters only, and at most an option follows.
 
-    In `--live my-model 'a prompt'` they are arguments of the command, and so is a folder that is here.
+    In `--live my-model 'a prompt'`, both are arguments of the command. So is the name of an existing file or folder.
     """
     word, following = [*left, "", ""][:2]
     return word.isalpha() and not is_here(word) and (not following or (following != "-" and following[0] == "-"))
 
 
 def _word_parameter(setting: Setting, word: str) -> inspect.Parameter:
-    """Return the parameter of a switch with a word; help shows it with the switch."""
+    """Return the hidden parameter for a switch joined with a word; the switch's help describes it."""
     option = typer.Option(f"{setting.option}-{word}", hidden=True)
     return _parameter(f"{setting.name}_{word}", Annotated[bool, option], default=False)
 
 
 def _value(setting: Setting, given: Any) -> Any:
-    """Return what an option says; None if it was not given."""
+    """Return an option's value; None if it was not given."""
     if setting.kind is dict:
         return parse_options(given) if given else None
     if setting.many:
@@ -437,7 +436,7 @@ def _parameter(name: str, annotation: Any, default: Any = inspect.Parameter.empt
 
 
 def _annotation(setting: Setting, *, is_repeated: bool = False) -> Any:
-    """Return the type and the option of a setting, as typer wants them."""
+    """Return a setting's type and option as a typer annotation."""
     notes = [f"env var: {setting.variable}"] + [f"default: {setting.default_text}"] * bool(setting.default_text)
     option = f"{setting.option}/--no-{setting.option[2:]}" if setting.kind is bool else setting.option
     declared = typer.Option(

@@ -1,4 +1,4 @@
-"""Output that several commands share: consoles, tables, JSON. No text from outside can steer the terminal."""
+"""Output that several commands share: consoles, tables, JSON. Untrusted text cannot control the terminal."""
 
 import io
 import json
@@ -41,21 +41,21 @@ T = TypeVar("T", bound="DataclassInstance")
 _GAP = 2
 """Columns between two cells of a table."""
 _PIECES = re.compile(r"[^\s/]*/\s*|[^\s/]+\s*")
-"""What stays together in a cell: words, and parts of a path."""
+"""The pieces of a cell that are never broken: words, and parts of a path."""
 _FULL_BAR_COLUMNS = 72
 
 
 class _CleanConsole(Console):
-    """Cleans all text before it is shown; control codes of rich's own pass."""
+    """A console that cleans all text; rich's own control codes pass."""
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """Render, with every text cleaned."""
+        """Render, with all text cleaned."""
         for piece in super().render(renderable, options):
             yield piece if piece.control else Segment(printable(piece.text, lines=True), piece.style)
 
     @property
     def file(self) -> IO[str]:
-        """The stream underneath the cleaning, and underneath a live view's proxy."""
+        """The stream beneath the cleaning, and beneath a live view's proxy."""
         file = super().file
         while (inner := getattr(file, "rich_proxied_file", file)) is not file:
             file = inner
@@ -67,7 +67,7 @@ class _CleanConsole(Console):
 
 
 def make_console(**options: Any) -> Console:
-    """Make a console of surfw's; the options are rich's."""
+    """Make a console; the options are those of rich."""
     # with None, rich sends no codes for bold and dim text either
     styles: Literal["auto"] | None = "auto" if has_styles() else None
     return _CleanConsole(highlight=False, markup=False, emoji=False, color_system=styles, **options)
@@ -83,7 +83,7 @@ def print_json(value: Any) -> None:
 
 
 def show(result: T, view: Callable[[T], None], *, json: bool) -> None:
-    """Show a result, a dataclass, to scripts as one JSON object of its fields, or to people with `view`."""
+    """Show a result: as one JSON object of its fields, or with `view`."""
     if json:
         print_json(asdict(result))
     else:
@@ -91,7 +91,7 @@ def show(result: T, view: Callable[[T], None], *, json: bool) -> None:
 
 
 def say(text: str) -> None:
-    """Print a text on stdout as one line; a terminal that is too narrow gets it broken between words."""
+    """Print a text on stdout as one line; on a narrow terminal, it is wrapped between words."""
     out.print(one_line(text), soft_wrap=not out.is_terminal)
 
 
@@ -106,7 +106,7 @@ def pair_table(title: str, rows: Iterable[tuple[str, str]]) -> Table:
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: Sequence[str] = ()) -> Table:
-    """Make a table. The columns in `numbers` are aligned to the right; what does not fit is cut."""
+    """Make a table. The columns in `numbers` are right-aligned; cells that do not fit are cut."""
     made = Table(box=None, padding=(0, _GAP, 0, 0), header_style="bold")
     for heading in headings:
         made.add_column(heading, justify="right" if heading in numbers else "left", overflow="ellipsis")
@@ -116,10 +116,10 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: Se
 
 
 def print_table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: Sequence[str] = ()) -> None:
-    """Print a table on stdout that is never cut. A pipe gets each row as one line.
+    """Print a table on stdout without cutting any cell. In a pipe, each row is one line.
 
-    On a terminal it is broken between words, and after the slashes of paths. Where that is too narrow even for those,
-    each row is a line, and what belongs to it stands below.
+    On a terminal, cells are wrapped between words and after the slashes of paths. If even that does not fit, the first
+    cell of each row is printed as a line, with the other cells below it.
     """
     body = [tuple(row) for row in rows]
     columns = list(zip(headings, *body, strict=True))
@@ -149,12 +149,12 @@ def print_table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, numbe
 
 
 def _longest_piece(cell: str) -> int:
-    """The columns that the longest piece of a cell takes."""
+    """Return the width of a cell's longest piece."""
     return max((cell_len(piece.rstrip()) for piece in _PIECES.findall(cell)), default=0)
 
 
 def _fold(cell: str, width: int) -> str:
-    """Break a cell between its pieces into lines of this width; a piece that is longer stays whole."""
+    """Wrap a cell between its pieces; a piece wider than `width` stays whole."""
     folded = [""]
     for piece in _PIECES.findall(cell):
         if folded[-1] and cell_len(folded[-1] + piece.rstrip()) > width:
@@ -164,7 +164,7 @@ def _fold(cell: str, width: int) -> str:
 
 
 def _print_stacked(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print each row as a line, and its other cells below, behind their headings; a single one needs none."""
+    """Print each row's first cell as a line, and the others below it; if there are several, after their headings."""
     is_pair = len(headings) == 2
     for first, *rest in [headings, *rows] if is_pair else rows:
         named = rest if is_pair else [f"{name} {cell}" for name, cell in zip(headings[1:], rest, strict=True) if cell]
@@ -192,11 +192,11 @@ def byte_bar(what: str, total_bytes: int | None = None, *, quiet: bool) -> Itera
 
 @contextmanager
 def count_bar(what: str, total: int | None, *, quiet: bool) -> Iterator[Callable[..., None]]:
-    """Draw a progress bar of so many prompts on stderr, if that is a terminal and `quiet` is not set.
+    """Draw a progress bar of `total` prompts on stderr, if that is a terminal and `quiet` is not set.
 
     Yields:
-        A function that takes `advance`, how many more are done; `tokens`, all that were generated so far; and `note`, a
-        line to print above the bar, also where none is drawn. Usable from any thread.
+        A function that takes `advance`, the number of prompts just done; `tokens`, the total generated so far; and
+        `note`, a line to print above the bar, even if no bar is drawn. It may be called from any thread.
     """
     whole: dict[str, Any] = {"table_column": Column(no_wrap=True)}
     figures: list[ProgressColumn] = [
@@ -221,15 +221,15 @@ def count_bar(what: str, total: int | None, *, quiet: bool) -> Iterator[Callable
 
 @contextmanager
 def busy(what: str, *, quiet: bool) -> Iterator[Callable[[str], None]]:
-    """Show on stderr what goes on, with a spinner, if that is a terminal and `quiet` is not set.
+    """Show the current step with a spinner on stderr, if that is a terminal and `quiet` is not set.
 
     Args:
-        what: the first thing to show; empty to begin later.
+        what: the first step; empty to show none yet.
         quiet: show nothing.
 
     Yields:
-        A function that takes what goes on from then on; an empty text takes the spinner away. A Ctrl-C that has
-        waited for an import ends the command there.
+        A function that shows the next step; an empty text removes the spinner. It raises a Ctrl-C that was deferred by
+        an import.
     """
     if quiet or not can_draw(sys.stderr):
         yield lambda _: signals.check()
@@ -252,7 +252,7 @@ def busy(what: str, *, quiet: bool) -> Iterator[Callable[[str], None]]:
 
 
 def lines(renderable: RenderableType, width: int) -> list[str]:
-    """Render for a terminal of this width, as lines with the codes of their styles."""
+    """Render for a terminal of this width, as lines with style codes."""
     console = _CleanConsole(
         file=io.StringIO(), width=width, force_terminal=True, color_system="standard" if has_styles() else None
     )
@@ -273,10 +273,10 @@ def seconds(value: float) -> str:
 
 
 def latencies(percentiles: Mapping[str, float]) -> str:
-    """Format percentiles; a dash stands for what never happened."""
+    """Format percentiles; a dash stands for zero, which means no samples."""
     return " / ".join(seconds(value) if value else "–" for value in percentiles.values())
 
 
 def time_of_day(since_1970: float) -> str:
-    """Format a time as the clock on the wall here shows it: `20:14:03`."""
+    """Format a Unix time as local time: `20:14:03`."""
     return time.strftime("%H:%M:%S", time.localtime(since_1970))

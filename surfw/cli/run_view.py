@@ -1,4 +1,4 @@
-"""What `stats --run` shows of a run's trace: where its time went, and that of a token, per layer."""
+"""The output of `stats --run`: where the time of a traced run went, by phase, by token, and by layer."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -14,7 +14,7 @@ _FULL, _PARTS = "█", " ▏▎▍▌▋▊▉"
 
 
 def show_run(path: Path, *, json: bool) -> None:
-    """Print what a trace says."""
+    """Print where the time of a traced run went."""
     run = read_run(path)
     if json:
         render.print_json(asdict(run))
@@ -33,7 +33,7 @@ Table = tuple[Sequence[str], list[tuple[str, ...]]]
 
 
 def _whole(run: RunTimes) -> Table:
-    """The whole of the run."""
+    """Make the table of the whole run."""
     running = run.wall_seconds * run.covered_share - sum(one.seconds for one in run.phases)
     parts = [(one.name, one.seconds) for one in run.phases]
     if run.layers:
@@ -43,7 +43,7 @@ def _whole(run: RunTimes) -> Table:
 
 
 def _tokens(run: RunTimes) -> Table | None:
-    """The first token, and the mean of the others."""
+    """Make the table of the first token, and the mean of the later ones."""
     found = [one for one in (run.first_token, run.later_token) if one is not None]
     if not found:
         return None
@@ -68,7 +68,7 @@ def _untraced(one: TokenTime) -> float:
 
 
 def _layers(layers: Sequence[LayerTime]) -> Table | None:
-    """Each layer, in a pass."""
+    """Make the table of each layer in a pass."""
     if not layers:
         return None
     most = max(one.compute_seconds + one.stall_seconds for one in layers) or 1.0
@@ -99,6 +99,6 @@ def _remarks(run: RunTimes) -> Iterator[str]:
 
 
 def bar(share: float) -> str:
-    """A bar for a share from 0 to 1, of eighths of a column."""
+    """Draw a bar for a share from 0 to 1, in eighths of a column."""
     eighths = round(min(1.0, max(0.0, share)) * _BAR * 8)
     return (_FULL * (eighths // 8) + _PARTS[eighths % 8]).rstrip()

@@ -1,6 +1,6 @@
-"""`surfw schema`: the JSON Schemas of what commands print with `--json`, as files in `surfw/schemas`.
+"""`surfw schema`: the JSON Schemas of what commands print with `--json`, kept as files in `surfw/schemas`.
 
-A schema says which keys are always there, and what they are. Later versions may add keys, and take none away.
+A schema says which keys are always present, and what they hold. Later versions may add keys, but remove none.
 """
 
 from pathlib import Path
@@ -33,10 +33,10 @@ def schema(
 
 
 def schema_file(words: list[str]) -> Path:
-    """The file with a command's schema; most benchmarks print alike, and share one.
+    """Return the file with a command's schema; most benchmarks share one.
 
     Raises:
-        Mistake: there is none.
+        Mistake: the command has no schema.
     """
     from surfw.cli.bench import app
 

@@ -1,4 +1,4 @@
-"""`surfw serve`: a store behind a WebSocket."""
+"""`surfw serve`: serve a store over a WebSocket."""
 
 import contextlib
 import logging
@@ -126,7 +126,7 @@ async def _serve(
     async with contextlib.AsyncExitStack() as stack:
         server = _make_server(settings, place, policy, record)
         starting = asyncio.ensure_future(stack.enter_async_context(server))
-        service = Service(starting.cancel)  # which does nothing once it has started
+        service = Service(starting.cancel)  # cancelling has no effect once the server has started
         if exit_with_stdin:
             asyncio.get_running_loop().add_reader(sys.stdin.fileno(), service.end)
         with render.busy("starting", quiet=not show):
@@ -151,7 +151,7 @@ async def _serve(
 
 
 async def _drain(server: "WeightServer", most_seconds: float, *, show: bool) -> None:
-    """Finish what is in flight; after the screen, say so."""
+    """Finish what is in flight; if the screen was shown, say so."""
     if show and server.stats()["requests"]["in_flight"]:
         print(f"surfw: finishing what is in flight, for {most_seconds:g} s at most", file=sys.stderr, flush=True)
     await server.drain(most_seconds)
@@ -159,7 +159,7 @@ async def _drain(server: "WeightServer", most_seconds: float, *, show: bool) -> 
 
 @contextlib.contextmanager
 def _naming_the_store(place: str) -> "Iterator[None]":
-    """Say where models are that were chunked, if there is nothing at the place: it may be meant as a model's name."""
+    """If `place` does not exist, add to the error how to serve the store: a model's name may have been meant."""
     try:
         yield
     except NotAStoreError as exc:
@@ -196,7 +196,7 @@ def _rate(size: str | None) -> int | None:
 
 
 async def _show(server: "WeightServer", stop: "asyncio.Event") -> None:
-    """Show what the server does, on the whole terminal, until it is to stop."""
+    """Show what the server does, full screen, until `stop` is set."""
     import asyncio
 
     from surfw.cli import render
@@ -205,7 +205,7 @@ async def _show(server: "WeightServer", stop: "asyncio.Event") -> None:
     from surfw.wire import rates_between
 
     stats, rates, read = server.stats(details=True), None, time.monotonic()
-    async with FullScreen(render.err) as screen:  # a terminal that is not read stops no server
+    async with FullScreen(render.err) as screen:  # a terminal that is not read must not block the server
         while True:
             view = ServerView(stats=stats, rates=rates, live=True, where=server.url, remark="Ctrl-C stops")
             await asyncio.to_thread(screen.show, view)

@@ -1,8 +1,8 @@
-"""What `serve` and `stats` show of a server: its statistics, in as many lines and columns as there is room for.
+"""The view of a server's statistics in `serve` and `stats`, fitted to the lines and columns of the window.
 
-A view gets statistics and nothing else. Every line of it fits the width: columns that do not fit are left out, and only
-what has no bound, such as a path, is shortened at its end. In a full screen it takes no more lines than there are;
-where that is too few for the tables, or too narrow, it says the same in words, as much as there is room for.
+A view depends on statistics only. Every line fits the width: columns that do not fit are left out, and only unbounded
+texts, such as paths, are cut at the end. A full-screen view is never higher than the window; if the tables do not fit,
+it shows the same figures in words, as many as fit.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,11 +27,11 @@ _SHOWN_EVENTS = 10
 _NONE = "–"
 _TIME_WIDTH = 8
 _LEAST_WIDTH = 44
-"""What the tables of figures and facts need."""
+"""The width that the tables of figures and facts need."""
 _LEAST_LISTS = 8
-"""Lines that stay for clients and events before a trend has any."""
+"""The lines reserved for clients and events before a trend is shown."""
 _LEAST_TEXT = 20
-"""The least room for a text that may be shortened, such as a model's name."""
+"""The least width of a text that may be cut, such as a model's name."""
 _BAD_EVENTS = {"closed", "refused", "failed", "storage", "redis", "cache"}
 
 
@@ -41,12 +41,12 @@ class ServerView:
 
     Attributes:
         stats: the statistics.
-        rates: what happened since those before; None if those are not known.
-        live: whether there are ever new ones, so that rates are worth a column.
+        rates: the rates since the previous statistics; None if unknown.
+        live: whether the statistics are updated, so that rates get a column.
         where: the server's address.
-        remark: a word to whoever looks at a full screen, such as that Ctrl-C stops.
+        remark: a hint in a full screen, such as that Ctrl-C stops.
         away: why there are no newer statistics; empty if these are the latest.
-        trend: how it did lately, where somebody has watched; shown where there is room for all of it.
+        trend: the recent trend, if it was recorded; shown only if all of it fits.
     """
 
     stats: ServerStats
@@ -58,7 +58,6 @@ class ServerView:
     trend: Trend | None = None
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """Lay it out."""
         width, height = options.max_width, options.height
         head: list[RenderableType] = list(self._head(width, self.remark if height is not None else ""))
         figures: list[RenderableType] = [
@@ -105,7 +104,7 @@ class ServerView:
             yield Text(self.away, style="bold red")
 
     def _figures(self, width: int) -> Table:
-        """Make the table of what is counted: now, and since the start."""
+        """Make the table of counters: current rates, and totals since the start."""
         stats = self.stats
         cache, requests = stats["cache"], stats["requests"]
         read = format_size(stats["bytes_read"]) if "bytes_read" in stats else _NONE
@@ -154,7 +153,7 @@ class ServerView:
 
 
 def _now(rates: Rates | None) -> tuple[str, str, str, str]:
-    """Format what is happening: sent, read from the storage, requests, cache hits."""
+    """Format the current rates: sent, read from the storage, requests, cache hits."""
     if rates is None:
         return _NONE, _NONE, _NONE, _NONE
     return (
@@ -166,7 +165,7 @@ def _now(rates: Rates | None) -> tuple[str, str, str, str]:
 
 
 def _facts(stats: ServerStats, width: int) -> Table:
-    """Make the table of how things are."""
+    """Make the table of the server's state."""
     cache, storage, resources = stats["cache"], stats["storage"], stats["resources"]
     used = f"{format_size(cache['bytes'])} of {format_size(cache['capacity_bytes'])}"
     latency = stats["requests"]["latency_seconds"]
@@ -188,7 +187,7 @@ def _facts(stats: ServerStats, width: int) -> Table:
 
 
 def _redis_state(redis: RedisState) -> str:
-    """Say how a Redis is, where, and how often it had what was asked for."""
+    """Describe a Redis: its state, address and hit rate."""
     if not redis["reachable"]:
         how = "NOT reachable"
     elif "bypassed" in redis:
@@ -201,7 +200,7 @@ def _redis_state(redis: RedisState) -> str:
 
 
 def _latencies_fitting(percentiles: Mapping[str, float], width: int) -> str:
-    """Format as many percentiles as fit a line with their names, from the first on."""
+    """Format as many percentiles as fit a line with their names, starting with the first."""
     line = _NONE
     for shown in range(len(percentiles), 0, -1):
         first = dict(islice(percentiles.items(), shown))
@@ -212,7 +211,7 @@ def _latencies_fitting(percentiles: Mapping[str, float], width: int) -> str:
 
 
 def _warnings(stats: ServerStats) -> Iterator[RenderableType]:
-    """Say what somebody should do something about."""
+    """Yield warnings that call for action."""
     if "cache_shortage" in stats:
         shortage, size = stats["cache_shortage"], format_size(stats["cache"]["capacity_bytes"])
         what = f"{shortage['model']} ({format_size(shortage['pass_bytes'])})"
@@ -221,7 +220,7 @@ def _warnings(stats: ServerStats) -> Iterator[RenderableType]:
 
 
 def _events(events: Sequence[ServerEvent], width: int | None) -> Iterator[RenderableType]:
-    """List events, under a heading; where there is a width, each in one line of it."""
+    """List events under a heading; with a width, each is cut to one line."""
     table = Table(box=None, padding=(0, _GAP, 0, 0), show_header=False, pad_edge=False)
     table.add_column(style="dim", width=_TIME_WIDTH)
     if width is None:
@@ -245,10 +244,10 @@ class Column:
     """A column of a table that fits.
 
     Attributes:
-        heading: what stands over it.
+        heading: the text above it.
         right: whether it is aligned to the right, as numbers are.
-        flexible: whether its texts may be shortened.
-        least: how wide it is at least.
+        flexible: whether its texts may be cut.
+        least: its least width.
     """
 
     heading: str = ""
@@ -265,11 +264,11 @@ def fit_table(
     drop: Sequence[int] = (),
     hide: Sequence[int] = (),
 ) -> Table:
-    """Make a table that fits the width: columns are left out, the first of `drop` first, until the others fit.
+    """Make a table that fits the width: the columns in `drop` are left out in that order until the others fit.
 
-    Those of `hide` are left out in any case.
+    The columns in `hide` are always left out.
     """
-    rows = [[printable(cell) for cell in row] for row in rows]  # as it is shown, so that it is measured as that
+    rows = [[printable(cell) for cell in row] for row in rows]  # cleaned before it is measured
     kept = [place for place in range(len(columns)) if place not in hide]
     wide = [
         max(column.least, cell_len(column.heading), *(cell_len(row[place]) for row in rows))
@@ -299,7 +298,7 @@ def fit_table(
 
 
 def join_fitting(parts: Sequence[str], width: int) -> str:
-    """Join as many of the parts as fit a line, from the first on, which stays in any case."""
+    """Join the parts that fit a line; the first is always kept."""
     line, *others = [part for part in parts if part]
     for part in others:
         if cell_len(line) + 3 + cell_len(part) <= width:
@@ -317,10 +316,10 @@ def list_fitting(names: Sequence[str], width: int) -> str:
 
 
 def share_lines(room: int, clients: int, events: int, *, prefers_events: bool = False) -> tuple[int, int]:
-    """Share the lines that are left between clients and events; each list also takes a line of space, and headings.
+    """Share `room` lines between clients and events; each list also needs a blank line and headings.
 
-    Each gets half, or what the other one leaves. Where there is room for one of them only, that is the clients, or the
-    events if those are preferred.
+    Each gets half, or what the other leaves. If only one of them fits, it is the clients, or the events with
+    `prefers_events`.
     """
     client_heads, event_heads = 3 if clients else 0, 2 if events else 0
     room -= client_heads + event_heads
@@ -333,13 +332,13 @@ def share_lines(room: int, clients: int, events: int, *, prefers_events: bool = 
 
 
 def status_line(stats: ServerStats, rates: Rates | None) -> str:
-    """Say in a line what a server does, for a log; without rates, what it has done since its start."""
+    """Summarise a server in one line, for a log; without rates, by its totals since the start."""
     span = "now" if rates else f"in {age(stats['server']['uptime_seconds'])}"
     return f"{span}: {', '.join(_brief(stats, rates))}"
 
 
 def _brief(stats: ServerStats, rates: Rates | None) -> list[str]:
-    """Say what a server does, the most important first; without rates, what it has done since its start."""
+    """Summarise a server, the most important figures first; without rates, by its totals since the start."""
     if rates is not None:
         sent, read, requests, hits = _now(rates)
     else:
@@ -350,7 +349,7 @@ def _brief(stats: ServerStats, rates: Rates | None) -> list[str]:
 
 
 def _brief_warnings(stats: ServerStats) -> Iterator[str]:
-    """Say in few words what somebody should do something about."""
+    """Yield short warnings that call for action."""
     if not stats["storage"]["healthy"]:
         yield "storage NOT reachable"
     if "redis" in stats and (not stats["redis"]["reachable"] or "bypassed" in stats["redis"]):

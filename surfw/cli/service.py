@@ -1,11 +1,11 @@
-"""A server's process as a service: what signals mean to it, and what it tells the one that manages it.
+"""A server's process as a service: how it handles signals, and what it reports to the service manager.
 
-- Before it is up, SIGINT, SIGTERM and SIGHUP end it at once.
-- Later, SIGINT and SIGTERM end it once what is in flight is finished, and the second of them at once.
-- SIGHUP has it look again at what may have changed. But the system sends that too when a terminal is closed, and then
-  it ends the server that was started there.
+- Before the server is up, SIGINT, SIGTERM and SIGHUP end it at once.
+- Later, SIGINT and SIGTERM end it once what is in flight is finished; a second signal ends it at once.
+- SIGHUP reloads what may have changed. The system also sends SIGHUP when a terminal is closed; then it ends the server
+  that was started there.
 
-systemd (`Type=notify`) is told when the server is up, looks again, or stops, as sd_notify(3) says.
+systemd (`Type=notify`) is notified when the server is up, reloads, or stops; see sd_notify(3).
 """
 
 import asyncio
@@ -23,15 +23,15 @@ logger = logging.getLogger("surfw.server")
 
 
 class Service:
-    """Waits for signals, in the event loop that it is made in.
+    """Handles signals in the running event loop.
 
     Attributes:
-        stop: set once the server is to end.
-        is_ended_by_signal: whether a signal has set it.
+        stop: set when the server is to end.
+        is_ended_by_signal: whether a signal has set `stop`.
     """
 
     def __init__(self, give_up: Callable[[], object]) -> None:
-        """Take signals over; `give_up` is called as well when one ends the server."""
+        """Install the signal handlers; `give_up` is called when the server is to end."""
         self.stop = asyncio.Event()
         self.is_ended_by_signal = False
         self._give_up = give_up
@@ -55,9 +55,9 @@ class Service:
         signals.note(number)
 
     def reload_by_signal(self, reload: Callable[[], Awaitable[object]]) -> None:
-        """Call `reload` at each SIGHUP from now on, unless that is ignored, as after `nohup`.
+        """Call `reload` on each SIGHUP from now on, unless SIGHUP is ignored, as under `nohup`.
 
-        One that comes while it works has it called once more.
+        Signals during a reload cause one more.
         """
         wanted = asyncio.Event()
 
@@ -67,7 +67,7 @@ class Service:
                 tell_manager(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
                 try:
                     await reload()
-                except Exception:  # a bug: the next SIGHUP is to be heard all the same
+                except Exception:  # a bug; the next SIGHUP must work nevertheless
                     logger.exception("the files of the server could not be read again")
                 finally:
                     tell_manager("READY=1")
@@ -84,7 +84,7 @@ class Service:
 
 
 def has_terminal() -> bool:
-    """Whether this process can be reached from a terminal, which is not closed."""
+    """Whether this process has a controlling terminal that is not closed."""
     with suppress(OSError):
         os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
         return True
@@ -92,7 +92,7 @@ def has_terminal() -> bool:
 
 
 def tell_manager(state: str) -> None:
-    """Tell the service manager that started this process a state, such as `READY=1`, if it wants to know."""
+    """Send a state, such as `READY=1`, to the service manager if it set `NOTIFY_SOCKET`."""
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address.startswith(("/", "@")):
         return

@@ -2,10 +2,10 @@
 
 - Before a command runs, while its code is imported, and after it ran, there is nothing to clean up: a signal ends the
   process at once, with a line on stderr.
-- While it runs, a signal does what SIGINT does at that moment: it raises `KeyboardInterrupt`, or calls the handler that
-  an event loop has installed. During an import it waits for the import's end, and says so: an interrupted import of
-  numpy cannot be repeated, and fails later with unrelated errors. In a `__del__` it waits too: what is raised there,
-  Python prints as a traceback and forgets.
+- While it runs, a signal acts as SIGINT would: it raises `KeyboardInterrupt`, or calls the handler that an event loop
+  has installed. During an import it is deferred until the import ends, with a message: an interrupted import of numpy
+  cannot be repeated, and later fails with unrelated errors. In a `__del__` it is deferred, too: Python prints an
+  exception raised there as a traceback and drops it.
 - A second signal ends the process at once.
 
 The exit code is 128 plus the signal's number, as in a shell: 130, 143 or 129.
@@ -33,10 +33,10 @@ _is_quiet = _has_said = False
 _waits = False
 
 is_full_screen = False
-"""Whether a view has turned the terminal to its other screen."""
+"""Whether a view has switched the terminal to its alternate screen."""
 
 is_line_open = False
-"""Whether the terminal's cursor stands behind something in its line."""
+"""Whether there is text before the cursor in its line on the terminal."""
 
 
 def set_up() -> None:
@@ -53,7 +53,7 @@ def begin(*, quiet: bool = False) -> None:
     """Make these signals interrupt the command, until `conclude`. Does nothing without `set_up`.
 
     Args:
-        quiet: do not say that an interruption waits for the end of an import.
+        quiet: do not say that an import defers an interruption.
     """
     global _is_quiet  # noqa: PLW0603 - there is one command in a process
     _is_quiet = quiet
@@ -61,7 +61,7 @@ def begin(*, quiet: bool = False) -> None:
         if signal.getsignal(number) is _end_with_line:
             signal.signal(number, _interrupt)
     if signal.getsignal(signal.SIGINT) is _interrupt:
-        signal.default_int_handler = _interrupt  # the one that asyncio.run replaces
+        signal.default_int_handler = _interrupt  # asyncio.run replaces this handler only
 
 
 def conclude() -> None:
@@ -87,7 +87,7 @@ def is_interrupted() -> bool:
 
 
 def check() -> None:
-    """Raise the `KeyboardInterrupt` that has waited, before another import begins."""
+    """Raise a deferred `KeyboardInterrupt`, before another import begins."""
     if _waits and threading.current_thread() is threading.main_thread():
         import inspect  # slow to import, and rarely needed
 
@@ -100,7 +100,7 @@ def exit_code() -> int:
 
 
 def say(then: str = "") -> None:
-    """Say on stderr that the command was interrupted, and what follows from that; if nothing does, only once."""
+    """Say on stderr that the command was interrupted, and what happens then; without the latter, only once."""
     global _has_said  # noqa: PLW0603 - of this process
     if then or not _has_said:
         _has_said = True
@@ -113,13 +113,13 @@ def _line(number: int, then: str = "") -> str:
 
 
 def _new_line() -> str:
-    """What leads to a line of its own; a spinner of rich's makes one for all that is printed."""
+    """Return a newline if the cursor's line has text; rich's spinner adds one itself."""
     is_spinning = type(sys.stderr).__module__.startswith("rich.")
     return "\n" if is_line_open and not is_spinning and os.isatty(2) else ""
 
 
 def _note_echo(number: int) -> None:
-    """The terminal has shown `^C`, unless it was told not to show what is typed."""
+    """Note that the terminal has shown `^C`, if it echoes what is typed."""
     global is_line_open  # noqa: PLW0603 - the terminal is the process's
     with suppress(OSError, termios.error):
         if number == signal.SIGINT and termios.tcgetattr(2)[3] & termios.ECHO:
@@ -137,12 +137,12 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     note(number)
     if callable(of_loop) and of_loop is not _interrupt:
         of_loop(number, frame)
-    else:  # no loop runs, or a shell's background job ignores SIGINT, and no other signal
+    else:  # no loop runs, or SIGINT alone is ignored, as in a shell's background job
         _raise_when_possible(frame)
 
 
 def _raise_when_possible(frame: FrameType | None) -> None:
-    """Raise `KeyboardInterrupt` here, or a moment after the import, or the `__del__`, that this is in."""
+    """Raise `KeyboardInterrupt` now; within an import or a `__del__`, defer it until shortly after that ends."""
     global _waits  # noqa: PLW0603 - of this process
     while frame is not None and frame.f_code.co_filename != _IMPORT and frame.f_code.co_name != "__del__":
         frame = frame.f_back
@@ -151,7 +151,7 @@ def _raise_when_possible(frame: FrameType | None) -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)
         raise KeyboardInterrupt
     if not (_is_quiet or _has_said or frame.f_code.co_name == "__del__"):
-        with suppress(RuntimeError):  # what was interrupted may be writing there just now
+        with suppress(RuntimeError):  # the interrupted code may be writing to stderr
             say("ends after this import")
     signal.signal(signal.SIGALRM, _look_again)
     signal.setitimer(signal.ITIMER_REAL, _LOOK_SECONDS)
@@ -180,10 +180,10 @@ def _end(number: int, line: str) -> NoReturn:
 
 
 def _restore_terminal() -> None:
-    """Leave the terminal as it was found, whatever was being drawn or kept from being seen."""
+    """Restore the terminal's modes, main screen and cursor."""
     with suppress(OSError, termios.error):
         if _modes is not None and termios.tcgetattr(0) != _modes:
-            signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # a process in the background may do that
+            signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # else tcsetattr would stop a background process
             termios.tcsetattr(0, termios.TCSANOW, _modes)
         for number in (1, 2):
             if os.isatty(number) and os.environ.get("TERM", "dumb") != "dumb":

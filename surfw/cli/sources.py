@@ -1,9 +1,9 @@
-"""Which model a command runs: the source that its weights come from, how it is opened, and the demo model.
+"""Choose the source of a model's weights, open the model, and serve the demo model.
 
-The source is the first of these: the setting `source`; a surfw server at the setting `port` of 127.0.0.1; the setting
-`store`, if it was set or has models; the demo model, if no other was named. The model `demo` is always that one, unless
-there is a `--source`. A server that answers and does not let us in is an error: falling back to the store in silence
-might run other weights than those that were meant.
+The source is the first of these that applies: the setting `source`; a surfw server at the setting `port` of 127.0.0.1;
+the setting `store`, if it was set or holds models; the demo model, if no other was named. The model `demo` is always
+the demo model, unless `--source` is given. A server that answers but refuses access is an error: a silent fallback to
+the store might run other weights than intended.
 """
 
 import asyncio
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 DEMO = "demo"
 _TURN_SECONDS = 0.0005
-"""How long a thread that imports keeps another one waiting, each time that this has received something."""
+"""The thread switch interval during imports, and so the longest wait of the thread that receives weights."""
 
 _MODEL = "MODEL"
 """The positional argument of `infer`."""
@@ -48,7 +48,7 @@ _MODEL = "MODEL"
 
 @dataclass(frozen=True)
 class ChosenSource:
-    """Where the weights come from, and why; for a server with TLS, the certificates."""
+    """Where the weights come from, and why, with the certificates for a server with TLS."""
 
     url: str
     reason: str
@@ -57,22 +57,22 @@ class ChosenSource:
 
     @property
     def is_server(self) -> bool:
-        """Whether it is a server, not a store."""
+        """Whether the source is a server rather than a store."""
         return is_server_url(self.url)
 
     @property
     def all(self) -> tuple[str, ...]:
-        """It, and those that are asked when it fails."""
+        """The source and its fallbacks, in order."""
         return (self.url, *self.others)
 
     @property
     def described(self) -> str:
-        """All of them, for people, and why it is these."""
+        """All sources and the reason for the choice, as text for people."""
         others = "".join(f", then {display_url(url)}" for url in self.others)
         return f"{display_url(self.url)}{others} ({self.reason})"
 
     def connection(self, settings: Settings) -> "ConnectionOptions":
-        """How the settings say that it is reached."""
+        """Return the connection options from the settings."""
         servers = [is_server_url(url) for url in self.all]
         return {
             "token": settings.token if any(servers) else None,
@@ -91,10 +91,10 @@ class ChosenSource:
         }
 
     def check_folder(self) -> None:
-        """Check that a local source is a store or a checkpoint, which takes no torch.
+        """Check, without importing torch, that each local source is a store or a checkpoint.
 
         Raises:
-            NotAStoreError: it is neither.
+            NotAStoreError: one is neither.
         """
         from surfw.storage import open_backend
         from surfw.storage.backends import refuse_file
@@ -110,11 +110,11 @@ class ChosenSource:
 def choose_source(
     configuration: Configuration, *, on_phase: Callable[[str], None] = lambda _: None
 ) -> Iterator[ChosenSource]:
-    """Choose the source; if it is the demo's server, that runs as long as the context.
+    """Choose the source; the demo model's server, if needed, runs as long as the context.
 
     Args:
         configuration: of the command.
-        on_phase: called with what is being done, where that takes a while.
+        on_phase: called with a description of each slow phase.
     """
     settings, origin = configuration.settings, configuration.origins["source"]
     if settings.source is not None and (settings.model != DEMO or origin.kind == "argument"):
@@ -154,13 +154,13 @@ def choose_source(
 
 
 def choose_model(configuration: Configuration, word: str) -> Configuration:
-    """The configuration with what MODEL says: a model's name in the source, or a source.
+    """Apply the argument MODEL to the configuration: it is a model's name in the source, or a source.
 
-    A word that may be either is a name, if the server on this machine or the store has a model of that name.
+    A word that may be either is a name if the server on this machine, or else the store, has a model of that name.
 
     Raises:
-        Mistake: it contradicts --model or --source, or looks like a prompt.
-        ConfigurationError: the server on this machine does not let us in.
+        Mistake: MODEL contradicts --model or --source, or looks like a prompt or a host.
+        ConfigurationError: the server on this machine refuses access.
     """
     origins, address = configuration.origins, read_address(word)
     is_source = address.kind in {"server", "web", "storage"} or is_path(word)
@@ -187,7 +187,7 @@ def choose_model(configuration: Configuration, word: str) -> Configuration:
 
 
 def _has_model(configuration: Configuration, name: str) -> bool:
-    """Whether the server on this machine, or else the store, has a model of this name, or of this last part."""
+    """Whether the server on this machine, or else the store, has a model whose name, or its last part, is this."""
     from surfw.models.client import WeightClient
 
     settings = configuration.settings
@@ -204,7 +204,7 @@ def _has_model(configuration: Configuration, name: str) -> bool:
 
 
 def _holds_models(configuration: Configuration) -> bool:
-    """Whether the store is to be looked into: it was set, or the default one has models."""
+    """Whether the store is a candidate: it was set, or the default store holds models."""
     is_default = configuration.origins["store"].kind == "default"
     return not is_default or any((expand_home(configuration.settings.store) / "models").rglob("*.json"))
 
@@ -213,15 +213,15 @@ def _holds_models(configuration: Configuration) -> bool:
 def connect(
     chosen: "ChosenSource", settings: Settings, *, explain: bool, check: "Callable[[Manifest], None]" = lambda _: None
 ) -> Iterator["ReadAheadClient"]:
-    """Connect to the source without torch, let `check` see the manifest, and have the model read during the imports.
+    """Connect to the source without torch, pass the manifest to `check`, and read ahead during the imports.
 
-    Not its chunks, where they are cast to another dtype, are not all kept, or are to be measured.
+    Chunks are not read ahead if they are cast to another dtype, copied to a device, streamed, or measured first.
     """
     from surfw.models.read_ahead import ReadAheadClient
 
     budget = None if settings.memory_budget is None else parse_size(settings.memory_budget)
     is_streamed = settings.cache_layers is not None or settings.dtype not in {None, "auto"} or explain
-    is_streamed |= settings.device != "cpu"  # whose weights do not stay where they are read ahead
+    is_streamed |= settings.device != "cpu"  # its weights do not stay in host memory, where they are read ahead
     with ReadAheadClient(
         chosen.all if chosen.others else chosen.url,
         settings.model,
@@ -238,10 +238,10 @@ def connect(
 
 
 def find_manifest(client: "WeightClient", name: str | None) -> "Manifest":
-    """The manifest of a model, before anything is imported: it is there, and is what its name is pinned to.
+    """Return a model's manifest, without importing torch, and check it against the pin in the model's name.
 
     Raises:
-        SurfwError: it is not.
+        SurfwError: there is no such model, it cannot be read, or it does not match the pin.
     """
     from surfw.source import ChunkSource, check_pin, split_pin
 
@@ -258,9 +258,9 @@ def find_manifest(client: "WeightClient", name: str | None) -> "Manifest":
 
 @contextlib.contextmanager
 def _opening() -> Iterator[None]:
-    """Much is imported, while weights arrive in another thread: that gets its turns sooner than it would otherwise.
+    """Switch threads more often during the imports, so that weights keep arriving, and pause garbage collection.
 
-    Nor is garbage looked for, again and again among all that was imported: that takes a seventh of the time.
+    Repeated collections over everything that was imported would take a seventh of the time.
     """
     seconds, collects = sys.getswitchinterval(), gc.isenabled()
     sys.setswitchinterval(_TURN_SECONDS)
@@ -277,16 +277,14 @@ def _opening() -> Iterator[None]:
 def open_model(
     client: "WeightClient", settings: Settings, on_phase: Callable[[str], None], *, pipeline: bool = False
 ) -> "StreamingModel":
-    """Open the model, or this rank's stage of it, as the settings say; `on_phase` hears what takes a while."""
+    """Open the model, or this rank's stage of it, as the settings say; `on_phase` is called with each slow phase."""
     on_phase("importing torch")
-    import surfw.skeleton.dtypes  # noqa: F401 - which imports it
+    import surfw.skeleton.dtypes  # noqa: F401 - imports torch
 
     on_phase("importing transformers")
     from surfw.models.streaming import StreamingModel
 
-    if (
-        not gc.get_freeze_count()
-    ):  # to look through all that was imported takes a third of a second: nothing arrives then
+    if not gc.get_freeze_count():  # a collection over all imports stops weights for a third of a second
         gc.freeze()
     on_phase("building the model")
     kind: type[StreamingModel] = StreamingModel
@@ -310,10 +308,10 @@ def open_model(
 
 
 def _is_served(url: str, configuration: Configuration) -> bool:
-    """Whether a surfw server is at the address, and lets us in.
+    """Whether a surfw server answers at the address and grants access.
 
     Raises:
-        ConfigurationError: it does not let us in, or what is there does not say what it is.
+        ConfigurationError: it refuses access, or what answers cannot be identified.
     """
     from surfw.client import probe
 
@@ -331,7 +329,7 @@ def _serve_demo() -> Iterator[str]:
     """Serve the demo model on a free loopback port, in a process of its own; yields the address.
 
     Raises:
-        WireError: the server did not come up.
+        WireError: the server did not start.
     """
     with _demo_store() as store:
         command = [sys.executable, "-m", "surfw", "serve", "--store", str(store), "--port", "0", "--no-live"]
@@ -341,7 +339,7 @@ def _serve_demo() -> Iterator[str]:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C ends this process, and its end that one
+            start_new_session=True,  # Ctrl-C ends only this process, which then ends the server
         )
         assert server.stdin is not None, "a pipe was asked for"
         assert server.stdout is not None, "a pipe was asked for"
@@ -365,7 +363,7 @@ def _serve_demo() -> Iterator[str]:
 
 @contextlib.contextmanager
 def _demo_store() -> Iterator[Path]:
-    """The demo model's store, made on first use in `$SURFW_HOME`, or in a temporary folder if that is read-only."""
+    """Yield the demo store, made on first use in `$SURFW_HOME`, or in a temporary folder if that is read-only."""
     checkpoint = demo_checkpoint()
     hasher = blake3(f"manifest {VERSION}".encode())
     for file in sorted(checkpoint.iterdir()):

@@ -1,4 +1,4 @@
-"""`surfw stats`: a server's counters, once or again and again."""
+"""`surfw stats`: show a server's counters, once or repeatedly."""
 
 import sys
 import time
@@ -71,7 +71,7 @@ def stats(
     where, tls = display_url(address), options.tls_for(configuration, address)
 
     def look() -> "ServerStats":
-        from surfw.client import read_stats  # takes a moment: what is waited for is on the screen by then
+        from surfw.client import read_stats  # slow to import; the spinner is shown by then
 
         return read_stats(address, token=settings.token, ssl=tls, timeout_seconds=settings.connect_timeout)
 
@@ -97,7 +97,7 @@ def _show_other(configuration: options.Configuration, given: Mapping[str, Any], 
     """Show a store or a run instead of a server.
 
     Raises:
-        Mistake: more than one of them is asked for.
+        Mistake: another option is given that does not go with it.
     """
     (what, place), *others = [(name, value) for name, value in given.items() if value not in {None, False}]
     if others:
@@ -113,21 +113,21 @@ def _show_other(configuration: options.Configuration, given: Mapping[str, Any], 
 
 
 class Watch:
-    """A server's statistics, read again and again, also when it was away for a while.
+    """A server's statistics, read repeatedly, even after the server was unreachable.
 
     Attributes:
-        where: the server's address, as it may be shown.
+        where: the server's address, for display.
         stats: the latest statistics.
-        rates: what happened since those before; None if that is not known.
-        away: that it does not answer, since when and why; empty if it does.
-        trend: how it did lately.
+        rates: the rates since the previous statistics; None if unknown.
+        away: since when and why the server does not answer; empty if it does.
+        trend: the recent trend.
     """
 
     def __init__(self, look: "Callable[[], ServerStats]", where: str) -> None:
-        """Read them for the first time.
+        """Read the statistics for the first time.
 
         Raises:
-            SurfwError: that fails.
+            SurfwError: they cannot be read.
         """
         self.where = where
         self.stats = look()
@@ -140,10 +140,10 @@ class Watch:
         self.trend.add(self.stats, None)
 
     def read(self) -> None:
-        """Read them again. A server that does not answer may be back the next time.
+        """Read the statistics again. A failed connection is noted in `away`; the server may be back next time.
 
         Raises:
-            RefusedError: the server wants a token, or another one.
+            RefusedError: the server requires a token, or another one.
         """
         from surfw.cli import render
         from surfw.errors import ConnectionFailedError
@@ -179,7 +179,7 @@ def _watch(watch: Watch, every: float, *, json: bool) -> None:
 
 
 def _print_each(watch: Watch, every: float, show: Callable[[], None]) -> None:
-    """Show each reading; say once on stderr that the server does not answer."""
+    """Show each reading; report each outage once on stderr."""
     was_away = False
     while True:
         if not watch.away:

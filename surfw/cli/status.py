@@ -1,4 +1,4 @@
-"""The status of a run: a few lines that fit the window, from typed figures. Pure."""
+"""Format the status of a run: a few lines that fit the window, from typed figures. Pure."""
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
@@ -21,7 +21,7 @@ def status_lines(parts: Iterable[str], width: int, *, most: int = MOST_LINES) ->
     Args:
         parts: the most important first.
         width: of the window, in cells.
-        most: how many lines there may be; parts at the end that do not fit are left out, and none is cut.
+        most: the most lines; parts at the end that do not fit are left out, and none is cut.
     """
     from rich.cells import cell_len
 
@@ -38,7 +38,7 @@ def status_lines(parts: Iterable[str], width: int, *, most: int = MOST_LINES) ->
 
 
 def run_parts(run: "RunFigures", place: str) -> list[str]:
-    """Say how a run goes, the most important first.
+    """Describe the progress of a run, the most important figures first.
 
     Args:
         run: the figures.
@@ -65,7 +65,7 @@ def run_parts(run: "RunFigures", place: str) -> list[str]:
 
 
 def _describe_outage(outage: "Outage") -> str:
-    """Say what is waited for: `link lost 12 s ago, trying 10.0.0.2:8765 in 3 s, 4 s of work buffered`."""
+    """Describe an outage: `link lost 12 s ago, trying 10.0.0.2:8765 in 3 s, 4 s of work buffered`."""
     address = one_line(outage.trying.partition("://")[2] or outage.trying)
     when = f" in {age(outage.in_seconds)}" if outage.in_seconds >= 1 else ""
     buffered = f", {age(outage.buffered_seconds)} of work buffered" if outage.buffered_seconds >= 1 else ""
@@ -73,7 +73,7 @@ def _describe_outage(outage: "Outage") -> str:
 
 
 def spinner(seconds: float) -> str:
-    """Return the spinner's picture after so many seconds."""
+    """Return the spinner's frame at a time in seconds."""
     return _SPINNER[int(seconds * _FRAMES_PER_SECOND) % len(_SPINNER)]
 
 
@@ -83,7 +83,7 @@ def rate(per_second: float) -> str:
 
 
 def percent(share: float, places: int = 0) -> str:
-    """Format a share, with so many decimal places: `55 %`."""
+    """Format a share as a percentage with this many decimal places: `55 %`."""
     return f"{share * 100:.{places}f} %"
 
 
@@ -105,13 +105,13 @@ def age(seconds: float) -> str:
 
 
 def clock(seconds: float) -> str:
-    """Format a time that is left: `0:09`, `1:27`, `1:02:05`."""
+    """Format the remaining time: `0:09`, `1:27`, `1:02:05`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def _megabytes(count: float) -> str:
-    """Format bytes without a decimal place where there are two digits before it."""
+    """Format bytes, without decimals from ten units on."""
     number, unit = format_size(count).split(" ")
     return f"{float(number):.0f} {unit}" if float(number) >= 10 else f"{number} {unit}"

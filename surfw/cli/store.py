@@ -1,6 +1,6 @@
-"""`surfw list`, `show`, `rm`, `prune` and `verify`: what lies in a store, and keeping it in order.
+"""`surfw list`, `show`, `rm`, `prune` and `verify`: inspect and maintain a store.
 
-`housekeeping` does it and shows the result.
+`housekeeping` does the work and shows the results.
 """
 
 from typing import Annotated, Any

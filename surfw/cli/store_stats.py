@@ -14,10 +14,10 @@ _HEADINGS = ("model", "weights", "in the store", "shared", "forms")
 
 
 def show_store(settings: Settings, *, json: bool, quiet: bool) -> None:
-    """Print it.
+    """Print the sizes of a store and its models.
 
     Raises:
-        StorageError: the store cannot be read, or a manifest is not understood; what is has been shown by then.
+        StorageError: the store cannot be read; or a manifest is not understood, raised after the others were shown.
     """
     with render.busy(f"reading {display_url(settings.store)}", quiet=json or quiet):
         contents, models = asyncio.run(_look(settings))
@@ -58,7 +58,7 @@ def _facts(contents: StoreContents, models: list[ModelDetails]) -> dict[str, Any
 
 
 def _saved(contents: StoreContents) -> int:
-    """What the models would take more if they shared nothing."""
+    """Return the bytes that the models save by sharing."""
     return max(0, sum(one.stored_bytes for one in contents.models) - contents.stored_bytes)
 
 

@@ -1,15 +1,15 @@
-"""The streams that a command prints to; no text from outside can steer a terminal through them.
+"""The output streams of a command, cleaned so that untrusted text cannot control the terminal.
 
-A stream may be closed, full, or a pipe that nobody reads. If stdout cannot be written to, the command ends with one
-line on stderr and exit code 1; if nobody reads it any more, in silence and with exit code 141, as other tools do. What
-cannot be written to stderr is lost, and changes nothing.
+A stream may be closed, full, or a pipe without a reader. If stdout cannot be written to, the command ends with one line
+on stderr and exit code 1; if its reader has left, it ends silently with exit code 141, as other tools do. Failed writes
+to stderr are ignored.
 
-Every text is cleaned here, on its way out, so that no command can forget to: on stderr always, on stdout if that is a
-terminal; a file or a pipe gets what is written. What steers a terminal on purpose, as rich, progress bars and
-`surfw.cli.screen` do, writes to the stream's `rich_proxied_file`, where nothing is cleaned. Texts from outside are
-cleaned before they are given to those.
+Every text is cleaned here, as it is written, so that no command can forget to: always on stderr, and on stdout if that
+is a terminal; a file or a pipe gets the text unchanged. Code that controls the terminal on purpose, such as rich,
+progress bars and `surfw.cli.screen`, writes to the stream's `rich_proxied_file`, which cleans nothing. Untrusted text
+is cleaned before it is passed to such code.
 
-On a terminal, long lines of stderr are broken between words.
+On a terminal, long lines of stderr are wrapped between words.
 """
 
 import io
@@ -28,24 +28,23 @@ from surfw.config import printable
 from surfw.errors import ConfigurationError
 
 _UNSEEN = re.compile(r"\x1b7.*?\x1b8|\x1b\[[0-9;?]*[A-Za-z]|\x1b[^\[]| (\x1b\[J)?\x08", re.DOTALL)
-"""What `surfw.cli.screen` and rich send that leaves the cursor where it was, or moves it up and down."""
+"""Sequences of `surfw.cli.screen` and rich that leave the cursor in its column."""
 _BEFORE_UNIT = re.compile(r"(?<=[0-9]) (?=(?:%|s|ms|min|h|d|tok/s|[kMGT]?B(?:/s)?)(?![A-Za-z]))")
 _HELD = "\0"
-"""Stands for a space that no line ends at."""
+"""Stands for a space at which lines are not broken."""
 
 if TYPE_CHECKING:
     from surfw.cli.screen import Screen
 
 
 class OutputError(Exception):
-    """Something cannot be written to stdout.
+    """Stdout cannot be written to.
 
     Attributes:
         is_unread: whether stdout is a pipe whose reader has left, as `head` does when it has seen enough.
     """
 
     def __init__(self, message: str, *, is_unread: bool) -> None:
-        """Keep beside the text whether somebody has left."""
         super().__init__(message)
         self.is_unread = is_unread
 
@@ -57,12 +56,12 @@ class Output(io.TextIOWrapper):
     """A standard stream of the process; replaces Python's own, and writes to the same file.
 
     Attributes:
-        failure: why nothing can be written any more, once something could not.
-        rich_proxied_file: the same stream without the cleaning; rich takes it by this name, if it is there.
+        failure: the error of a failed write, after which nothing more is written; None before.
+        rich_proxied_file: the same stream without the cleaning; rich looks for this name.
     """
 
     def __init__(self, stream: io.TextIOWrapper, *, is_stdout: bool) -> None:
-        """Replace a stream, which cannot be used any more."""
+        """Replace `stream`, which is detached and cannot be used afterwards."""
         self.failure: OutputError | None = None
         self._is_stdout = is_stdout
         self._cleans = not is_stdout or stream.isatty()
@@ -78,7 +77,7 @@ class Output(io.TextIOWrapper):
         self.rich_proxied_file = _Verbatim(self)
 
     def write(self, text: str) -> int:
-        """Write a text, cleaned where it may come to a terminal.
+        """Write a text, cleaned if it may reach a terminal.
 
         Raises:
             OutputError: it cannot be written to stdout.
@@ -91,7 +90,7 @@ class Output(io.TextIOWrapper):
 
     @contextmanager
     def _stepping_aside(self, text: str) -> Iterator[None]:
-        """Have the screen step aside for a text, if there is one and this is a terminal."""
+        """Have the screen, if there is one, step aside for a text on the terminal."""
         screen = next(iter(_screens), None) if self._is_terminal and text else None
         if screen is None:
             yield
@@ -102,13 +101,13 @@ class Output(io.TextIOWrapper):
 
     @property
     def _columns(self) -> int:
-        """The width of the terminal's window; 0 if that is not known."""
+        """The width of the terminal's window; 0 if unknown."""
         with suppress(OSError):
             return os.get_terminal_size(self.fileno()).columns
         return 0
 
     def write_verbatim(self, text: str) -> int:
-        """Write a text as it is.
+        """Write a text unchanged.
 
         Raises:
             OutputError: it cannot be written to stdout.
@@ -130,7 +129,7 @@ class Output(io.TextIOWrapper):
 
     @contextmanager
     def _no_further(self) -> Iterator[None]:
-        """Write to nowhere after a failure, so that no buffer fails again when the interpreter ends."""
+        """After a failure, redirect to /dev/null, so that flushing at exit does not fail again."""
         try:
             yield
         except OSError as exc:
@@ -140,11 +139,11 @@ class Output(io.TextIOWrapper):
             os.dup2(nowhere, self.fileno())
             os.close(nowhere)
             if self._is_stdout and threading.current_thread() is threading.main_thread():
-                raise self.failure from exc  # a thread that draws says nothing: `finish` does
+                raise self.failure from exc  # in other threads, which draw, `finish` raises it
 
 
 class _Verbatim:
-    """A stream without its cleaning."""
+    """An `Output` without its cleaning."""
 
     def __init__(self, stream: Output) -> None:
         self._stream = stream
@@ -163,21 +162,21 @@ class OneLine(logging.Formatter):
 
 
 def set_screen(screen: "Screen | None") -> None:
-    """Have a screen step aside for whatever is written to a terminal from now on; None for no screen."""
+    """Set the screen that steps aside for whatever is written to a terminal; None for no screen."""
     _screens[:] = [] if screen is None else [screen]
 
 
 def one_line(text: str) -> str:
-    """Return a text as one line that cannot steer a terminal."""
+    """Return a text as one line that cannot control a terminal."""
     return printable(" ".join(text.split()))
 
 
 def break_lines(text: str, columns: int) -> str:
-    """Break lines that are longer than a window between words; a word that is longer stays whole, as a quantity does.
+    """Wrap lines between words; a word that is too long stays whole, and so does a quantity with its unit.
 
     Args:
         text: whole lines.
-        columns: of the window; 0 breaks nothing.
+        columns: the width of the window; 0 wraps nothing.
     """
     longest = max(map(len, text.split("\n")))
     wrapper = textwrap.TextWrapper(max(columns, 1), break_long_words=False, break_on_hyphens=False)
@@ -188,21 +187,21 @@ def break_lines(text: str, columns: int) -> str:
 
 
 def expect_utf8(text: str, what: str) -> None:
-    """Refuse a text that was read or typed, if bytes of it were not UTF-8: Python keeps those as surrogates.
+    """Refuse input with bytes that were not UTF-8; Python keeps those as surrogates.
 
     Raises:
-        ConfigurationError: some were not.
+        ConfigurationError: there are such bytes.
     """
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise ConfigurationError(f"{what} is not valid UTF-8; write it in that encoding")
 
 
 def can_draw(stream: IO[str] | None) -> bool:
-    """Whether a stream is a terminal on which something can be drawn in place, and that is this process's own now."""
+    """Whether a stream is a terminal that can be drawn on in place, with this process in the foreground."""
     if stream is None or not stream.isatty() or os.environ.get("TERM", "") in {"", "dumb", "unknown"}:
         return False
-    with suppress(OSError):  # it is not the terminal that this process is controlled from
-        return os.tcgetpgrp(stream.fileno()) == os.getpgrp()  # else it runs in the background of a shell
+    with suppress(OSError):  # it is not the controlling terminal
+        return os.tcgetpgrp(stream.fileno()) == os.getpgrp()  # else this process is a shell's background job
     return True
 
 
@@ -211,8 +210,8 @@ def set_up() -> None:
     for number in range(3):
         try:
             os.fstat(number)
-        except OSError:  # closed; no file that is opened later may come to lie here
-            os.open(os.devnull, os.O_WRONLY if number == 2 else os.O_RDONLY)  # to stdout, every write fails
+        except OSError:  # closed: take the number, so that no file opened later gets it
+            os.open(os.devnull, os.O_WRONLY if number == 2 else os.O_RDONLY)  # makes every write to stdout fail
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
@@ -229,7 +228,7 @@ def finish() -> None:
     """
     for stream in (sys.stderr, sys.stdout):
         if isinstance(stream, Output):
-            with suppress(ValueError):  # somebody closed it
+            with suppress(ValueError):  # it was closed
                 stream.flush()
     if isinstance(sys.stdout, Output) and sys.stdout.failure is not None:
         raise sys.stdout.failure

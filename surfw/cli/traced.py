@@ -1,4 +1,4 @@
-"""`infer --trace FILE`: the timeline of a run, from the start of its process until it is written."""
+"""`infer --trace FILE`: the timeline of a run, from the start of its process until the file is written."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,15 +15,15 @@ _KINDS = {
     "importing transformers": "import",
     "starting a server for the demo model, importing torch": "import",
 }
-"""What the phases of a run are; others prepare it."""
+"""The kinds of a run's phases; all others are of the kind `prepare`."""
 
 
 @contextmanager
 def writing_trace(path: Path | None) -> Iterator[None]:
-    """Trace the body, and write that to the file in the end, also if it fails; without a file, do nothing.
+    """Trace the body, and write the trace to the file at the end, even if the body fails; without a file, do nothing.
 
     Raises:
-        ConfigurationError: the file cannot be written; seen before the body begins, unless the disk fills up.
+        ConfigurationError: the file cannot be written; raised before the body begins, unless the disk fills up.
     """
     if path is None:
         yield
@@ -42,7 +42,7 @@ def writing_trace(path: Path | None) -> Iterator[None]:
 
 @contextmanager
 def _writing(path: Path) -> Iterator[None]:
-    """The body writes the trace, and nothing else."""
+    """Turn an `OSError` of the body, which only writes the trace, into a `ConfigurationError`."""
     try:
         yield
     except OSError as exc:
@@ -50,5 +50,5 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 def note_phase(text: str) -> None:
-    """What `infer` says that it does is a phase of the trace, too."""
+    """Record a phase that `infer` shows as a phase of the trace."""
     tracing.phase(_KINDS.get(text, "prepare"), text)

@@ -1,7 +1,7 @@
-"""How a server does lately: sparklines of its rates, and of each model a strip that shows what is in the cache.
+"""A server's recent trend: sparklines of its rates, and for each model a strip that shows what is in the cache.
 
-A strip has a cell for each chunk, or for several neighbours where there are more than columns: the higher it is, the
-more of them is cached; it is bright where something was hit since the reading before.
+A strip has a cell for each chunk, or for several adjacent ones if there are more chunks than columns. The higher a
+cell, the more of it is cached; it is bright if there was a hit since the previous reading.
 """
 
 from collections import deque
@@ -23,7 +23,6 @@ class Trend:
     """The latest readings of a server's statistics."""
 
     def __init__(self) -> None:
-        """Start with none."""
         self._sent: deque[float] = deque(maxlen=_KEPT)
         self._hits: deque[float] = deque(maxlen=_KEPT)
         self._latency: deque[float] = deque(maxlen=_KEPT)
@@ -31,7 +30,7 @@ class Trend:
         self._counted: Mapping[str, Sequence[int]] = {}
 
     def add(self, stats: ServerStats, rates: Rates | None) -> None:
-        """Note a reading, and what happened since the one before, if that is known."""
+        """Add a reading, and the rates since the previous one, if known."""
         self._counted = {one["model"]: one["hits"] for one in self._heat}
         self._heat = stats.get("heat", [])
         if rates is not None:
@@ -72,14 +71,14 @@ class Trend:
 
 
 def _since(before: Sequence[int], now: Sequence[int]) -> list[int]:
-    """How many hits there were of each chunk since; all of them, if they were counted anew."""
+    """Return the hits of each chunk since the previous reading; all hits if the counters were reset."""
     if len(before) != len(now) or any(one > other for one, other in zip(before, now, strict=True)):
         return list(now)
     return [other - one for one, other in zip(before, now, strict=True)]
 
 
 def sparkline(values: Sequence[float], most: float | None = None) -> str:
-    """A character for each value, from 0 to `most`, or to the highest of them."""
+    """Draw a character for each value, scaled from 0 to `most`, or to the highest value."""
     top = max([*values, 0.0]) if most is None else most
     return "".join(_level(value / top) if top > 0 else _LEVELS[0] for value in values)
 

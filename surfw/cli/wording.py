@@ -1,6 +1,6 @@
-"""The library's advice in words of the command line: options where it says arguments. Pure.
+"""Adapt the library's messages to the command line: options instead of arguments. Pure.
 
-The library writes for both, such as `--model (model=)`; here, what is meant for Python goes.
+The library names both, such as `--model (model=)`; the part for Python is removed here.
 """
 
 import re
@@ -25,11 +25,11 @@ PHRASES = {
         "a newer transformers may; a class of your own can be named from Python"
     ),
 }
-"""What the library says, and what the command line says instead."""
+"""Phrases of the library, and what the command line says instead."""
 
 
 def with_options(text: str) -> str:
-    """Return an error or a warning of the library with options instead of arguments."""
+    """Return the library's error or warning with options instead of arguments."""
     for pattern, option in _PATTERNS.items():
         text = re.sub(pattern, option, text)
     for phrase, other in PHRASES.items():

@@ -1,4 +1,4 @@
-"""A server's models, over the wire. Imports neither torch nor the server."""
+"""A client for a server's models. Imports neither torch nor the server."""
 
 from surfw.client.connect import probe
 from surfw.client.stats import read_stats

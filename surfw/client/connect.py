@@ -1,4 +1,4 @@
-"""Connecting to a server: the handshake, redirects, hellos, and a plain reason where one of them fails.
+"""Connecting to a server: the handshake, redirects, hellos, and clear errors if one of them fails.
 
 A token is never sent to another machine in clear text, nor to another server by a redirect.
 """
@@ -47,7 +47,7 @@ _NOT_LET_IN = {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.PROXY_A
 _SHOWN = 200
 _NO_TLS, _TLS = " (does it want ws://?)", " (does it want wss://?)"
 _CERTIFICATE_ALERT = re.compile(r"ALERT_(.*CERTIFICATE.*|UNKNOWN_CA)")
-"""What TLS says to whoever shows no certificate, or one that is not trusted."""
+"""TLS alerts for a client certificate that is missing or not trusted."""
 
 _WHERE = "token_file, --token-file, SURFW_TOKEN"
 """Where a token is given: in Python, as an option, in the environment."""
@@ -59,9 +59,9 @@ class Endpoint:
 
     Attributes:
         url: `ws://` or `wss://`, host and port.
-        token: the secret that the server knows, if any. Without TLS it is sent to this machine only.
-        ssl: for a `wss://` server: whose certificates to trust, and which to show; None for those that the system
-            trusts, and none.
+        token: the server's secret, if it has one. Without TLS it is sent only to this machine.
+        ssl: for a `wss://` server: the certificates to trust, and the client certificate to send; None for the system's
+            trusted certificates and no client certificate.
     """
 
     url: str
@@ -70,11 +70,11 @@ class Endpoint:
 
     @property
     def shown(self) -> str:
-        """The address without its secrets."""
+        """The address without credentials."""
         return display_url(self.url)
 
     def context(self) -> SSLContext | None:
-        """The context for TLS; reads its files.
+        """Return the TLS context; reads its files.
 
         Raises:
             ConfigurationError: one of them cannot be used.
@@ -82,7 +82,7 @@ class Endpoint:
         return client_context(self.ssl) if isinstance(self.ssl, TlsFiles) else self.ssl
 
     def headers(self) -> dict[str, str]:
-        """The headers of a request: the token, if there is one.
+        """Return the headers of a request: the token, if there is one.
 
         Raises:
             ConfigurationError: the token may not be sent there or is not a token, or `ssl` is given without TLS.
@@ -108,7 +108,7 @@ class Endpoint:
         return bearer(self.token)
 
     def refusal(self, where: str, challenge: str) -> RefusedError:
-        """The error for a server, named by `where`, that answered 401 with this `WWW-Authenticate`."""
+        """Return the error for the server at `where`, which answered 401 with this `WWW-Authenticate`."""
         if challenge == EXPIRED:
             text = f"the server at {where} refuses the token, which has expired; give one that is valid ({_WHERE})"
             return RefusedError(text, code="expired-token")
@@ -118,11 +118,11 @@ class Endpoint:
 
 
 class _NotFollowed(WebSocketException):
-    """A redirect is not followed; the text says where it leads, and why not."""
+    """A redirect is not followed; the text says where it leads, and why it was rejected."""
 
 
 class _Connecting(connect):
-    """The library's connection attempt, with our rules for redirects, which HTTP proxies give too."""
+    """The library's connection attempt, with our rules for redirects; HTTP proxies send redirects too."""
 
     def __init__(self, url: str, link: Link, **options: Any) -> None:
         super().__init__(url, create_connection=link.attach, **options)  # type: ignore[arg-type]  # a factory is all it is used as
@@ -131,7 +131,7 @@ class _Connecting(connect):
         self._redirects = 0
 
     def process_redirect(self, exc: Exception) -> Exception | str:
-        """The address to go on with; an exception if this is no redirect, or not one that may be followed."""
+        """Return the address to continue with, or an exception if there is none, or it must not be followed."""
         if not isinstance(exc, InvalidStatus) or exc.response.status_code not in REDIRECT_STATUSES:
             return exc
         locations = exc.response.headers.get_all("Location")
@@ -163,11 +163,11 @@ class _Connecting(connect):
 
 
 async def open_link(endpoint: Endpoint, *, limits: WireLimits, connect_seconds: float, silence_seconds: float) -> Link:
-    """Connect to a surfw server, and exchange hellos.
+    """Connect to a surfw server and exchange hellos.
 
     Raises:
         ConfigurationError: the address is malformed, or the token may not be sent there.
-        RefusedError: the server wants a token, or another one.
+        RefusedError: the server requires a token, or rejects this one.
         ConnectionFailedError: nothing answers there, or something that is not a surfw server.
     """
     link = Link(endpoint.shown, limits, silence_seconds)
@@ -203,7 +203,7 @@ async def open_link(endpoint: Endpoint, *, limits: WireLimits, connect_seconds: 
         failure = link.tls_failure
         raise (explain_network(failure, link.url) if failure else _explain(link, endpoint, exc)) from exc
     finally:
-        if not is_open:  # also if this is cancelled just when the hello has come
+        if not is_open:  # also if this is cancelled just as the hello arrives
             link.abort()
     return link
 
@@ -215,12 +215,12 @@ async def probe(
     token: str | None = None,
     ssl: SSLContext | TlsFiles | None = None,
 ) -> bool:
-    """Whether a surfw server is at the address: False if nothing listens there, or something else does.
+    """Return whether a surfw server is at the address: False if nothing listens there, or something else does.
 
     Raises:
         ConfigurationError: the address is malformed, or the token may not be sent there.
-        RefusedError: the server wants a token, or another one.
-        ConnectionFailedError: the server refuses the connection, or nothing answers within the time.
+        RefusedError: the server requires a token, or rejects this one.
+        ConnectionFailedError: the server refuses the connection, or nothing answers in time.
     """
     endpoint = Endpoint(url, token, ssl)
     try:
@@ -245,7 +245,7 @@ def _failed(text: str, *, transient: bool = False, absent: bool = False) -> Conn
 
 
 def _explain(link: Link, endpoint: Endpoint, exc: Exception) -> SurfwError:
-    """The error for a connection on which no session came about."""
+    """Return the error for a connection that did not become a session."""
     match exc:
         case ValueError() | InvalidURI():
             return ConfigurationError(
@@ -264,7 +264,7 @@ def _explain(link: Link, endpoint: Endpoint, exc: Exception) -> SurfwError:
 
 
 def _explain_status(link: Link, endpoint: Endpoint, response: Response) -> SurfwError:
-    """The error for an HTTP response that is no handshake."""
+    """Return the error for an HTTP response that rejects the handshake."""
     status = response.status_code
     if link.is_surfw:
         return _explain_refusal(link, endpoint, response)
@@ -278,7 +278,7 @@ def _explain_status(link: Link, endpoint: Endpoint, response: Response) -> Surfw
 
 
 def _explain_refusal(link: Link, endpoint: Endpoint, response: Response) -> SurfwError:
-    """The error for a surfw server that refuses the handshake."""
+    """Return the error for a surfw server that refuses the handshake."""
     status, server = response.status_code, f"the server at {link.url}"
     said = bytes(response.body or b"").decode(errors="replace").partition("\n")[0][:_SHOWN]
     match status:
@@ -297,13 +297,13 @@ def _explain_refusal(link: Link, endpoint: Endpoint, response: Response) -> Surf
 
 
 def explain_away(status: int, where: str) -> ConnectionFailedError:
-    """The error for one of `TRANSIENT_STATUSES` that no surfw server gave."""
+    """Return the error for one of `TRANSIENT_STATUSES` that did not come from a surfw server."""
     text = f"{where} answers with status {status}, as proxies do whose server is away; {START_ONE}"
     return _failed(text, transient=True)
 
 
 def explain_network(exc: Exception, where: str) -> ConnectionFailedError:
-    """The error for a connection that failed, but not by taking too long."""
+    """Return the error for a connection that failed for another reason than a timeout."""
     nobody = f"no surfw server at {where}"
     match exc:
         case SSLEOFError() | SSLZeroReturnError():
@@ -342,7 +342,7 @@ def _hung_up(where: str, hint: str = "") -> ConnectionFailedError:
 
 
 def _not_surfw(link: Link, why: str) -> ConnectionFailedError:
-    """The error for something else than a surfw server, or for one of another version."""
+    """Return the error for a peer that is not a surfw server, or has another protocol version."""
     if link.is_surfw:
         return _failed(f"the server at {link.url} cannot be used: {why}; run the same version of surfw on both sides")
     return _failed(f"{link.url} answers, but is not a surfw server: {why}; {START_ONE}", absent=True)

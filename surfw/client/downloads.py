@@ -20,20 +20,20 @@ _VERIFY_BYTES = 4 * MIB
 
 
 def most_read(size: int, parts: int = 1) -> int:
-    """The most that a server reads for `size` bytes in `parts` places: whole pages, again if they are damaged."""
+    """Return the most that a server reads for `size` bytes in `parts` places: whole pages, again for each retry."""
     return (size + 2 * parts * PAGE_BYTES) * (1 + DAMAGE_RETRIES)
 
 
 @dataclass
 class DocumentDownload:
-    """A manifest, a file or digests, held in memory. It is as long as the server says, within the session's limits.
+    """A manifest, a file or digests, held in memory. The server announces its length, within the session's limits.
 
     Attributes:
         what: its name, for errors.
-        most_read_bytes: the most that a server reads from its storage to make it.
-        listed: its size and BLAKE3 by the manifest, if that lists it.
-        most_bytes: its greatest length, if that is known to be less than the session's limits.
-        damage: for each attempt that was damaged, what came: a digest, or an announced size and digest.
+        most_read_bytes: the most that a server reads from its storage for it.
+        listed: its size and BLAKE3 in the manifest, if the manifest lists it.
+        most_bytes: its maximum length, if known to be less than the session's limits.
+        damage: what arrived in each damaged attempt: a digest, or an announced size and digest.
     """
 
     what: str
@@ -45,10 +45,10 @@ class DocumentDownload:
     _data: bytearray = field(default_factory=bytearray)
 
     def begin(self, message: Begin) -> None:
-        """Make room.
+        """Allocate its memory.
 
         Raises:
-            IntegrityError: it is not the one that the manifest lists, or too long.
+            IntegrityError: it is not the one in the manifest, or too long.
         """
         announced = (message.size, message.digest)
         if self.listed not in {None, announced}:
@@ -61,14 +61,14 @@ class DocumentDownload:
         self._data = bytearray(message.size)
 
     def place(self, offset: int, size: int) -> memoryview:
-        """The memory for a part."""
+        """Return the memory for a part."""
         return memoryview(self._data)[offset : offset + size]
 
     def arrived(self, stop: int) -> None:
         """Do nothing: a document is verified as a whole."""
 
     def verified(self) -> bytes:
-        """The document, once all of it has arrived.
+        """Return the document, once all of it has arrived.
 
         Raises:
             IntegrityError: its digest is not the one that the server announced.
@@ -88,12 +88,12 @@ class ChunkDownload:
         read: the range and its destination.
         missing: the blocks that still have to arrive. Empty once everything is verified.
         damage: the damaged blocks, with the BLAKE3 that each had each time.
-        first_failure: the error that the first broken attempt ended with.
+        first_failure: the error of the first broken attempt.
         reached_bytes: how far the broken attempts got, from the start of the range.
     """
 
     def __init__(self, read: Read, verifiers: Executor | None) -> None:
-        """Start with nothing. Without `verifiers` the bytes stay unverified, for measurements only."""
+        """Start without any bytes. Without `verifiers` they stay unverified, for measurements only."""
         first = read.start // BLOCK_BYTES
         self.read = read
         self.missing = set(range(first, max(-(-read.stop // BLOCK_BYTES), first + 1)))  # one for an empty range too
@@ -108,7 +108,7 @@ class ChunkDownload:
         self._progressed = False
 
     def next_range(self) -> tuple[int, int, bool]:
-        """Begin an attempt: the range to ask for, and whether to ask for it because it arrived damaged."""
+        """Begin an attempt: return the range to request, and whether because it arrived damaged."""
         first = last = min(self.missing)
         fresh = first in self.damage
         while last + 1 in self.missing and (last + 1 in self.damage) == fresh:
@@ -121,12 +121,12 @@ class ChunkDownload:
         return self._start, self._stop, fresh
 
     def place(self, offset: int, size: int) -> memoryview:
-        """The part of the destination."""
+        """Return the part of the destination."""
         start = offset - self.read.start
         return self.read.destination[start : start + size]
 
     def arrived(self, stop: int) -> None:
-        """Hand whole blocks to the verifiers, several at a time."""
+        """Submit whole blocks to the verifiers, several at a time."""
         self._at = stop
         last = stop == self._stop
         if not last and stop - self._checked < _VERIFY_BYTES:
@@ -160,7 +160,7 @@ class ChunkDownload:
         await to_its_end(asyncio.gather(*map(asyncio.wrap_future, running), return_exceptions=True))
 
     def failed(self, error: ConnectionFailedError) -> bool:
-        """Note a broken attempt; return whether anything was verified since the one before."""
+        """Record a broken attempt; return whether anything was verified since the previous one."""
         self.first_failure = self.first_failure or str(error)  # the error itself would keep frames and memory alive
         self.reached_bytes = max(self.reached_bytes, self._at - self.read.start)
         progressed, self._progressed = self._progressed, False

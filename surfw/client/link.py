@@ -1,7 +1,7 @@
-"""The link to a server: sends requests, and hands the bytes of each answer to its download.
+"""The link to a server: sends requests, and passes the bytes of each answer to its download.
 
-A link belongs to the event loop it was opened in. Once it has ended, every request fails with the same error. It ends
-too when the server makes no progress for too long, as `ServerPatience` decides.
+A link belongs to the event loop in which it was opened. Once it has ended, every request fails with the same error. It
+also ends when the server makes no progress for too long, as `ServerPatience` decides.
 """
 
 import asyncio
@@ -34,13 +34,13 @@ from surfw.wire import (
 )
 
 CLOSE_SECONDS = 2
-"""How long a server has to answer a closing handshake."""
+"""How long to wait for the server in a closing handshake."""
 
 _FAULTS_OF_OURS = {
     CloseCode.PROTOCOL_ERROR, CloseCode.UNSUPPORTED_DATA, CloseCode.INVALID_DATA, CloseCode.POLICY_VIOLATION,
     CloseCode.MESSAGE_TOO_BIG, CloseCode.MANDATORY_EXTENSION,
 }  # fmt: skip
-"""A server closes with these because of what it was sent. Connecting again would not help."""
+"""Close codes that blame what the client sent; reconnecting would not help."""
 _GOODBYES = {CloseCode.GOING_AWAY, CloseCode.SERVICE_RESTART}
 
 
@@ -49,8 +49,8 @@ class _Pending:
     """A request whose answer is not complete.
 
     Attributes:
-        done: ends with the answer; cancelled if the request was given up.
-        download: takes the answer's bytes; None if there are none, or if they are not wanted any more.
+        done: done when the answer is complete; cancelled with the request.
+        download: receives the answer's bytes; None if there are none, or if they are no longer wanted.
     """
 
     done: asyncio.Future[Models | None]
@@ -61,15 +61,15 @@ class Link:
     """One connection with many requests at a time.
 
     Attributes:
-        url: the address as it may be shown, with the one that a redirect led to.
+        url: the address without secrets, with the one that a redirect led to.
         greeted: done when hellos were exchanged; fails if the link ends before.
-        shows_token: whether the token was sent; a redirect to another server takes it nowhere.
+        shows_token: whether the token was sent; it is not sent after a redirect to another server.
         ended: why the link has ended ("went away", for example), or None.
-        said_goodbye: whether it has ended because the server stops, which may be back soon.
+        said_goodbye: whether it has ended because the server is stopping and may be back soon.
     """
 
     def __init__(self, url: str, limits: WireLimits, silence_seconds: float) -> None:
-        """Make a link that is not connected yet; `open_link` connects it."""
+        """Create a link that is not connected yet; `open_link` connects it."""
         self.url = url
         self.greeted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.shows_token = True
@@ -87,36 +87,36 @@ class Link:
         self._nowhere = memoryview(bytearray(MAX_FRAME_BYTES))
 
     def attach(self, protocol: ClientProtocol, **options: Any) -> WireConnection:
-        """Make the connection of this link, for the library to connect."""
+        """Create this link's connection, for the library to connect."""
         self._connection = WireConnection(protocol, self, **options)
         return self._connection
 
     @property
     def heard(self) -> float | None:
-        """When the last byte came, on the loop's clock; None before the first."""
+        """When the last byte arrived, on the loop's clock; None before the first."""
         return self._connection.heard if self._connection else None
 
     @property
     def may_be_http(self) -> bool:
-        """Whether the first bytes, if any came, may begin an HTTP response."""
+        """Whether the bytes received first, if any, may begin an HTTP response."""
         return self._connection is None or self._connection.may_be_http
 
     @property
     def tls_failure(self) -> SSLError | None:
-        """Why TLS has ended the connection, if it has: the server's alert, mostly."""
+        """The TLS error that ended the connection, if any; mostly the server's alert."""
         return self._connection.tls_failure if self._connection else None
 
     @property
     def is_surfw(self) -> bool:
-        """Whether a surfw server of any version answers: its HTTP response or its hello says so."""
+        """Whether a surfw server of any version answers, by its HTTP response or its hello."""
         response = self._connection.response if self._connection else None
         called = response.headers.get_all("Server") if response else []  # a proxy may have added its own
         return any(one.startswith("surfw/") for one in called) or self._session.offered.startswith("surfw.")
 
     async def receive(self, make: Callable[[int], Request], download: Download | None = None) -> Models | None:
-        """Send the request that `make` makes for an id, and return when its answer is in the download.
+        """Send the request that `make` returns for an id, and return when the download has received its answer.
 
-        When this has ended, also by a failure or a cancellation, nothing is written through the download any more.
+        When this has ended, even by an error or a cancellation, nothing is written through the download any more.
 
         Returns:
             The answer to `ListModels`, which needs no download.
@@ -143,16 +143,16 @@ class Link:
             self._give_up(request.id, pending)
 
     def announce(self, schedule: Schedule) -> None:
-        """Send a schedule, if the server takes any."""
+        """Send a schedule, if the server accepts schedules."""
         if self._session.takes_schedules and not self.ended:
             self._send(self._session.send(schedule))
 
     def _look(self) -> None:
-        """End the link, or fail an overtaken request, after too long without progress; else look again later."""
+        """End the link, or fail an overtaken request, after too long without progress; else check again later."""
         self._watch = None
         if self.ended or not self._pending:
             return
-        now = self._loop.time()  # not later: a request that is due by then is stalled, and not the whole link
+        now = self._loop.time()  # read before `stalls`: a request that is due by then is stalled, not the whole link
         due, stalled = self._patience.stalls(self._session.requests)
         if now >= due:
             self._end(self._stalled(), transient=True)
@@ -164,7 +164,7 @@ class Link:
         self._watch = self._loop.call_at(due, self._look)
 
     def _stalled(self) -> str:
-        """How the server failed to make progress."""
+        """Describe how the server failed to make progress."""
         seconds, heard = self._patience.silence_seconds, self.heard
         if heard is None or heard + seconds <= self._loop.time():
             return f"said nothing for {seconds:g} seconds"
@@ -172,7 +172,7 @@ class Link:
         return f"made no progress for {seconds:g} seconds: it sent less than {least} of what was asked for"
 
     def _give_up(self, request_id: int, pending: _Pending) -> None:
-        """Let nothing more go to the download, and cancel the request if its answer is not complete."""
+        """Detach the download, and cancel the request if its answer is not complete."""
         pending.download = None
         self._patience.given_up(request_id)
         if not pending.done.cancel() and not pending.done.cancelled():
@@ -187,7 +187,7 @@ class Link:
             self._connection.send_now(text)
 
     def place(self, size: int) -> memoryview | None:
-        """Where a frame belongs; None if it may not come now, which `binary` then refuses."""
+        """Return the memory for a frame; None if it may not come now, which `binary` then refuses."""
         try:
             self._receiving, offset = self._session.place(size)
         except RemoteProtocolError:
@@ -196,11 +196,11 @@ class Link:
         return download.place(offset, size) if download else self._nowhere[:size]
 
     def arriving(self, size: int) -> None:
-        """Bytes of the answer that is being received arrived."""
+        """Bytes of the answer that is being received have arrived."""
         self._patience.arrived(self._receiving, size)
 
     def binary(self, data: bytes | bytearray | memoryview) -> None:
-        """Take a frame in."""
+        """Handle a complete frame."""
         size = len(data)
         arrival = self._session.receive_binary(size)
         download = self._pending[arrival.id].download
@@ -217,7 +217,7 @@ class Link:
             self._finish(arrival.id, None)
 
     def text(self, text: str) -> None:
-        """Act on a message."""
+        """Handle a text message."""
         message = self._session.receive(text)
         match message:
             case ServerHello():
@@ -239,7 +239,7 @@ class Link:
                 self._finish(message.id, RefusedError(f"{self.url}: {message.message}", code=message.code))
 
     def _begin(self, pending: _Pending, message: Begin) -> None:
-        """Begin the download. If it refuses the answer, the request fails at once, and its bytes are dropped."""
+        """Begin the download. If it rejects the answer, the request fails at once, and the bytes are discarded."""
         try:
             if isinstance(pending.download, DocumentDownload):
                 pending.download.begin(message)
@@ -260,7 +260,7 @@ class Link:
             done.set_result(outcome)
 
     def lost(self, error: RemoteProtocolError | None) -> None:
-        """Say why the connection is over, and end the link."""
+        """Determine why the connection is over, and end the link."""
         close = self._connection.protocol.close_rcvd if self._connection else None
         if error:
             self._end(f"broke the protocol: {error}")
@@ -286,7 +286,7 @@ class Link:
         for future in waiting:
             if not future.done():
                 future.set_exception(self._over())
-        self._slots.release()  # wakes the requests that wait for a slot: each fails, and wakes the next
+        self._slots.release()  # wakes the requests waiting for a slot: each fails, and wakes the next
 
     def _over(self) -> ConnectionFailedError:
         return self._failure(self.ended or "", transient=self._transient)

@@ -3,8 +3,8 @@
 While requests are open, the server has to make *progress*: `PROGRESS_BYTES` of answers arrive, an answer is completed,
 or the server reports that it has read that much more of its storage for a request. Pings and single bytes do not count.
 After `silence_seconds` without progress the connection is stalled. A request may wait longer while others progress,
-because answers take turns and more urgent ones go first. But once it was overtaken as often as there may be open
-requests, only its own progress counts for it.
+because answers take turns and more urgent ones go first. But once it has been overtaken as often as requests may be
+open, only its own progress counts for it.
 """
 
 from collections.abc import Callable
@@ -16,11 +16,11 @@ from surfw.wire import Get, Request
 
 @dataclass(slots=True)
 class _Wait:
-    """What `ServerPatience` knows of an open request.
+    """The state of an open request.
 
     Attributes:
         priority: lower numbers are more urgent.
-        most_read_bytes: how much the server can have to read for it; 0 once it was given up.
+        most_read_bytes: the most that the server can read for it; 0 once it was cancelled.
         progressed: when it last made progress.
         read_bytes: how much of the server's reading has counted as progress.
         overtaken: how many later requests, none of them more urgent, were answered since its last progress.
@@ -34,7 +34,7 @@ class _Wait:
 
 
 class ServerPatience:
-    """Decides for one connection how long to wait. `clock` gives the time, in seconds."""
+    """Decides how long to wait, for one connection. `clock` returns the time in seconds."""
 
     def __init__(self, silence_seconds: float, clock: Callable[[], float]) -> None:
         self.silence_seconds = silence_seconds
@@ -58,7 +58,7 @@ class ServerPatience:
             self._progress(self._waits.get(request_id))
 
     def read(self, request_id: int, read_bytes: int) -> None:
-        """The server has read `read_bytes` for a request. More than there can be to read does not count."""
+        """The server reports `read_bytes` read for a request. More than `most_read_bytes` does not count."""
         wait = self._waits[request_id]
         read_bytes = min(read_bytes, wait.most_read_bytes)
         if read_bytes >= wait.read_bytes + PROGRESS_BYTES:
@@ -66,7 +66,7 @@ class ServerPatience:
             self._progress(wait)
 
     def given_up(self, request_id: int) -> None:
-        """Reading for the request counts no more, but its answer may still come."""
+        """The request was cancelled: reading for it no longer counts, but its answer may still arrive."""
         if request_id in self._waits:
             self._waits[request_id].most_read_bytes = 0
 
@@ -83,10 +83,10 @@ class ServerPatience:
             wait.progressed, wait.overtaken = self._progressed, 0
 
     def stalls(self, requests: int) -> tuple[float, list[int]]:
-        """When to look again, or a time that has passed if the connection is stalled; and the stalled requests.
+        """Return when to check again (in the past if the connection is stalled), and the stalled requests.
 
         Args:
-            requests: how many may be open at a time.
+            requests: how many requests may be open at a time.
         """
         due, stalled = self._progressed + self.silence_seconds, []
         for request_id, wait in self._waits.items():

@@ -1,4 +1,4 @@
-"""A server's statistics, over plain HTTP at the address of its WebSocket. This call blocks."""
+"""A server's statistics, over plain HTTP on the port of its WebSocket. This call blocks."""
 
 import contextlib
 import http.client
@@ -25,17 +25,17 @@ def read_stats(
     ssl: SSLContext | TlsFiles | None = None,
     timeout_seconds: float = DEFAULT_CONNECT_SECONDS,
 ) -> ServerStats:
-    """Ask a server for its statistics.
+    """Request a server's statistics.
 
     Args:
         url: `ws://` or `wss://`, host and port; `host:port` means `ws://host:port`.
-        token: the secret that the server knows, if any. Without TLS it is sent to this machine only.
-        ssl: for a `wss://` server: whose certificates to trust, and which to show.
-        timeout_seconds: how long to wait for the whole answer.
+        token: the server's secret, if it has one. Without TLS it is sent only to this machine.
+        ssl: for a `wss://` server: the certificates to trust, and the client certificate to send.
+        timeout_seconds: the time limit for the whole answer.
 
     Raises:
         ConnectionFailedError: no surfw server answers there.
-        RefusedError: it wants a token, or another one.
+        RefusedError: the server requires a token, or rejects this one.
         ConfigurationError: the address is malformed, or the token may not be sent there.
     """
     endpoint = Endpoint(url if "://" in url else f"ws://{url}", token, ssl)
@@ -62,9 +62,9 @@ def read_stats(
 
 
 def _get_stats(endpoint: Endpoint, seconds: float) -> tuple[int, str, bool, bytes]:
-    """The status, the challenge to show a token, whether a surfw server answered, and the body.
+    """Return the status, the `WWW-Authenticate` challenge, whether a surfw server answered, and the body.
 
-    A thread asks: a socket's own timeout would begin anew with every byte.
+    A thread sends the request: a socket's own timeout would restart with every byte.
 
     Raises:
         TimeoutError: it took longer. The thread ends soon after, or with the process.
@@ -86,7 +86,7 @@ def _get_stats(endpoint: Endpoint, seconds: float) -> tuple[int, str, bool, byte
                     is_surfw = response.headers.get("Server", "").startswith("surfw/")
                     challenge = response.headers.get("WWW-Authenticate", "")
                     answer.set_result((response.status, challenge, is_surfw, response.read(_MAX_BYTES)))
-        except BaseException as exc:  # noqa: BLE001 - raised where it is waited for
+        except BaseException as exc:  # noqa: BLE001 - raised in the waiting thread
             answer.set_exception(exc)
 
     threading.Thread(target=ask, name="surfw-ask", daemon=True).start()

@@ -1,7 +1,7 @@
-"""A server as a `ChunkSource`: bytes are received straight into their destination, and verified there.
+"""A server as a `ChunkSource`: bytes are received directly into their destination, and verified there.
 
-All retries of the client are decided here. `_persistently` connects, also after a connection was lost; what arrived
-damaged is asked for again, to be read fresh from the server's storage.
+All of the client's retries are decided here. `_persistently` connects, and reconnects after a connection was lost.
+Damaged data is requested again, to be read fresh from the server's storage.
 """
 
 import asyncio
@@ -30,30 +30,30 @@ logger = logging.getLogger("surfw.client")
 
 T = TypeVar("T")
 Connect = Callable[[], Awaitable[Link]]
-"""Opens another link to the same server."""
+"""Opens a new link to the same server."""
 
 _VERIFIERS = 2
 _LONGEST_NAME = 256
-"""A request has room for this; nothing that is longer is a model's name."""
+"""The most characters of a model's name in a request; longer names cannot exist."""
 _NAMED = 10
-"""How many models are named in an error."""
+"""The most models named in an error."""
 _SERVED = "the server's storage or memory"
 _AROUND_DIGESTS_BYTES = 1024
-"""What the digests document has besides 64 characters for each block."""
+"""The size of a digests document without the 64 characters for each block."""
 
 
 class WireSource(ChunkSource):
-    """The models of a server. A source belongs to the event loop it was opened in.
+    """The models of a server. A source belongs to the event loop in which it was opened.
 
-    A lost connection is made again, as often as the retry policy says. A chunk then continues after its verified
-    blocks; if there were any since the last failure, its attempts are counted anew. Blocks that arrive damaged are
-    fetched again by themselves, up to `DAMAGE_RETRIES` times.
+    A lost connection is reopened as often as the retry policy allows. A chunk then continues after its verified blocks;
+    if any were verified since the last failure, its attempts are counted anew. Damaged blocks are fetched again
+    individually, up to `DAMAGE_RETRIES` times.
 
     Attributes:
         fetched_bytes: stored bytes delivered so far.
         refetched_blocks: blocks, manifests and files that arrived damaged and were fetched again.
-        waiting: since when the connection is lost, and when it is tried again.
-        buffered_bytes: the window: what a server may have sent that has not been taken in.
+        waiting: when the connection was lost, and when it is retried; None while connected.
+        buffered_bytes: the window: the most bytes a server may send before they are received.
         unverified_for_measurement_only: leaves bytes unverified; only `bench wire` sets it.
     """
 
@@ -64,7 +64,7 @@ class WireSource(ChunkSource):
     unverified_for_measurement_only = False
 
     def __init__(self, url: str, connect: Connect, retry: RetryPolicy, limits: WireLimits) -> None:
-        """Make a source that is not connected yet; `open_wire_source` connects it."""
+        """Create a source that is not connected yet; `open_wire_source` connects it."""
         self.url = url
         self.buffered_bytes = limits.window_bytes
         self._connect = connect
@@ -74,7 +74,7 @@ class WireSource(ChunkSource):
         self._connecting = asyncio.Lock()
         self._closed = False
         self._limits = limits
-        self._schedules: dict[str, Schedule] = {}  # by the names of models; every new link hears them again
+        self._schedules: dict[str, Schedule] = {}  # by model; sent again over every new link
         self._digests: dict[tuple[str, str], Digests] = {}
         self._asking: defaultdict[tuple[str, str], asyncio.Lock] = defaultdict(asyncio.Lock)
         self._verifiers = ThreadPoolExecutor(_VERIFIERS, thread_name_prefix="surfw-verify")
@@ -84,12 +84,12 @@ class WireSource(ChunkSource):
         await self._persistently(lambda link: link.greeted)
 
     async def models(self) -> list[str]:
-        """The names of the server's models, sorted."""
+        """Return the names of the server's models, sorted."""
         answer = await self._persistently(lambda link: link.receive(ListModels))
         return sorted(answer.models) if answer else []
 
     async def resolve(self, name: str | None) -> str:
-        """As of any source; if the token may not read the model, the server says so.
+        """Resolve a name as any source does; if the token may not read the model, the server's refusal is raised.
 
         Raises:
             UnknownModelError: no model or several models match.
@@ -107,7 +107,7 @@ class WireSource(ChunkSource):
                 raise RefusedError(f"{refused}{may}", code=refused.code) from None
 
     async def manifest(self, model: str) -> Manifest:
-        """The manifest of the model."""
+        """Return the manifest of the model."""
         what = f"the manifest of {model} from {self.url}"
         document = DocumentDownload(what, most_read(self._limits.manifest_bytes))
         try:
@@ -122,18 +122,18 @@ class WireSource(ChunkSource):
         return manifest
 
     async def file(self, manifest: Manifest, path: str) -> bytes:
-        """A tokenizer file of the model, verified."""
+        """Return a tokenizer file of the model, verified."""
         entry = manifest.file(path)
         what = f"{path} of {manifest.name} from {self.url}"
         document = DocumentDownload(what, most_read(entry.size), listed=(entry.size, entry.digest))
         return await self._receive(lambda number: GetFile(number, manifest.name, path), document)
 
     async def fetch(self, manifest: Manifest, reads: Sequence[Read], *, priority: int = 0) -> None:
-        """Fill every read's destination, all at once, each verified while the rest arrives."""
+        """Fill all destinations concurrently; each is verified while the rest arrives."""
         await together(self._fetch(manifest.name, read, priority) for read in reads)
 
     async def announce(self, manifest: Manifest, cycle: Sequence[Chunk], kept: Sequence[Chunk]) -> None:
-        """Tell the server; a cycle that is too long for that is not told."""
+        """Send a schedule to the server; an empty one if the cycle is too long."""
         ids = () if len(cycle) > MOST_SCHEDULED else tuple(chunk.id for chunk in cycle)
         schedule = Schedule(manifest.name, ids, tuple({chunk.id for chunk in kept} & set(ids)))
         if schedule == self._schedules.get(manifest.name):
@@ -165,7 +165,7 @@ class WireSource(ChunkSource):
         self.fetched_bytes += size
 
     async def _receive_range(self, link: Link, model: str, download: ChunkDownload, priority: int) -> None:
-        """Receive the next range of a download. When this has ended, no thread touches the destination any more."""
+        """Receive the next range of a download. Afterwards no thread accesses the destination any more."""
         read = download.read
         start, stop, fresh = download.next_range()
 
@@ -175,7 +175,7 @@ class WireSource(ChunkSource):
         try:
             await link.receive(ask, download)
         except ConnectionFailedError:
-            await self._verify_range(download)  # what is intact need not come again
+            await self._verify_range(download)  # intact blocks need not be fetched again
             raise
         else:
             await self._verify_range(download)
@@ -198,7 +198,7 @@ class WireSource(ChunkSource):
         self.refetched_blocks += len(found)
 
     async def digests(self, manifest: Manifest, chunk: Chunk) -> Digests:
-        """The digests of a chunk that its manifest lacks. The server is asked for those of a chunk once."""
+        """Return the digests of a chunk that its manifest lacks. The server is asked once for each chunk."""
         return await self._find_digests(manifest.name, chunk)
 
     async def _find_digests(self, model: str, chunk: Chunk) -> Digests:
@@ -214,13 +214,13 @@ class WireSource(ChunkSource):
             return self._digests[name]
 
     async def _with_digests(self, model: str, read: Read) -> Read:
-        """The read with the digests that its manifest lacks."""
+        """Return the read with the digests that its manifest lacks."""
         known = with_digests(read.chunk, await self._find_digests(model, read.chunk))
         asked = replace(known, id=read.chunk.id)  # the server finds the chunk by the id of its manifest
         return replace(read, chunk=asked, form=known.forms[0])
 
     async def _receive(self, make: Callable[[int], Request], document: DocumentDownload) -> bytes:
-        """A whole document; every attempt begins at its start.
+        """Receive a whole document; every attempt starts from the beginning.
 
         Raises:
             IntegrityError: it was damaged every time.
@@ -242,9 +242,10 @@ class WireSource(ChunkSource):
     async def _persistently(
         self, attempt: Callable[[Link], Awaitable[T]], failed: Callable[[ConnectionFailedError], bool] = lambda _: False
     ) -> T:
-        """Run `attempt` over the link, and again over a new one if the connection is lost, as the policy says.
+        """Run `attempt` over the link, and again over a new one if the connection is lost, as the retry policy allows.
 
-        `failed` hears of each lost connection. If it returns True, there was progress, and attempts are counted anew.
+        `failed` is called with the error of each lost connection. It returns True if there was progress; attempts are
+        then counted anew.
         """
         delays = self._retry.delays()
         waits_until: float | None = None
@@ -271,14 +272,14 @@ class WireSource(ChunkSource):
                 return answer
 
     def _note_waiting(self) -> None:
-        """Say once of each server that it is waited for."""
+        """Log once per link that the server is stopping and is waited for."""
         if self._link is not None and self._awaited is not self._link:
             self._awaited = self._link
             seconds = self._retry.restart_seconds
             logger.warning("the server at %s is stopping; waiting %g seconds for it to be back", self.url, seconds)
 
     async def _connected(self) -> Link:
-        """The link, or a new one if there is none yet, or it has ended."""
+        """Return the link; open a new one if there is none yet, or it has ended."""
         async with self._connecting:
             if self._link is None:
                 self._link = await self._connect()
@@ -288,12 +289,12 @@ class WireSource(ChunkSource):
                 logger.info("connected to %s again", self.url)
                 for schedule in self._schedules.values():
                     self._link.announce(schedule)
-            if self._closed:  # meanwhile: nobody else closes a new link
+            if self._closed:  # closed meanwhile: no one else closes a new link
                 await self._link.close()
             return self._link
 
     async def close(self) -> None:
-        """Close the connection, and end the threads."""
+        """Close the connection and stop the threads."""
         self._closed = True
         if self._link:
             await self._link.close()
@@ -310,21 +311,22 @@ async def open_wire_source(
     ssl: SSLContext | TlsFiles | None = None,
     retry: RetryPolicy | None = None,
 ) -> WireSource:
-    """Open a source over the server at a `ws://` or `wss://` address.
+    """Open a source for the server at a `ws://` or `wss://` address.
 
     Args:
         url: the address.
-        limits: the client's side of the limits that both sides hold each other to.
-        connect_timeout: seconds that the server has to say hello.
-        silence_timeout: seconds without progress, while requests are open, after which a connection is given up.
-            Progress is 64 KiB that arrive, an answer that is completed, or a report that the server read that much.
-        token: the secret that the server knows, if any.
-        ssl: for a `wss://` server: whose certificates to trust, instead of the system's, and which to show.
-        retry: how often a connection that was refused or lost is made again; default: `RetryPolicy()`.
+        limits: the client's limits on messages, frames and windows.
+        connect_timeout: seconds for the server to send its hello.
+        silence_timeout: seconds without progress, while requests are open, after which the connection is dropped.
+            Progress is 64 KiB received, a completed answer, or a report that the server has read that much.
+        token: the server's secret, if it has one.
+        ssl: for a `wss://` server: the certificates to trust instead of the system's, and the client certificate to
+            send.
+        retry: how often to retry a refused or lost connection; default: `RetryPolicy()`.
 
     Raises:
-        ConfigurationError: the address is malformed, or the token would go there in clear text.
-        RefusedError: the server wants a token, or another one.
+        ConfigurationError: the address is malformed, or the token would be sent in clear text.
+        RefusedError: the server requires a token, or rejects this one.
         ConnectionFailedError: nothing answers there, or something that is not a surfw server.
     """
     limits = limits or WireLimits()

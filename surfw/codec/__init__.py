@@ -1,7 +1,7 @@
-"""Stored bytes ⇄ tensor bytes. A codec is known by the name its forms carry; `none` stores the payload itself.
+"""Convert between stored bytes and tensor bytes. Codecs are identified by name; `none` stores the payload itself.
 
-`none` and `lossless` are exact. `int8` and `int4` are not: nothing takes them unless they are asked for, or all that
-there is.
+`none` and `lossless` are exact. `int8` and `int4` are not: they are used only if requested, or if a model is stored in
+nothing else.
 """
 
 from collections import Counter
@@ -14,20 +14,20 @@ from surfw.errors import ConfigurationError, ManifestError
 from surfw.manifest import Chunk, Form, Kind, Manifest, Reason, why_exact
 
 PACKED_CODECS: Sequence[str] = ("int8", "int4")
-"""The codecs whose forms hold quantised weights, the more exact first."""
+"""The codecs that quantise weights, most exact first."""
 
 CODECS: Sequence[str] = ("none", "lossless", *PACKED_CODECS)
-"""The codecs this surfw can read: those that need no decoding first, those that are not exact last."""
+"""The supported codecs: those that need no decoding first, inexact ones last."""
 
 DEFAULT_CODECS = ("none", "lossless")
-"""The forms that are stored of a model. A coded one is kept where it is at least 10 % smaller."""
+"""The forms that are stored by default. `lossless` is kept only where it is at least 10 % smaller."""
 
 
 def check_codecs(names: Sequence[str]) -> tuple[str, ...]:
-    """The codecs of these names, those that need no decoding first.
+    """Check the names of codecs and return them in the order of `CODECS`.
 
     Raises:
-        ConfigurationError: there are none, or it is none of them.
+        ConfigurationError: there are no names, or one is unknown.
     """
     wrong = [name for name in names if name not in CODECS]
     if wrong or not names:
@@ -37,7 +37,7 @@ def check_codecs(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def choose_form(chunk: Chunk, codec: str = "none") -> Form:
-    """The form of a chunk to fetch: that of the codec, or else the first that can be decoded.
+    """Return the form of a chunk to fetch: that of the codec, or else the first that can be decoded.
 
     Raises:
         ManifestError: the chunk has no form that this surfw can decode.
@@ -50,33 +50,33 @@ def choose_form(chunk: Chunk, codec: str = "none") -> Form:
 
 
 def exact_forms(chunk: Chunk) -> tuple[Form, ...]:
-    """The forms of a chunk that its payload can be had from."""
+    """Return the forms of a chunk from which its payload can be restored exactly."""
     return tuple(form for form in chunk.forms if not form.is_packed)
 
 
 def has_exact_forms(manifest: Manifest) -> bool:
-    """Whether every payload of a model can be had from what is stored."""
+    """Whether every chunk of a model has an exact form."""
     return all(map(exact_forms, manifest.chunks))
 
 
 def stored_codecs(manifest: Manifest) -> tuple[str, ...]:
-    """The codecs that any chunk of a model has a form of, in the order of `CODECS`."""
+    """Return the codecs for which any chunk of a model has a form, in the order of `CODECS`."""
     stored = {form.codec for chunk in manifest.chunks for form in chunk.forms}
     return tuple(sorted(stored, key=lambda codec: [*CODECS, codec].index(codec)))
 
 
 def stored_packed_codecs(manifest: Manifest) -> tuple[str, ...]:
-    """Those of them that are packed."""
+    """Return the packed ones among `stored_codecs`."""
     return tuple(codec for codec in stored_codecs(manifest) if codec in PACKED_CODECS)
 
 
 def whole_codecs(manifest: Manifest) -> tuple[str, ...]:
-    """Those of them that hold all weights of the model, alone or beside plain ones: what a run may ask for."""
+    """Return those of `stored_codecs` in which a model can run: its other chunks, if any, have exact forms."""
     return tuple(one for one in stored_codecs(manifest) if all(_run_forms(chunk, one) for chunk in manifest.chunks))
 
 
 def form_bytes(manifest: Manifest) -> dict[str, int]:
-    """How many bytes are stored in forms of each codec."""
+    """Return the stored bytes of all forms of each codec."""
     found: Counter[str] = Counter()
     for chunk in manifest.chunks:
         found.update({form.codec: form.stored_bytes for form in chunk.forms})
@@ -84,7 +84,7 @@ def form_bytes(manifest: Manifest) -> dict[str, int]:
 
 
 def count_weights(manifest: Manifest, codec: str) -> Counter[Kind | Reason]:
-    """How many weights of a model are int4 and int8 in the forms of a packed codec, and how many are exact, and why."""
+    """Count the tensors of a model by kind (int4, int8) in a packed codec, and the exact ones by reason."""
     found: Counter[Kind | Reason] = Counter()
     for chunk in manifest.chunks:
         form = chunk.form(codec)
@@ -94,24 +94,24 @@ def count_weights(manifest: Manifest, codec: str) -> Counter[Kind | Reason]:
 
 
 def packed_codec(manifest: Manifest) -> str | None:
-    """The packed codec that a run of this manifest reads, as `for_run` made it; None if all weights are exact."""
+    """Return the packed codec of a manifest made by `for_run`; None if all weights are exact."""
     return next((form.codec for chunk in manifest.chunks for form in chunk.forms if form.is_packed), None)
 
 
 def for_run(manifest: Manifest, codec: str, *, where: str) -> Manifest:
-    """The manifest with the forms that a run may read: the exact ones, or those of the packed codec it asks for.
+    """Return the manifest with only the forms that a run may read: exact ones, or those of the requested packed codec.
 
-    Chunks without weights to quantise have exact forms only, and those are read beside packed ones. `auto` reads packed
-    forms only where a model has no exact ones: the most exact codec that all weights are stored in. What is left is one
-    packed form of a chunk, or exact ones; two packed codecs are never mixed.
+    Chunks without weights to quantise have only exact forms, which are read together with packed ones. `auto` reads
+    packed forms only if a model has no exact ones; then it takes the most exact codec that covers all weights. Each
+    chunk keeps one packed form or its exact ones; two packed codecs are never mixed.
 
     Args:
-        manifest: as the source has it; returned as it is if there is nothing to leave out.
-        codec: what was asked for: `auto`, or one of `CODECS`.
+        manifest: the source's manifest; returned unchanged if there is nothing to leave out.
+        codec: the requested codec: `auto`, or one of `CODECS`.
         where: the source, for errors.
 
     Raises:
-        ConfigurationError: the model is not stored so.
+        ConfigurationError: the model is not stored in this codec.
     """
     whole = [one for one in whole_codecs(manifest) if one in PACKED_CODECS]
     if codec == "auto" and not has_exact_forms(manifest):
@@ -127,21 +127,21 @@ def for_run(manifest: Manifest, codec: str, *, where: str) -> Manifest:
 
 
 def _run_forms(chunk: Chunk, codec: str) -> tuple[Form, ...]:
-    """The forms of a chunk that a run may read."""
+    """Return the forms of a chunk that a run with this codec may read."""
     packed = chunk.form(codec) if codec in PACKED_CODECS else None
     return (packed,) if packed else exact_forms(chunk)
 
 
 def _not_stored(manifest: Manifest, codec: str, whole: Sequence[str], where: str) -> str:
-    """What is wrong, and what to do; `whole` names the packed codecs that the model can be run in."""
+    """Build the error message; `whole` has the packed codecs in which the model can run."""
     stored = stored_codecs(manifest)
     which, place = (", STORE being the server's", "STORE") if is_server_url(where) else ("", where)
     source = f"{manifest.name} --from {where} --store {place}"
-    if manifest.origin is not None:  # what was not copied has one form
+    if manifest.origin is not None:  # a model that was not copied has only one form
         which, source = "", display_url(manifest.origin.url)
     advice = f"store it so{which}: surfw chunk {source} --codec {','.join([*stored, codec])}"
     if not has_exact_forms(manifest):
-        stored = tuple(whole)  # exact ones are of some chunks only
+        stored = tuple(whole)  # only some chunks have exact forms
         advice = "ask for one of these, or chunk its checkpoint again"
     if not stored:
         missing = [next(chunk.name for chunk in manifest.chunks if not _run_forms(chunk, one)) for one in PACKED_CODECS]

@@ -1,13 +1,12 @@
-"""`lossless`: a payload in frames of 1 MiB, each compressed alone by Blosc, or as it is where that gains too little.
+"""`lossless`: a payload in 1 MiB frames, each compressed separately by Blosc, or uncompressed if that gains too little.
 
-Weights look like noise, but their exponents do not: shuffled so that bytes of equal rank lie side by side, half of the
-bytes of bfloat16 compress well. Each frame names its own filter and compressor in Blosc's header (format of c-blosc 1,
-https://github.com/Blosc/c-blosc/blob/main/README_CHUNK_FORMAT.rst). The sizes of the frames stand in the manifest; a
-frame that is as long as its payload is the payload. No frame is longer.
+Weights look like noise, but their exponents do not: after a byte shuffle, which groups bytes by their position in the
+element, half of the bytes of bfloat16 compress well. Each frame names its filter and compressor in Blosc's header
+(format of c-blosc 1, https://github.com/Blosc/c-blosc/blob/main/README_CHUNK_FORMAT.rst). The manifest has the sizes of
+the frames. A frame with the length of its payload is the payload itself; no frame is longer.
 
-Frames are decoded by several threads, and in the memory that they arrived in: coded bytes come to the end of it, and
-the payload grows from its start. As no frame is longer than its payload, what is decoded never reaches the coded bytes
-of a later frame.
+Several threads decode the frames in place: coded bytes arrive at the end of the memory, and the payload grows from its
+start. Since no frame is longer than its payload, decoded bytes never reach the coded bytes of a later frame.
 """
 
 import struct
@@ -29,8 +28,8 @@ DECODERS = 2
 """Threads that decode one chunk."""
 
 DECODING_BYTES = 9 * DECODERS * MIB
-"""What decoding takes besides the memory of chunks, as measured: for each thread a copy of a frame, and what Blosc
-works in, with what malloc keeps of that."""
+"""Memory for decoding besides that of chunks, as measured: for each thread a copy of a frame and Blosc's buffers,
+including what malloc retains of these."""
 
 _LEAST_GAIN = 0.05
 _HEADER = struct.Struct("<BBBBIII")  # version, compressor's version, flags, item size, payload, block, frame bytes
@@ -38,11 +37,11 @@ _LEVEL = 1
 
 
 def encode_frame(payload: memoryview, item_bytes: int) -> bytes | memoryview:
-    """One frame: compressed, or the payload itself where that gains less than 5 %.
+    """Encode one frame: compressed, or the payload itself if compression gains less than 5 %.
 
     Args:
         payload: up to `FRAME_BYTES`.
-        item_bytes: the size of the elements that most of it is made of.
+        item_bytes: the size of its predominant elements.
     """
     coded = _compress(payload, item_bytes)
     return coded if len(coded) <= (1 - _LEAST_GAIN) * len(payload) else payload
@@ -52,7 +51,7 @@ def decode_frame(frame: bytes | memoryview, into: memoryview) -> None:
     """Decode one frame into memory of the payload's size.
 
     Raises:
-        ValueError: it is not a frame of such a payload.
+        ValueError: it is not a valid frame of a payload of this size.
     """
     if len(frame) == len(into):
         into[:] = frame
@@ -60,7 +59,7 @@ def decode_frame(frame: bytes | memoryview, into: memoryview) -> None:
     if len(frame) < _HEADER.size:
         raise ValueError(f"it has {len(frame)} bytes, less than a header")
     *_, payload_bytes, _, frame_bytes = _HEADER.unpack_from(frame)
-    if (payload_bytes, frame_bytes) != (len(into), len(frame)):  # or Blosc would read and write what it says there
+    if (payload_bytes, frame_bytes) != (len(into), len(frame)):  # or Blosc would read and write the sizes in the header
         raise ValueError(
             f"its header says {frame_bytes} bytes for {payload_bytes}; expected {len(frame)} for {len(into)}"
         )
@@ -71,30 +70,30 @@ def decode_frame(frame: bytes | memoryview, into: memoryview) -> None:
 
 
 _own = threading.local()
-"""Of each thread that decodes: `frame`, memory for a copy of one, made at its first use."""
+"""Per decoding thread: `frame`, memory for a copy of a frame, allocated at first use."""
 
 
 def decoders() -> ThreadPoolExecutor:
-    """The threads that decode for one model; none begins before Blosc is there."""
+    """Create the threads that decode for one model; each imports Blosc before its first frame."""
 
     def prepare() -> None:
-        from numcodecs import blosc  # noqa: F401 - so that the first frame does not wait for it
+        from numcodecs import blosc  # noqa: F401 - imported early, so that the first frame does not wait
 
     return ThreadPoolExecutor(DECODERS, "surfw-decode", prepare)
 
 
 class FrameDecoder:
-    """Decodes the frames of one chunk, as they arrive. The methods may be called by several threads at once."""
+    """Decodes the frames of one chunk as they arrive. Methods are thread-safe."""
 
     def __init__(self, coded: memoryview, into: memoryview, sizes: Sequence[int], *, lead: int | None = None) -> None:
-        """Nothing is decoded yet.
+        """Set up decoding.
 
         Args:
-            coded: all frames, which need not have arrived.
+            coded: memory of all frames, which need not have arrived yet.
             into: memory for the payload.
             sizes: the bytes of each frame.
-            lead: how far `coded` begins behind `into`, where they are one memory: at least the difference of their
-                lengths; None where they are not.
+            lead: if `coded` and `into` share memory, the offset of `coded` from the start of `into`: at least the
+                difference of their lengths; None if they do not share memory.
         """
         assert lead is None or lead + len(coded) >= len(into), "the payload would run over frames to come"
         self._coded = coded
@@ -106,19 +105,19 @@ class FrameDecoder:
         self._lock = threading.Lock()
 
     def payload_bytes(self, arrived: int) -> int:
-        """How much payload is still to be decoded from what has arrived."""
+        """Return the payload bytes that can be decoded from the arrived bytes and have not been yet."""
         return self._payload_start(self._arrived_frames(arrived)) - self._payload_start(self._next)
 
     def decode(self, arrived: int) -> None:
-        """Decode frames until none is left that has arrived.
+        """Decode all frames that have arrived.
 
-        All threads that were called with one value must have returned before one is called with another.
+        All calls with one value of `arrived` must have returned before a call with another value.
 
         Args:
-            arrived: how many of the coded bytes have arrived.
+            arrived: number of coded bytes that have arrived.
 
         Raises:
-            IntegrityError: a frame is damaged; `into` holds nothing usable.
+            IntegrityError: a frame is damaged; the contents of `into` are then undefined.
         """
         reach = self._payload_start(self._arrived_frames(arrived))
         while (taken := self._take(arrived, reach)) is not None:
@@ -130,9 +129,9 @@ class FrameDecoder:
                 raise IntegrityError(f"frame {index} is not what the codec 'lossless' writes: {exc}") from exc
 
     def _take(self, arrived: int, reach: int) -> tuple[int, memoryview] | None:
-        """The next frame; a copy, where other threads may write to its place before it is decoded.
+        """Take the next frame; it is copied if other threads may overwrite it before it is decoded.
 
-        Under the lock, so that frames are taken in order: nobody writes behind a frame that was not copied yet.
+        Frames are taken and copied in order, under the lock, so that none is overwritten before it has been copied.
         """
         with self._lock:
             index = self._next
@@ -152,7 +151,7 @@ class FrameDecoder:
 
 
 def _copy(frame: memoryview) -> memoryview:
-    """A copy of a frame in the thread's own memory, until the next one."""
+    """Copy a frame into the thread's own memory; valid until the next copy."""
     if not hasattr(_own, "frame"):
         _own.frame = memoryview(bytearray(FRAME_BYTES))
     copied: memoryview = _own.frame[: len(frame)]
@@ -161,12 +160,12 @@ def _copy(frame: memoryview) -> memoryview:
 
 
 def item_bytes_of(tensors: Sequence[TensorInfo], start: int, stop: int) -> int:
-    """The size of the elements that most of a part of a payload is made of, in bytes.
+    """Return the size, in bytes, of the predominant elements in a range of a payload.
 
     Args:
-        tensors: of the chunk, in payload order.
-        start: where the part of the payload begins.
-        stop: where it ends, exclusive.
+        tensors: the chunk's tensors, in payload order.
+        start: start of the range.
+        stop: end of the range, exclusive.
     """
     shares = Counter[int]()
     for tensor in tensors[bisect_right(tensors, start, key=lambda one: one.offset + one.nbytes) :]:
@@ -177,7 +176,7 @@ def item_bytes_of(tensors: Sequence[TensorInfo], start: int, stop: int) -> int:
 
 
 def _compress(data: memoryview, item_bytes: int) -> bytes:
-    from numcodecs import blosc  # here and below: it brings numpy, which most commands do without
+    from numcodecs import blosc  # here and below: imports numpy, which most commands do not need
 
     shuffled = blosc.SHUFFLE if item_bytes > 1 else blosc.NOSHUFFLE
     coded: bytes = blosc.compress(data, b"zstd", _LEVEL, shuffled, max(1, len(data)), typesize=item_bytes)

@@ -1,29 +1,29 @@
-"""`int8` and `int4`: matrices in fewer bits, as they are stored, sent and kept in memory. Without torch.
+"""`int8` and `int4`: quantised matrices, in the layout that is stored, sent and kept in memory. Without torch.
 
-A chunk in one of these forms is its tensors in payload order, each at a multiple of 64, with zeros between. Matrices
-that are multiplied with are quantised, each as one or the other (see `plan_parts`); all other tensors are as in the
-payload. Numbers are little-endian. A weight is its code times its scale; there are no zero points. N is rows (output
-channels), K is columns.
+A chunk in one of these forms consists of its tensors in payload order, each aligned to 64 bytes, with zeros between.
+Matrices used in multiplications are quantised, each as int8 or int4 (see `plan_parts`); all other tensors are as in the
+payload. Numbers are little-endian. A weight is its code times its scale; there are no zero points. N is the number of
+rows (output channels), K the number of columns.
 
 int8
-    N × K codes from -127 to 127, row by row; then, at a multiple of 64, N scales of rows, as float32. A scale is the
-    row's largest absolute weight ÷ 127, rounded to 8 significant bits, so that bfloat16 has it exactly.
+    N × K codes from -127 to 127, row by row; then, aligned to 64 bytes, N row scales as float32. A scale is the row's
+    largest absolute weight ÷ 127, rounded to 8 significant bits, so that bfloat16 represents it exactly.
 
 int4
-    Rows lie in panels of 64; the last panel is filled up with rows of zeros. Of each panel there are, column by column,
-    32 bytes: byte j has row j in its low half and row j + 32 in its high half, each as code + 8, with codes from -8 to
-    7. So one input meets the 64 rows of a panel side by side, whatever the width of a processor's vectors. Then, at a
-    multiple of 64, the scales as bfloat16: for each group of `GROUP` columns, one for each row of all panels. A scale
-    may be negative: the weight that is furthest from zero is, if nothing is cut off, the code -8.
+    Rows are grouped into panels of 64; the last panel is padded with rows of zeros. Each panel has 32 bytes per column,
+    column by column: byte j holds row j in its low half and row j + 32 in its high half, each as code + 8, with codes
+    from -8 to 7. So the 64 codes to multiply with one input are adjacent, whatever the processor's vector width.
+    Then, aligned to 64 bytes, the scales as bfloat16: for each group of `GROUP` columns, one per row of all panels. A
+    scale may be negative: without clipping, the weight that is furthest from zero gets the code -8.
 
-The scale of a group in int4 is tried out: the shares `_TRIED` of the one that cuts nothing off. The one with the least
-sum of squared errors is taken, the first of equals. Relative errors of normally distributed weights, root mean square:
-0.083 for groups of 32 (4.5 bits a weight), 0.091 for 64 (4.25 bits), 0.097 for 128; 0.0083 for int8. llama.cpp's Q4_0
-(groups of 32, nothing cut off) has 0.086.
+The scale of an int4 group is searched for: the shares `_TRIED` of the scale that clips nothing are tried, and the one
+with the least sum of squared errors is chosen, the first if several are equal. Root mean square relative errors for
+normally distributed weights: 0.083 for groups of 32 (4.5 bits per weight), 0.091 for 64 (4.25 bits), 0.097 for 128;
+0.0083 for int8. llama.cpp's Q4_0 (groups of 32, no clipping) has 0.086.
 
-The same weights give the same bytes on every machine: all arithmetic is that of float32, one operation at a time,
-rounded half to even; sums are taken in the order that is written here. No scale is smaller than 2^-101, so whether a
-processor knows numbers below the smallest normal one changes nothing.
+The same weights give the same bytes on every machine: all arithmetic is float32, one operation at a time, rounded half
+to even, and sums are taken in the order written here. No scale is smaller than 2^-101, so it does not matter whether a
+processor supports subnormal numbers.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -38,10 +38,10 @@ _NUMPY = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 _LEAST_SCALE = np.float32(2.0**-100)
 _LIMIT = np.float32(2.0**127)
 _TRIED = tuple(np.float32(share) for share in (1.0, 0.95, 0.9, 0.85, 0.8))
-"""Scales that are tried out for a group, as shares of the one that cuts nothing off."""
+"""Scales to try for a group, as shares of the scale that clips nothing."""
 
 _BLOCK_WEIGHTS = 1 << 17
-"""So many weights are worked on at a time: a few of such arrays stay in a processor's cache."""
+"""Weights processed at a time: a few arrays of this size fit into a processor's cache."""
 
 Floats = npt.NDArray[np.float32]
 Write = Callable[[bytes | memoryview], object]
@@ -49,21 +49,21 @@ Write = Callable[[bytes | memoryview], object]
 
 
 class PackedEncoder:
-    """Encodes one chunk from its payload, as that comes, in pieces of any size.
+    """Encodes one chunk from its payload, incrementally, in pieces of any size.
 
-    Besides a piece, it holds at most a row (int8) or a panel (int4) that has not come whole, the scales of one tensor,
-    and some MiB to work in.
+    Besides the piece, it holds at most one incomplete row (int8) or panel (int4), the scales of one tensor, and some
+    MiB of working memory.
     """
 
     def __init__(self, parts: Sequence[Part], write: Write) -> None:
-        """Hand the stored bytes to `write`, in order."""
+        """`write` receives the stored bytes in order."""
         self._write = write
         self._written = 0
         self._coming = list(reversed(parts))
         self._coder: _Coder | None = None
 
     def update(self, payload: memoryview) -> None:
-        """Take the next bytes of the payload.
+        """Encode the next bytes of the payload.
 
         Raises:
             CheckpointError: a weight is not finite, or too large.
@@ -78,7 +78,7 @@ class PackedEncoder:
             payload = payload[len(taken) :]
 
     def finish(self) -> None:
-        """Write what is left, once the whole payload has come.
+        """Write the remaining bytes after the whole payload.
 
         Raises:
             CheckpointError: a weight is not finite, or too large.
@@ -114,11 +114,11 @@ class PackedEncoder:
 
 
 def decode_tensor(part: Part, stored: bytes | memoryview) -> Floats:
-    """A quantised matrix as float32, of its shape; exactly code × scale.
+    """Decode a quantised matrix to float32, in its shape; exactly code × scale.
 
     Args:
-        part: of kind int8 or int4.
-        stored: the whole form that it is a part of.
+        part: a part of kind int8 or int4.
+        stored: the stored bytes of the whole form.
     """
     rows, columns = part.shape
     codes = np.frombuffer(stored, np.uint8)[part.start :]
@@ -134,21 +134,21 @@ def decode_tensor(part: Part, stored: bytes | memoryview) -> Floats:
 
 
 class _Coder:
-    """Encodes one tensor: cuts what comes into whole units, and codes those. This one leaves them as they are.
+    """Encodes one tensor: splits its payload into whole units and encodes these. The base class copies them unchanged.
 
     Attributes:
-        part: the tensor.
-        missing: bytes of its payload that have not come.
+        part: the position and kind of the tensor.
+        missing: bytes of its payload that are still to come.
     """
 
     def __init__(self, part: Part, unit_bytes: int = 1) -> None:
         self.part = part
         self.missing = nbytes(part.dtype, part.shape)
         self._unit_bytes = unit_bytes
-        self._begun = bytearray()  # of a unit
+        self._begun = bytearray()  # an incomplete unit
 
     def update(self, payload: memoryview) -> Iterator[bytes | memoryview]:
-        """The stored bytes of the units that are whole now."""
+        """Yield the stored bytes of the units that are now complete."""
         self.missing -= len(payload)
         if self._begun:
             taken = payload[: self._unit_bytes - len(self._begun)]
@@ -162,13 +162,13 @@ class _Coder:
         self._begun += payload[whole:]
 
     def codes_left(self) -> Iterator[bytes | memoryview]:
-        """The stored bytes of a unit that is not whole, or has just become so."""
+        """Yield the stored bytes of the buffered unit, complete or not."""
         begun, self._begun = self._begun, bytearray()
         if begun:
             yield from self._code(memoryview(begun))
 
     def scales(self) -> bytes:
-        """What is stored behind the codes."""
+        """Return the bytes that are stored after the codes."""
         return b""
 
     def _code(self, payload: memoryview) -> Iterator[bytes | memoryview]:
@@ -176,7 +176,7 @@ class _Coder:
 
 
 class _Int8Coder(_Coder):
-    """Row by row."""
+    """Encodes row by row."""
 
     def __init__(self, part: Part) -> None:
         super().__init__(part, part.shape[1] * nbytes(part.dtype, (1,)))
@@ -196,7 +196,7 @@ class _Int8Coder(_Coder):
 
 
 class _Int4Coder(_Coder):
-    """Panel by panel, each in slices of columns."""
+    """Encodes panel by panel, each in slices of columns."""
 
     def __init__(self, part: Part) -> None:
         super().__init__(part, PANEL * part.shape[1] * nbytes(part.dtype, (1,)))
@@ -228,7 +228,7 @@ _CODERS: dict[Kind, Callable[[Part], _Coder]] = {"raw": _Coder, "int8": _Int8Cod
 
 
 def _quantise_groups(groups: Floats) -> tuple[Floats, npt.NDArray[np.uint16]]:
-    """The codes of groups, which lie along the first axis, and their scales, as the bits of bfloat16."""
+    """Return the codes of groups, whose elements lie along the first axis, and their scales as bfloat16 bits."""
     highest, lowest = groups.max(axis=0), groups.min(axis=0)
     base = np.where(highest > -lowest, highest, lowest) / np.float32(-8)
     base[np.abs(base) < _LEAST_SCALE] = _LEAST_SCALE
@@ -251,7 +251,7 @@ def _nearest_codes(relative: Floats) -> Floats:
 
 
 def _sum_of_squares(values: Floats) -> Floats:
-    """Over the first axis, whose length is a power of two: halves are added, so that the order is fixed."""
+    """Sum over the first axis, whose length is a power of two, by adding halves, so that the order is fixed."""
     values = values * values
     while half := len(values) // 2:
         values = values[:half] + values[half:]
@@ -260,10 +260,10 @@ def _sum_of_squares(values: Floats) -> Floats:
 
 
 def _largest(part: Part, weights: Floats) -> Floats:
-    """The largest absolute weight of each row.
+    """Return the largest absolute weight of each row.
 
     Raises:
-        CheckpointError: one is not finite, or too large.
+        CheckpointError: a weight is not finite, or too large.
     """
     largest: Floats = np.abs(weights).max(axis=1)
     if not (largest < _LIMIT).all():
@@ -276,16 +276,16 @@ def _largest(part: Part, weights: Floats) -> Floats:
 
 
 def _floats(stored: npt.NDArray[np.generic], dtype: str) -> Floats:
-    """Stored elements as float32, exactly."""
+    """Convert stored elements to float32, exactly."""
     return _widen(stored.astype(np.uint16)) if dtype == "BF16" else stored.astype(np.float32)
 
 
 def _widen(bits: npt.NDArray[np.uint16]) -> Floats:
-    """bfloat16 as float32, exactly."""
+    """Convert bfloat16 bits to float32, exactly."""
     return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
 def _bfloat16(values: Floats) -> npt.NDArray[np.uint16]:
-    """The bits of finite values as bfloat16, rounded half to even."""
+    """Convert finite values to bfloat16 bits, rounded half to even."""
     bits = values.view(np.uint32)
     return ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)

@@ -1,7 +1,7 @@
-"""Several processes that run one model together, started by `torchrun`: each reads only its share of the weights.
+"""Runs one model in several processes started by `torchrun`, each of which reads only its share of the weights.
 
-The public names are those of the stub beside this file. Each is loaded at its first use; `torch.distributed` is
-imported only then.
+The public names are listed in the stub next to this file. They are loaded lazily; `torch.distributed` is imported on
+first use.
 """
 
 import lazy_loader

@@ -1,8 +1,9 @@
-"""`load_sharded`: each rank reads its share of a model's blocks, and the ranks exchange what blocks have of others.
+"""`load_sharded`: each rank reads its share of a model's blocks, and the ranks exchange the parts that others need.
 
     needs of all ranks ─▶ plan (the same on each) ─▶ rounds: read a window ─▶ agree ─▶ send, receive, put in place
 
-A window is read while the one before it is exchanged. Pieces are sent out of the window, and received where they stay.
+Each window is read while the previous one is exchanged. Pieces are sent from the window and received in their final
+place.
 """
 
 import time
@@ -33,21 +34,22 @@ _MOST_WINDOW_BYTES = 16 * MIB
 DEFAULT_TIMEOUT_SECONDS = 300.0
 
 Progress = Callable[[int, int], object]
-"""Called with the bytes that all ranks have read so far, and all that they will read."""
+"""Called with the bytes that all ranks together have read so far, and the total that they will read."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadReport:
-    """What loading came to on this rank.
+    """The statistics of a load on this rank.
 
     Attributes:
-        rank, ranks: which of how many.
-        held_bytes: weights that the rank holds now.
-        share_bytes: what it was to read: what it holds, where that is held by `n` ranks of a machine divided by `n`.
-        read_bytes: what it read of the source.
-        sent_bytes, received_bytes: what it exchanged with other ranks.
-        staging_bytes: the most memory that this took besides the weights.
-        seconds: from the call to the last weight in its place.
+        rank, ranks: this rank, and the number of ranks.
+        held_bytes: the weights that this rank holds now.
+        share_bytes: this rank's share of the reads: the bytes it holds, those held by `n` ranks of a machine divided
+            by `n`.
+        read_bytes: bytes read from the source.
+        sent_bytes, received_bytes: bytes exchanged with other ranks.
+        staging_bytes: the peak memory used besides the weights.
+        seconds: from the call until the last weight was in place.
     """
 
     rank: int
@@ -71,28 +73,29 @@ def load_sharded(
     timeout: float = DEFAULT_TIMEOUT_SECONDS,
     progress: Progress | None = None,
 ) -> LoadReport:
-    """Fill the weights that this rank holds of a model, and read no more than its share. All ranks of the job call it.
+    """Load this rank's part of a model's weights, reading only its share. All ranks of the job must call it.
 
-    The model is one without weights, as `build_model` makes it, or a part of one, such as a stage of a pipeline; names
-    and shapes are those of the manifest. What is already a `DTensor` stays placed as it is. Where `mesh` is given, the
-    model is placed first: see `plan`.
+    The model has no weights yet. It comes from `build_model`, or is a part of such a model, such as a pipeline stage;
+    its names and shapes are those of the manifest. A `DTensor` keeps its placement. If `mesh` is given, the model is
+    placed first; see `plan`.
 
     Args:
-        model: its parameters on the meta device get memory; others are filled in place. Changed in place.
+        model: modified in place: parameters on the meta device get memory, others are filled in place.
         source: a server, a store, a checkpoint, or a `WeightClient`, which stays open.
-        mesh: the `DeviceMesh` of one dimension to place the model over.
-        plan: how: `"fsdp"` (the default) by `fully_shard`, layer by layer; `"tp"` by transformers' own plan for the
-            model; or such a plan, of patterns such as `"model.layers.*.mlp.up_proj"` to styles such as `"colwise"`.
-        name: the model's name, where the source has several.
-        timeout: seconds that a rank waits for another one that does not go on.
+        mesh: a one-dimensional `DeviceMesh` over which to place the model.
+        plan: how to place it: `"fsdp"` (the default) with `fully_shard`, layer by layer; `"tp"` with transformers' own
+            plan for the model; or a custom plan that maps patterns such as `"model.layers.*.mlp.up_proj"` to styles
+            such as `"colwise"`.
+        name: the model's name, if the source has several.
+        timeout: seconds to wait for another rank that makes no progress.
         progress: called on rank 0 only.
 
     Raises:
-        ConfigurationError: arguments do not go together, or the weights are stored in no exact form that can be read
-            in parts.
-        ManifestError: the model has weights that the manifest does not have.
+        ConfigurationError: the arguments are invalid together, or the weights are not stored in an exact form that
+            allows partial reads.
+        ManifestError: the model has weights that the manifest lacks.
         RankError: another rank failed, is gone, or does not answer.
-        SurfwError: what this rank reads cannot be read; the message says which bytes.
+        SurfwError: this rank's share cannot be read; the message names the bytes.
     """
     refuse_event_loop("loading", "a thread of its own")
     expect("timeout", timeout, int | float, "a number of seconds over 0")
@@ -113,7 +116,7 @@ def load_sharded(
 
 
 class _Load:
-    """One loading, on one rank."""
+    """One load on one rank."""
 
     def __init__(self, model: nn.Module, client: SourceThread, ranks: Ranks, progress: Progress | None) -> None:
         self._model = model
@@ -124,7 +127,7 @@ class _Load:
         self._staging_bytes = self._copied_bytes = 0
 
     def run(self, name: str | None, begun: float) -> LoadReport:
-        """Load."""
+        """Load the weights."""
         manifest, targets = self._prepare(name)
         told = self._ranks.gather((manifest.identity, needs_of(targets), this_host()), lambda _: "while it began")
         identities, needs, hosts = zip(*told, strict=True)
@@ -135,7 +138,7 @@ class _Load:
         self._go_through(manifest, plan, targets)
         for target in targets:
             if not target.held.nbytes:
-                target.finish()  # nothing of it arrives
+                target.finish()  # it has no bytes that could arrive
         self._fill_buffers(manifest)
         mine = self._ranks.rank
         return LoadReport(
@@ -151,7 +154,7 @@ class _Load:
         )
 
     def _prepare(self, name: str | None) -> tuple[Manifest, list[Target]]:
-        """The manifest, with all digests, and what the model needs of it; what fails on a rank fails on all."""
+        """The manifest, with all digests, and the model's targets. A failure on one rank fails on all."""
         found: tuple[Manifest, list[Target]] | None = None
         failure: SurfwError | None = None
         try:
@@ -166,7 +169,7 @@ class _Load:
         return self._learn(found[0]), found[1]
 
     def _learn(self, manifest: Manifest) -> Manifest:
-        """The manifest with the digests that it lacks; each rank computes those of some chunks, for all."""
+        """The manifest with all digests; missing ones are computed once, split between the ranks."""
         if manifest.is_known:
             return manifest
         mine, count = self._ranks.rank, self._ranks.count
@@ -186,7 +189,7 @@ class _Load:
         return manifest.with_digests(known)
 
     def _go_through(self, manifest: Manifest, plan: LoadPlan, targets: Sequence[Target]) -> None:
-        """Read, exchange and place, round by round."""
+        """Read, exchange and place the weights, round by round."""
         mine, rounds = self._ranks.rank, plan.rounds
         total = sum(plan.read_bytes(rank) for rank in range(self._ranks.count))
         windows = [Buffer(plan.window_bytes) for _ in range(2 if len(rounds) > 1 else 1)]
@@ -215,7 +218,7 @@ class _Load:
                 job.cancel()
 
     def _read(self, manifest: Manifest, units: Sequence[Unit], window: Buffer) -> Job[None]:
-        """Start to read units into a window, one behind the other."""
+        """Start reading units into a window, back to back."""
         reads, at = [], 0
         for unit in units:
             size = unit.stop - unit.start
@@ -232,7 +235,7 @@ class _Load:
     def _exchange(
         self, plan: LoadPlan, units: Sequence[Sequence[Unit]], window: Buffer, targets: Sequence[Target]
     ) -> None:
-        """Send what others need of a window, receive what this rank needs of theirs, and put all of it in place."""
+        """Send other ranks their parts of a window, receive this rank's parts, and put them in place."""
         mine = self._ranks.rank
         sent: dict[int, list[torch.Tensor]] = {}
         received: dict[int, list[torch.Tensor]] = {}
@@ -268,7 +271,7 @@ class _Load:
             target.arrived(size)
 
     def _fill_buffers(self, manifest: Manifest) -> None:
-        """Give buffers that no checkpoint has their values, if the model was built without."""
+        """Fill the buffers that are still on the meta device, whose values no checkpoint has."""
         missing = [name for name, buffer in self._model.named_buffers() if buffer.is_meta]
         if not missing:
             return
@@ -283,13 +286,13 @@ class _Load:
 
 
 def gather(data: Any, held: Slice, start: int, stop: int) -> Any:
-    """What a slice has of the bytes `start` to `stop` of a tensor, which `data` holds: a view, where it lies together.
+    """Extract a slice's bytes from the bytes `start` to `stop` of a tensor; a view if they are contiguous.
 
     Args:
-        data: uint8 of shape (stop - start,).
+        data: the tensor's bytes `start` to `stop`, uint8 of shape (stop - start,).
         held: the slice.
-        start: the first byte of the whole tensor that is there.
-        stop: the end of those.
+        start: the offset of `data` in the whole tensor.
+        stop: the end of `data` in the whole tensor.
     """
     low, high = max(start, held.extent[0]), min(stop, held.extent[1])
     if high - low == held.before(stop) - held.before(start):
@@ -319,7 +322,7 @@ async def _find_manifest(source: ChunkSource, name: str | None) -> Manifest:
 
 
 def _plain_form(chunk: Chunk, manifest: Manifest) -> Form:
-    """The form that parts of a chunk can be read of."""
+    """The chunk's uncompressed form, which allows partial reads."""
     form = chunk.form("none")
     if form is None:
         stored = ", ".join(form.codec for form in chunk.forms)
@@ -343,7 +346,7 @@ async def _digest(source: ChunkSource, manifest: Manifest, chunks: Iterable[Chun
 
 
 def _outcome(job: Job[None]) -> SurfwError | None:
-    """How a job that is waited for ends: with nothing, or an error of surfw's; others are raised."""
+    """Wait for a job; return its `SurfwError`, if any. Other exceptions are raised."""
     try:
         job.result()
     except SurfwError as exc:
@@ -352,7 +355,7 @@ def _outcome(job: Job[None]) -> SurfwError | None:
 
 
 def _describe(units: Sequence[Unit], url: str) -> str:
-    """Which bytes a rank reads in a round."""
+    """Describe the bytes that a rank reads in a round."""
     if not units:
         return f"reading nothing of {url}"
     first, last = units[0], units[-1]
@@ -361,12 +364,12 @@ def _describe(units: Sequence[Unit], url: str) -> str:
 
 
 def _doing(units: Sequence[Sequence[Unit]], url: str, rank: int) -> str:
-    """As `_describe`, of another rank."""
+    """`_describe` for another rank."""
     return f"while {_describe(units[rank], url)}"
 
 
 def _located(failure: SurfwError, where: str) -> SurfwError:
-    """The same failure, saying where, if its kind is made of a text."""
+    """The failure with its location in the message, if its class takes only a message."""
     if type(failure).__init__ is not SurfwError.__init__:
         return failure
     located = type(failure)(f"{where}: {failure}")

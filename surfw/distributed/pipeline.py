@@ -1,15 +1,15 @@
-"""Many prompts through the stages of a pipeline: each rank streams and keeps only its own layers.
+"""Pipeline-parallel generation for many prompts: each rank streams and keeps only its own layers.
 
     rank 0: prompt, tokens ─▶ embeddings, layers ─▶ rank 1: layers ─▶ … ─▶ last rank: layers, head ─▶ logits to rank 0
 
-Rank 0 drives. Each sequence is a micro-batch of its own, with a KV cache on every rank, and several are under way at a
-time, so that all ranks compute at once: while the last one is at the first sequence, rank 0 is at the next ones. What
-arrives at a rank is in the order that rank 0 sent it in, and so are the logits that come back. Tokens are chosen on
-rank 0 by transformers' own processors and stopping criteria, as `generate()` sets them up: they are those of one
-process that has the whole model.
+Rank 0 drives. Each sequence is a micro-batch of its own, with a KV cache on every rank. Several sequences are in flight
+at a time, so that all ranks compute at once: while the last rank works on the first sequence, rank 0 works on later
+ones. Every rank receives work in the order in which rank 0 sent it, and logits return in that order. Rank 0 chooses
+tokens with transformers' own processors and stopping criteria, as `generate()` sets them up, so that they equal those
+of one process with the whole model.
 
-What passes between two ranks is a header of four int64 (kind, sequence, tokens, of how many in the cache) and, for a
-pass, the hidden states, of shape (1, tokens, width) in the model's dtype.
+A message between two ranks is a header of four int64 (kind, sequence, tokens, 0) and, for a pass, the hidden states, of
+shape (1, tokens, width) in the model's dtype.
 """
 
 from collections import deque
@@ -42,16 +42,16 @@ from surfw.skeleton.build import Skeleton
 
 _PASS, _ROOM, _END, _STOP = range(4)
 _IDLE = timedelta(days=7)
-"""Ranks may wait for prompts as long as they come; one that ends is noticed at once."""
+"""The gloo timeout: ranks may wait long for prompts. A rank that exits is noticed at once."""
 
 _PATIENCE_SECONDS = 0.1
 
 
 def join_job() -> tuple[int, int]:
-    """Join the job that `torchrun` started; returns this rank, and of how many.
+    """Join the job that `torchrun` started; returns this rank and the number of ranks.
 
     Raises:
-        ConfigurationError: it did not.
+        ConfigurationError: the process was not started by `torchrun`, or the ranks cannot connect.
     """
     try:
         dist.init_process_group("gloo", timeout=_IDLE)
@@ -64,22 +64,21 @@ def join_job() -> tuple[int, int]:
 
 
 class StageModel(StreamingModel):
-    """The stage of a model that this rank has, streamed within its own budget; `join_job` comes first.
+    """This rank's stage of a model, streamed within its own budget. Call `join_job` first.
 
-    On rank 0, `answer_many` answers prompts; the others `serve` meanwhile.
+    Rank 0 calls `answer_many`; the other ranks call `serve`.
     """
 
     def _take_part(self, manifest: Manifest, skeleton: Skeleton) -> tuple[Manifest, Skeleton]:
-        """The stage of this rank."""
         _expect_one_model(manifest)
         return cut_out(manifest, skeleton, dist.get_rank(), dist.get_world_size())
 
     def _switch(self, name: str) -> None:
-        """Refuse: all ranks would have to."""
+        """Refuse to switch models: all ranks would have to switch."""
         raise ConfigurationError(f"a stage of a pipeline cannot switch to {name[:80]!r}; start the job with that model")
 
     def serve(self) -> None:
-        """Compute what comes from the rank before, until rank 0 has no more.
+        """Compute passes from the previous rank until rank 0 stops the job.
 
         Raises:
             RankError: another rank is gone.
@@ -97,7 +96,7 @@ class StageModel(StreamingModel):
         on_tokens: OnTokens | None,
         sequences: int,
     ) -> None:
-        """As that of a whole model; `sequences` are how many micro-batches are under way."""
+        """Override for a pipeline; `sequences` is the number of micro-batches in flight."""
         parts = self._open_here()
         tokenizer = self.find_tokenizer()
         shared = InferenceRequest(prompt_ids=(0,), **options)
@@ -110,10 +109,10 @@ class StageModel(StreamingModel):
 
 
 def _expect_one_model(manifest: Manifest) -> None:
-    """Check that all ranks have stages of the same model: each has asked its source on its own.
+    """Check that all ranks have the same model, because each rank resolves it through its own source.
 
     Raises:
-        RankError: one has another model, or is gone.
+        RankError: a rank has another model, or is gone.
     """
     identities = [""] * dist.get_world_size()
     try:
@@ -125,14 +124,14 @@ def _expect_one_model(manifest: Manifest) -> None:
 
 
 class _Ends:
-    """The two ranks beside this one."""
+    """The connections to other ranks."""
 
     def __init__(self) -> None:
         self.rank, self.count = dist.get_rank(), dist.get_world_size()
         self._sending: deque[tuple[Any, torch.Tensor]] = deque()
 
     def send(self, tensor: torch.Tensor, to: int) -> None:
-        """Send without waiting; what was sent before is let go of when it has arrived."""
+        """Send without waiting. Keeps a reference to each tensor until its send has completed."""
         try:
             self._sending.append((dist.isend(tensor, to), tensor))
             while self._sending and self._sending[0][0].is_completed():
@@ -141,13 +140,13 @@ class _Ends:
             raise self._gone(to, exc) from exc
 
     def flush(self) -> None:
-        """Wait until all has arrived."""
+        """Wait until all sends have completed."""
         while self._sending:
             with suppress(RuntimeError):
                 self._sending.popleft()[0].wait()
 
     def receive(self, tensor: torch.Tensor, from_: int) -> torch.Tensor:
-        """Fill a tensor with what the other rank sends."""
+        """Receive a tensor in place."""
         try:
             dist.recv(tensor, from_)
         except RuntimeError as exc:
@@ -155,7 +154,7 @@ class _Ends:
         return tensor
 
     def tell_next(self, kind: int, sequence: int, tokens: int, hidden: torch.Tensor | None = None) -> None:
-        """Send a header, and hidden states, to the rank after this one."""
+        """Send a header, and hidden states if given, to the next rank; does nothing on the last rank."""
         if self.rank + 1 < self.count:
             self.send(torch.tensor([kind, sequence, tokens, 0]), self.rank + 1)
             if hidden is not None:
@@ -167,7 +166,7 @@ class _Ends:
 
 
 class _Stage:
-    """The passes of this rank's layers, for any number of sequences."""
+    """Runs this rank's layers, for any number of sequences."""
 
     def __init__(self, inner: Any) -> None:
         self._inner = inner
@@ -182,7 +181,7 @@ class _Stage:
         ]
 
     def close(self) -> None:
-        """Leave the layers as they were."""
+        """Remove the hooks from the layers."""
         for hook in self._hooks:
             hook.remove()
 
@@ -195,7 +194,7 @@ class _Stage:
         self._last = output if isinstance(output, torch.Tensor) else output[0]
 
     def compute(self, sequence: int, ids: torch.Tensor, received: torch.Tensor | None) -> tuple[Any, torch.Tensor]:
-        """One pass; returns what the model says, and what its last layer here does: (1, tokens, width)."""
+        """Run one pass; returns the model's logits and this stage's last hidden states, of shape (1, tokens, width)."""
         cache = self._caches.setdefault(sequence, DynamicCache(config=self._inner.config))
         self._received = received
         options = {self._cache_name: cache, "use_cache": True, "logits_to_keep": 1}
@@ -204,19 +203,19 @@ class _Stage:
         return output.logits, self._last
 
     def end(self, sequence: int) -> None:
-        """Let go of a sequence's keys and values."""
+        """Free a sequence's KV cache."""
         self._caches.pop(sequence, None)
 
 
 class _Worker:
-    """A rank after the first one."""
+    """Any rank but rank 0."""
 
     def __init__(self, inner: Any, reserve: Callable[[int, int], None]) -> None:
         self._stage, self._ends, self._reserve = _Stage(inner), _Ends(), reserve
         self._width, self._dtype = inner.config.hidden_size, inner.dtype
 
     def work(self) -> None:
-        """Compute what comes, until the end."""
+        """Handle messages from the previous rank until it sends `_STOP`."""
         ends = self._ends
         try:
             while True:
@@ -256,17 +255,17 @@ class _Sequence:
     samples: bool
     processors: Any = field(repr=False)
     criteria: Any = field(repr=False)
-    fed: int = 0  # tokens that every rank's cache has
+    fed: int = 0  # tokens that are in every rank's KV cache
 
     @property
     def tokens(self) -> list[int]:
-        """The answer so far."""
+        """The tokens generated so far."""
         answer: list[int] = self.ids[0, self.prompt_tokens :].tolist()
         return answer
 
 
 class _Driver:
-    """Rank 0: begins sequences, computes the first stage, and chooses tokens."""
+    """Rank 0: starts sequences, computes the first stage, and chooses tokens."""
 
     def __init__(
         self,
@@ -307,7 +306,7 @@ class _Driver:
             self._stage.close()
 
     def _begin(self, index: int, request: InferenceRequest) -> _Sequence:
-        """A sequence, with the processors and criteria that `generate()` would use."""
+        """Start a sequence with the logits processors and stopping criteria that `generate()` would use."""
         for name in ("temperature", "top_p", "top_k", "seed"):
             if getattr(request, name) != getattr(self._shared, name):
                 raise ConfigurationError(f"{name} is {getattr(request, name)}, but it is the same for all of a run")
@@ -332,13 +331,13 @@ class _Driver:
         return sequence
 
     def _make_room(self) -> None:
-        """Have every rank keep room for the keys and values of all sequences that run."""
+        """Have every rank reserve memory for the KV caches of all running sequences."""
         tokens = sum(one.most_tokens for one in self._running.values())
         self._reserve(tokens, 0)
         self._ends.tell_next(_ROOM, 0, tokens)
 
     def _pass(self, sequence: _Sequence) -> None:
-        """Compute this stage's part of a sequence's next pass, and send it on."""
+        """Compute this stage's part of a sequence's next pass and send the result to the next rank."""
         new = sequence.ids[:, sequence.fed :]
         sequence.fed = sequence.ids.shape[-1]
         logits, last = self._stage.compute(sequence.index, new, None)
@@ -352,7 +351,7 @@ class _Driver:
         on_result: Callable[[ManyResult], None],
         on_tokens: OnTokens | None,
     ) -> None:
-        """Take the logits of the oldest pass, choose a token, and go on with the sequence, or end it."""
+        """Choose a token from the logits of the oldest pass, then continue the sequence or finish it."""
         if logits is None:
             width = self._inner.config.vocab_size
             logits = self._ends.receive(torch.empty(1, width, dtype=self._inner.dtype), self._ends.count - 1)
@@ -379,7 +378,7 @@ class _Driver:
         return "" if self._tokenizer is None else str(self._tokenizer.decode(sequence.tokens, skip_special_tokens=True))
 
     def _text(self, sequence: _Sequence) -> tuple[str | None, bool]:
-        """The text before one that ends the generation, if there is one."""
+        """The text before the first stop text, and whether there is one."""
         if not sequence.request.stop:
             return None, False
         text = self._decode(sequence)

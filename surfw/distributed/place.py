@@ -1,4 +1,4 @@
-"""A model without weights, and where its parameters go: torch's and transformers' own ways, over a mesh of ranks."""
+"""Builds a model without weights and places its parameters over a mesh, with torch's and transformers' own methods."""
 
 import re
 from collections.abc import Mapping
@@ -21,12 +21,12 @@ from surfw.skeleton.units import Slot, find_units
 
 
 def build_model(source: Source, *, name: str | None = None, dtype: str | None = None) -> PreTrainedModel:
-    """The model of a source without its weights: parameters on the meta device, tied as they will be; buffers real.
+    """Build a source's model without weights: tied parameters on the meta device, and real buffers.
 
     Args:
-        source: as of `load_sharded`.
-        name: the model's name, where the source has several.
-        dtype: such as `"float32"`; default: the one it is stored in.
+        source: as for `load_sharded`.
+        name: the model's name, if the source has several.
+        dtype: such as `"float32"`; default: the stored dtype.
 
     Raises:
         SurfwError: there is no such model, or it cannot be built.
@@ -48,7 +48,7 @@ def build_model(source: Source, *, name: str | None = None, dtype: str | None = 
 
 
 def tie(skeleton: Skeleton, manifest: Manifest) -> None:
-    """Make tensors that are stored once one parameter."""
+    """Share one parameter between slots that are tied in the manifest."""
     for name, stored in manifest.ties.items():
         if name in skeleton.slots and stored in skeleton.slots:
             skeleton.slots[name].put(skeleton.slots[stored].tensor)
@@ -58,7 +58,7 @@ def place_model(model: nn.Module, mesh: Any, plan: str | Mapping[str, str]) -> N
     """Place a model over a mesh; see `load_sharded`.
 
     Raises:
-        ConfigurationError: there is no such plan, or it has nothing for this model.
+        ConfigurationError: the mesh does not have one dimension, the plan is unknown, or it matches no module.
     """
     if getattr(mesh, "ndim", None) != 1:
         raise ConfigurationError(
@@ -82,7 +82,7 @@ def place_model(model: nn.Module, mesh: Any, plan: str | Mapping[str, str]) -> N
 
 
 def _rules(model: nn.Module, plan: str | Mapping[str, str]) -> Mapping[str, str]:
-    """The rules of tensor parallelism, checked: transformers' own, or those that are given."""
+    """The validated rules of tensor parallelism: transformers' own, or the given ones."""
     rules = dict(getattr(model, "tp_plan", None) or {}) if plan == "tp" else plan
     if not isinstance(rules, Mapping):
         raise ConfigurationError(f"plan is {plan!a:.80}; expected 'fsdp', 'tp', or a mapping of patterns to styles")
@@ -97,7 +97,7 @@ def _rules(model: nn.Module, plan: str | Mapping[str, str]) -> Mapping[str, str]
 
 
 def _tied(model: nn.Module) -> list[list[Slot]]:
-    """The places that hold the same parameter, where there are several; transformers places the first one."""
+    """Groups of slots that share a parameter; transformers places only the first slot of each."""
     groups: dict[int, list[Slot]] = {}
     for slot in state_slots(model):
         if not slot.is_buffer:
@@ -106,9 +106,9 @@ def _tied(model: nn.Module) -> list[list[Slot]]:
 
 
 def _expand(model: nn.Module, plan: Mapping[str, str]) -> dict[str, str]:
-    """The plan by names of parameters and of modules, parameters first, as transformers takes it."""
+    """Expand patterns to names of parameters and modules, as transformers expects: parameters before their module."""
     found: dict[str, str] = {}
-    known = {name for name, _ in model.named_parameters()}  # of a tied one, the first
+    known = {name for name, _ in model.named_parameters()}  # for a tied one, only the first name
     rules = [(re.compile(re.escape(name).replace(r"\*", r"\d+")), style) for name, style in plan.items()]
     for path, module in model.named_modules():
         style = next((style for pattern, style in rules if pattern.fullmatch(path)), None)

@@ -1,14 +1,13 @@
-"""Which rank reads which blocks of a model, and who gets what of them. Pure: no torch, no I/O.
+"""Plans which rank reads which blocks of a model, and which ranks receive parts of them. Pure: no torch, no I/O.
 
-Only whole blocks of 1 MiB can be verified, and the slices of ranks seldom begin where blocks do. So every block that
-somebody needs is read by one rank on each machine, and what of it others need goes from there to them: the blocks
-between two row shards, the columns of every rank out of whole rows, tensors that all ranks hold. Where the ranks of
-several machines need different parts of a block, one rank of all reads it, if that moves fewer bytes than one read on
-each machine.
+Only whole blocks of 1 MiB can be verified, and the slices of ranks rarely start on block boundaries. So on each machine
+one rank reads each needed block and sends the other ranks their parts of it. This covers blocks that straddle two row
+shards, column shards, and tensors that all ranks hold. If ranks on several machines need different parts of a block,
+one rank reads it for all machines, provided that this moves fewer bytes than one read per machine.
 
-Invariants: every block that has a needed byte is read once in each domain (a machine, or all), by a rank that needs
-some of it; every byte of every slice comes from exactly one read; within what single blocks allow, a rank reads as much
-as its share, which is what it holds, where that is held `n` times on a machine divided by `n`.
+Invariants: every block with a needed byte is read once in each domain (one machine, or all), by a rank that needs some
+of it; every byte of every slice comes from exactly one read; up to the granularity of blocks, a rank reads its share,
+which is the bytes it holds, those held `n` times on a machine divided by `n`.
 """
 
 from bisect import bisect_right
@@ -20,20 +19,20 @@ from surfw.config import BLOCK_BYTES
 from surfw.manifest import Chunk, TensorInfo, nbytes
 
 Run = tuple[int, int]
-"""Neighbouring indices or bytes, end-exclusive."""
+"""A range of indices or bytes, end-exclusive."""
 
 Need = tuple[str, "Slice"]
-"""A tensor of the manifest, and what a rank holds of it."""
+"""The name of a tensor in the manifest, and the slice of it that a rank holds."""
 
 
 @dataclass(frozen=True)
 class Slice:
-    """What a rank holds of a tensor: some columns of some rows, in row-major order, as its bytes lie one by one.
+    """The part of a tensor that a rank holds: some columns of some rows, stored contiguously in row-major order.
 
     Attributes:
-        row_bytes: bytes of a row of the whole tensor, in whatever dimensions that is.
-        rows: which rows, sorted.
-        columns: which bytes of each row, sorted.
+        row_bytes: bytes per row of the whole tensor; a row may span several dimensions.
+        rows: the rows held, sorted.
+        columns: the bytes held of each row, sorted.
     """
 
     row_bytes: int
@@ -42,24 +41,24 @@ class Slice:
 
     @cached_property
     def width_bytes(self) -> int:
-        """Bytes that are held of a row."""
+        """Bytes held per row."""
         return sum(stop - start for start, stop in self.columns)
 
     @cached_property
     def nbytes(self) -> int:
-        """Bytes that are held."""
+        """Bytes held in all."""
         return sum(stop - start for start, stop in self.rows) * self.width_bytes
 
     @cached_property
     def extent(self) -> Run:
-        """The bytes of the whole tensor that all of them lie in."""
+        """The smallest range of the whole tensor's bytes that contains the slice."""
         if not self.nbytes:
             return 0, 0
         first = self.rows[0][0] * self.row_bytes + self.columns[0][0]
         return first, (self.rows[-1][1] - 1) * self.row_bytes + self.columns[-1][1]
 
     def before(self, at: int) -> int:
-        """How many of its bytes lie in the first `at` bytes of the whole tensor: where byte `at` is in the slice."""
+        """The number of the slice's bytes among the first `at` bytes of the whole tensor."""
         low, high = self.extent
         if at <= low:
             return 0
@@ -72,7 +71,7 @@ class Slice:
         return whole * self.width_bytes + part
 
     def runs(self, start: int, stop: int) -> Iterator[Run]:
-        """The bytes `start` to `stop` of the whole tensor that are held, as runs of them, in order."""
+        """The ranges of the whole tensor's bytes `start` to `stop` that are held, in order."""
         for row in range(start // self.row_bytes, -(-stop // self.row_bytes)) if self.nbytes else ():
             if any(first <= row < last for first, last in self.rows):
                 at = row * self.row_bytes
@@ -82,7 +81,7 @@ class Slice:
 
 
 def make_slice(tensor: TensorInfo, held: Mapping[int, Sequence[Run]]) -> Slice:
-    """What is held of a tensor, by the indices that are held of its dimensions; those not named are held whole."""
+    """Make a slice from the indices held of each dimension; dimensions not in `held` are held whole."""
     shape = tensor.shape
     cut = [dim for dim, runs in sorted(held.items()) if tuple(runs) != ((0, shape[dim]),)]
     if not cut:
@@ -96,7 +95,7 @@ def make_slice(tensor: TensorInfo, held: Mapping[int, Sequence[Run]]) -> Slice:
 
 
 def _nest(rows: Iterable[Run], size: int, runs: Sequence[Run]) -> Iterator[Run]:
-    """The rows with one more dimension of that size, of which these runs are held."""
+    """Expand rows by one more dimension of this size, of which `runs` are held."""
     is_whole = tuple(runs) == ((0, size),)
     for start, stop in rows:
         if is_whole:
@@ -108,12 +107,12 @@ def _nest(rows: Iterable[Run], size: int, runs: Sequence[Run]) -> Iterator[Run]:
 
 @dataclass(slots=True)
 class Unit:
-    """Neighbouring blocks of a chunk that a rank reads at once.
+    """Adjacent blocks of a chunk that a rank reads at once.
 
     Attributes:
-        chunk: whose blocks they are.
-        start, stop: which of its payload bytes, end-exclusive.
-        ranks: who gets something of them, the reader among them.
+        chunk: the chunk.
+        start, stop: the range of its payload bytes, end-exclusive.
+        ranks: the ranks that need some of these bytes, including the reader.
     """
 
     chunk: Chunk
@@ -124,13 +123,13 @@ class Unit:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Bytes of a unit that belong to a slice of a rank, where they lie together.
+    """The bytes that a unit and a rank's slice have in common.
 
     Attributes:
-        need: the slice's place in the rank's list of needs.
-        origin: where the tensor begins in the chunk's payload.
-        start, stop: of the whole tensor, which bytes are in the unit.
-        at, end: of the slice, which bytes they are.
+        need: the slice's index in the rank's list of needs.
+        origin: the tensor's offset in the chunk's payload.
+        start, stop: the range of the whole tensor's bytes that is in the unit.
+        at, end: the corresponding range of the slice's bytes.
     """
 
     need: int
@@ -143,13 +142,13 @@ class Piece:
 
 @dataclass(frozen=True)
 class LoadPlan:
-    """Who reads what, and who gets what of it.
+    """Which rank reads what, and which ranks receive parts of it.
 
     Attributes:
-        needs: of each rank.
-        units: that each rank reads, in the order it does.
-        shares: bytes that each rank should read.
-        window_bytes: the most that a rank reads in a round.
+        needs: the needs of each rank.
+        units: the units that each rank reads, in order.
+        shares: the bytes that each rank should read.
+        window_bytes: the most bytes that a rank reads in a round.
     """
 
     needs: Sequence[Sequence[Need]]
@@ -158,19 +157,19 @@ class LoadPlan:
     window_bytes: int
 
     def read_bytes(self, rank: int) -> int:
-        """What a rank reads."""
+        """The bytes that a rank reads in all."""
         return sum(unit.stop - unit.start for unit in self.units[rank])
 
     @cached_property
     def rounds(self) -> list[list[list[Unit]]]:
-        """What each rank reads in each round: as much as its window holds."""
+        """The units that each rank reads in each round, limited by its window: indexed by round, then by rank."""
         queues = [_fill(units, self.window_bytes) for units in self.units]
         count = max(map(len, queues), default=0)
         return [[queue[at] if at < len(queue) else [] for queue in queues] for at in range(count)]
 
     @cached_property
     def _by_tensor(self) -> list[dict[str, list[tuple[int, Slice]]]]:
-        """Of each rank, the places and slices of its needs by their tensors."""
+        """For each rank, the indices and slices of its needs, by tensor name."""
         found: list[dict[str, list[tuple[int, Slice]]]] = [{} for _ in self.needs]
         for rank, needs in enumerate(self.needs):
             for place, (name, held) in enumerate(needs):
@@ -178,7 +177,7 @@ class LoadPlan:
         return found
 
     def pieces(self, unit: Unit, rank: int) -> Iterator[Piece]:
-        """What of a unit belongs to a rank, in an order that its reader and the rank agree on."""
+        """The pieces of a unit that a rank needs, in an order that both the reader and the rank derive."""
         for tensor in tensors_in(unit.chunk, unit.start, unit.stop):
             start = max(0, unit.start - tensor.offset)
             stop = min(tensor.nbytes, unit.stop - tensor.offset)
@@ -189,7 +188,7 @@ class LoadPlan:
 
 
 def tensors_in(chunk: Chunk, start: int, stop: int) -> Iterator[TensorInfo]:
-    """The tensors that some of these bytes of a chunk's payload belong to, in order."""
+    """The tensors that overlap this range of a chunk's payload, in order."""
     first = bisect_right(chunk.tensors, start, key=lambda tensor: tensor.offset) - 1
     for tensor in chunk.tensors[max(0, first) :]:
         if tensor.offset >= stop:
@@ -201,13 +200,13 @@ def tensors_in(chunk: Chunk, start: int, stop: int) -> Iterator[TensorInfo]:
 def plan_load(
     chunks: Iterable[Chunk], needs: Sequence[Sequence[Need]], hosts: Sequence[Hashable], *, window_bytes: int
 ) -> LoadPlan:
-    """Decide who reads which blocks.
+    """Assign each needed block to the ranks that read it.
 
     Args:
-        chunks: of the model, in the order they are used.
-        needs: of each rank.
-        hosts: the machine that each rank is on.
-        window_bytes: the most that a rank reads at once; whole blocks.
+        chunks: the model's chunks, in the order they are used.
+        needs: the needs of each rank.
+        hosts: the machine of each rank.
+        window_bytes: the most bytes that a rank reads at once, a multiple of the block size.
     """
     count = len(needs)
     wanted: dict[str, list[tuple[int, Slice]]] = {}
@@ -236,7 +235,7 @@ def _needed(
     wanted: Mapping[str, Sequence[tuple[int, Slice]]],
     hosts: Sequence[Hashable],
 ) -> tuple[dict[int, int], dict[int, float]]:
-    """How many bytes each rank needs of these, and what of that it should read."""
+    """The number of bytes of a block that each rank needs, and its share of reading them."""
     held, part = dict[int, int](), dict[int, float]()
     for tensor in tensors_in(chunk, start, stop):
         low, high = start - tensor.offset, stop - tensor.offset
@@ -254,7 +253,7 @@ def _needed(
 
 
 def _domains(held: Mapping[int, int], hosts: Sequence[Hashable], size_bytes: int) -> list[tuple[int, ...]]:
-    """The groups of ranks for each of which one reads a block: those of each machine, or all where that is cheaper."""
+    """The groups of ranks that share one read of a block: one group per machine, or a single one if that is cheaper."""
     by_host: dict[Hashable, list[int]] = {}
     for rank in sorted(held):
         by_host.setdefault(hosts[rank], []).append(rank)
@@ -265,7 +264,7 @@ def _domains(held: Mapping[int, int], hosts: Sequence[Hashable], size_bytes: int
 
 
 def _append(units: list[Unit], unit: Unit, window_bytes: int) -> None:
-    """Add a block to what a rank reads: to the blocks before it, if it goes on with them to the same ranks."""
+    """Append a block to a rank's units, extending the last unit if it is adjacent and goes to the same ranks."""
     last = units[-1] if units else None
     is_next = last is not None and last.chunk is unit.chunk and last.stop == unit.start and last.ranks == unit.ranks
     if last is not None and is_next and unit.stop - last.start <= window_bytes:
@@ -275,7 +274,7 @@ def _append(units: list[Unit], unit: Unit, window_bytes: int) -> None:
 
 
 def _fill(units: Sequence[Unit], window_bytes: int) -> list[list[Unit]]:
-    """Units in groups that a window holds."""
+    """Split units into groups that fit into a window."""
     groups: list[list[Unit]] = []
     room = 0
     for unit in units:
@@ -289,16 +288,16 @@ def _fill(units: Sequence[Unit], window_bytes: int) -> list[list[Unit]]:
 
 
 def choose_window(needs: Sequence[Sequence[Need]], most_bytes: int) -> int:
-    """How much a rank reads at once: a half of the largest slice of all, in whole blocks; at least one.
+    """Choose the window size: half of the largest slice, at most `most_bytes`, in whole blocks; at least one block.
 
-    Two windows, and what is put together for others out of one, take no more than twice the largest slice then.
+    With that, two windows and the data gathered from one of them take at most twice the largest slice.
     """
     largest = max((held.nbytes for mine in needs for _, held in mine), default=0)
     return max(1, min(most_bytes, largest // 2) // BLOCK_BYTES) * BLOCK_BYTES
 
 
 def runs_of(indices: Iterable[int]) -> tuple[Run, ...]:
-    """Sorted indices as runs of neighbours."""
+    """Group sorted indices into runs of consecutive ones."""
     runs: list[Run] = []
     for index in indices:
         if runs and runs[-1][1] == index:

@@ -1,7 +1,7 @@
-"""The processes of a job, and what passes between them while they load: agreement, and bytes from one to another.
+"""Communication between the ranks of a job while they load: agreement on failures, and exchange of tensors.
 
-All of it goes through a group of gloo of its own, whatever the job computes with, so that a rank that dies or hangs is
-noticed within the timeout and can be named. Every rank calls the same methods in the same order.
+It uses its own gloo group, whatever backend the job computes with, so that a rank that dies or hangs is detected within
+the timeout and can be named. Every rank must call the same methods in the same order.
 """
 
 import platform
@@ -20,17 +20,17 @@ from surfw.errors import RankError
 _WORDS_BYTES = 512
 _DATA, _WORDS = 0, 1
 _FAREWELL_SECONDS = 2.0
-"""How long a rank that ends with an error waits for the others to hear of it."""
+"""How long a rank that ends with an error waits for the other ranks to receive it."""
 
 Doing = Callable[[int], str]
-"""What a rank is doing now, for errors."""
+"""Describes what a rank, given by its number, is doing now, for error messages."""
 
 
 class Ranks:
-    """The ranks of the default group; one alone, where there is none."""
+    """The ranks of the default process group, or a single rank if there is no group."""
 
     def __init__(self, timeout_seconds: float) -> None:
-        """Make the group; all ranks do."""
+        """Create the gloo group; a collective call."""
         self._timeout = timedelta(seconds=timeout_seconds)
         self.count, self.rank = 1, 0
         self._group: Any = None
@@ -44,19 +44,19 @@ class Ranks:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
-        """Leave the group."""
+        """Destroy the group."""
         if self._group is not None:
             with suppress(RuntimeError):  # a rank is gone
                 dist.destroy_process_group(self._group)
             self._group = None
 
     def gather(self, mine: object, doing: Doing) -> list[Any]:
-        """What each rank has, in their order.
+        """Gather one object from each rank, in rank order.
 
         Raises:
             RankError: a rank is gone, or does not answer.
         """
-        self.agree("", doing)  # which names a rank that is missing, as a collective does not
+        self.agree("", doing)  # unlike a collective, this can name a missing rank
         if self._group is None:
             return [mine]
         found: list[Any] = [None] * self.count
@@ -67,10 +67,10 @@ class Ranks:
         return found
 
     def agree(self, trouble: str, doing: Doing) -> None:
-        """Wait until all ranks are here; `trouble` is what went wrong on this one, if anything did.
+        """Wait for all ranks and exchange errors; `trouble` is this rank's error, empty if there is none.
 
         Raises:
-            RankError: on another rank something went wrong, or it is gone, or does not answer within the timeout.
+            RankError: another rank reported an error, is gone, or does not answer within the timeout.
         """
         if self._group is None:
             return
@@ -92,7 +92,7 @@ class Ranks:
         is_wrong = bool(trouble or lost or any(told.values()))
         self._wait_for(sending, {} if is_wrong else lost, seconds=_FAREWELL_SECONDS if is_wrong else None)
         if trouble:
-            return  # its own error says it better
+            return  # the caller raises its own, more precise error
         for rank, text in told.items():
             if text:
                 raise RankError(f"rank {rank} of {self.count} failed {doing(rank)}: {text}")
@@ -101,7 +101,7 @@ class Ranks:
     def exchange(
         self, sent: Mapping[int, Sequence[torch.Tensor]], received: Mapping[int, Sequence[torch.Tensor]], doing: Doing
     ) -> None:
-        """Send tensors to ranks, and receive others in place, each pair in the order that both sides have them in.
+        """Send tensors to other ranks and receive theirs in place; both sides must list them in the same order.
 
         Raises:
             RankError: a rank is gone, or does not answer within the timeout.
@@ -119,7 +119,7 @@ class Ranks:
         self._expect_nobody(lost, doing)
 
     def _wait_for(self, work: Mapping[int, Any], lost: dict[int, str], *, seconds: float | None = None) -> None:
-        """Wait for work with ranks; those that it fails with are lost, and are waited for no more."""
+        """Wait for pending operations, by rank. Failed ranks are added to `lost`; lost ranks are skipped."""
         for rank, one in work.items():
             if rank in lost:
                 continue
@@ -139,14 +139,14 @@ class Ranks:
 
 
 def expect_one_model(identities: Sequence[str], rank: int) -> None:
-    """Check that all ranks have the same model, whatever forms of it their sources have.
+    """Check that all ranks have the same model; the stored forms may differ between their sources.
 
     Args:
-        identities: of the model of each rank: `Manifest.identity`.
-        rank: this one.
+        identities: the `Manifest.identity` of each rank's model.
+        rank: this rank.
 
     Raises:
-        RankError: one has another model.
+        RankError: a rank has another model.
     """
     mine = identities[rank]
     for other, identity in enumerate(identities):
@@ -158,12 +158,12 @@ def expect_one_model(identities: Sequence[str], rank: int) -> None:
 
 
 def _first(exc: BaseException) -> str:
-    """The first line of an error of torch's."""
+    """The first line of an exception from torch."""
     return str(exc).partition("\n")[0][:200]
 
 
 def this_host() -> str:
-    """What the ranks of one machine have in common, and those of two have not."""
+    """A text that identifies this machine."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:

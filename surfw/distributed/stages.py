@@ -1,7 +1,7 @@
-"""Stages of a pipeline: which layers of a model each rank has, and a model cut down to one of them.
+"""Pipeline stages: assigns a model's layers to ranks, and cuts a model down to one stage.
 
-The layers of a model are cut into runs of neighbours whose weights are as equal in size as they can be. What comes
-before the layers (embeddings) belongs to the first stage, and what comes after them (norm and head) to the last one.
+The layers are split into contiguous runs whose weights are as equal in size as possible. Modules before the layers
+(embeddings) belong to the first stage, modules after them (norm and head) to the last one.
 """
 
 from collections.abc import Iterable, Sequence
@@ -20,13 +20,13 @@ from surfw.skeleton.units import Unit
 
 @dataclass(frozen=True)
 class Stage:
-    """What one rank of a pipeline has.
+    """The units of one rank of a pipeline.
 
     Attributes:
-        index, count: which stage of how many.
-        layers: the paths of its layers, in the order they run.
+        index, count: the stage's index, and the number of stages.
+        layers: the paths of its layers, in execution order.
         others: the paths of its other units.
-        absent: the paths of units that other stages have.
+        absent: the paths of the units of other stages.
     """
 
     index: int
@@ -37,33 +37,33 @@ class Stage:
 
     @property
     def is_first(self) -> bool:
-        """Whether prompts begin here."""
+        """Whether this stage computes the embeddings."""
         return self.index == 0
 
     @property
     def is_last(self) -> bool:
-        """Whether tokens come out here."""
+        """Whether this stage computes the logits."""
         return self.index == self.count - 1
 
     @property
     def paths(self) -> frozenset[str]:
-        """The units that it has."""
+        """The paths of all its units."""
         return frozenset((*self.layers, *self.others))
 
 
 def cut_evenly(sizes: Sequence[int], count: int) -> list[Run]:
-    """Runs of neighbours, none empty, of which the largest is as small as it can be.
+    """Split items into `count` contiguous, non-empty runs so that the largest run is as small as possible.
 
     Args:
-        sizes: of the items, in order; at least `count` of them.
-        count: how many runs.
+        sizes: the sizes of the items, in order; at least `count` of them.
+        count: the number of runs.
     """
     least, most = max(sizes), sum(sizes)
     while least < most:
         limit = (least + most) // 2
         least, most = (least, limit) if len(_runs_within(sizes, limit)) <= count else (limit + 1, most)
     runs = _runs_within(sizes, least)
-    while len(runs) < count:  # fewer do, but each stage is to have something: the longest one gives
+    while len(runs) < count:  # fewer runs would do, but no stage may be empty: split the longest
         at = max(range(len(runs)), key=lambda one: runs[one][1] - runs[one][0])
         low, high = runs[at]
         runs[at : at + 1] = [(low, (low + high) // 2), ((low + high) // 2, high)]
@@ -81,15 +81,15 @@ def _runs_within(sizes: Sequence[int], limit: int) -> list[Run]:
 
 
 def plan_stages(manifest: Manifest, units: Sequence[Unit], count: int) -> list[Stage]:
-    """The stages of a model, by the sizes of its chunks.
+    """Plan the stages of a model from the sizes of its chunks.
 
     Args:
         manifest: the model.
         units: its units.
-        count: how many stages.
+        count: the number of stages.
 
     Raises:
-        ConfigurationError: it has fewer layers than that.
+        ConfigurationError: the model has fewer layers than stages.
     """
     uses = {use.module: use.chunks for use in manifest.order}
     order = [unit for path in uses for unit in units if unit.path == path]
@@ -116,7 +116,7 @@ def plan_stages(manifest: Manifest, units: Sequence[Unit], count: int) -> list[S
 
 
 class _Layers(nn.ModuleList):
-    """Some of the layers of a list, under the names that they have in the whole list."""
+    """Some layers of a list, under their names in the whole list."""
 
     def __init__(self, layers: Iterable[nn.Module] = (), names: Iterable[str] | None = None) -> None:
         super().__init__()
@@ -125,7 +125,10 @@ class _Layers(nn.ModuleList):
 
 
 class _Absent(nn.Module):
-    """A module that another stage has: embeddings are zeros, as what comes of them is received; others do nothing."""
+    """Stands in for a module of another stage: an embedding returns zeros, any other module returns its input.
+
+    The zeros are never used: this stage receives its hidden states from the previous one.
+    """
 
     def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
@@ -133,22 +136,22 @@ class _Absent(nn.Module):
         self._dtype = dtype
 
     def forward(self, given: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
-        """What is given, or zeros of shape (*ids.shape, width)."""
+        """Return the input, or for an embedding zeros of shape (*ids.shape, width)."""
         return given if self._width is None else torch.zeros(*given.shape, self._width, dtype=self._dtype)
 
 
 def cut_out(manifest: Manifest, skeleton: Skeleton, index: int, count: int) -> tuple[Manifest, Skeleton]:
-    """One stage of a model that decodes: as if it were a smaller model, whose layers are those of the stage.
+    """Cut a decoder down to one stage, which then looks like a smaller model with the stage's layers.
 
     Args:
         manifest: the whole model.
-        skeleton: its model, which is changed.
-        index: which stage.
-        count: of how many.
+        skeleton: its skeleton, modified in place.
+        index: the index of the stage.
+        count: the number of stages.
 
     Raises:
-        UnsupportedModelError: more passes between its layers than what they compute.
-        ConfigurationError: it has too few layers.
+        UnsupportedModelError: the model's layers exchange more than hidden states.
+        ConfigurationError: the model has too few layers.
     """
     model, config, units = skeleton.model, skeleton.model.config, skeleton.units
     if not _passes_states_only(skeleton):
@@ -161,7 +164,7 @@ def cut_out(manifest: Manifest, skeleton: Skeleton, index: int, count: int) -> t
     needed = set[str]().union(*(uses[path] for path in stage.paths))
     kept_paths = stage.paths | {unit.path for unit in units if unit.kind == "part" and uses[unit.path] & needed}
     for unit in units:
-        if unit.kind == "part" and unit.path not in kept_paths:  # embeddings that the head is tied to stay beside it
+        if unit.kind == "part" and unit.path not in kept_paths:  # the head keeps the embeddings it is tied to
             parent, _, leaf = unit.path.rpartition(".")
             setattr(model.get_submodule(parent), leaf, _Absent(unit.module, skeleton.dtype))
     layers = [unit for unit in units if unit.kind == "layer"]
@@ -174,7 +177,7 @@ def cut_out(manifest: Manifest, skeleton: Skeleton, index: int, count: int) -> t
     modules: list[Any] = [module for unit in kept for module in unit.module.modules()]
     for module in modules:
         if isinstance(getattr(module, "layer_idx", None), int):
-            module.layer_idx -= first  # the place of its keys and values in the cache
+            module.layer_idx -= first  # its index in the KV cache
     config.num_hidden_layers = len(kept)
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[first : first + len(kept)]
@@ -185,7 +188,7 @@ def cut_out(manifest: Manifest, skeleton: Skeleton, index: int, count: int) -> t
 
 
 def _passes_states_only(skeleton: Skeleton) -> bool:
-    """Whether nothing but hidden states passes from layer to layer: transformers says so, or it was tried."""
+    """Whether layers pass on hidden states only: transformers has a pipeline plan, or the type is in `_TRIED`."""
     model, config = skeleton.model, skeleton.model.config
     lists = {unit.path.rpartition(".")[0] for unit in skeleton.units if unit.kind == "layer"}
     is_plain = config.get_text_config() is config and not config.is_encoder_decoder and model.can_generate()
@@ -194,4 +197,4 @@ def _passes_states_only(skeleton: Skeleton) -> bool:
 
 
 _TRIED = frozenset({"gpt2"})
-"""Types of models for which transformers has no plan of a pipeline, but which pass on hidden states alone."""
+"""Model types without a pipeline plan in transformers whose layers pass on hidden states only."""

@@ -1,8 +1,8 @@
-"""The weights of a model that this rank holds: what it needs of the manifest, and the memory that goes to.
+"""The slices of a model's weights that this rank holds, and the memory that they are loaded into.
 
-A parameter is a whole tensor, or a `DTensor` that holds a slice of one, as FSDP2 and tensor parallelism place it. Those
-on the meta device get memory; others are filled in place. Bytes arrive where they stay, except where the model has
-another dtype than the manifest, or computes on a device: then in memory of their own, for as long as it takes.
+A parameter is a whole tensor, or a `DTensor` that holds a slice of one, as FSDP2 and tensor parallelism place it.
+Parameters on the meta device get memory; others are filled in place. Bytes are received directly into their final
+memory, unless the model has another dtype than the manifest or is on a device; then they go through a staging buffer.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,12 +23,12 @@ from surfw.skeleton.units import Slot, own_slots
 
 @dataclass
 class Target:
-    """A slice of a stored tensor, and the places in the model that hold it.
+    """A slice of a stored tensor, and the slots in the model that hold it.
 
     Attributes:
         tensor: the stored tensor.
-        held: what of it.
-        slots: where it belongs; all of them hold the same slice.
+        held: the slice of it.
+        slots: the slots that hold it; tied ones hold the same slice.
     """
 
     tensor: TensorInfo
@@ -40,13 +40,13 @@ class Target:
 
     @property
     def held_bytes(self) -> int:
-        """What it takes in the model for good."""
+        """The memory, in bytes, that it takes in the model."""
         distinct = {id(slot.tensor): slot.tensor for slot in self.slots}
         return sum(_local_of(tensor).nbytes for tensor in distinct.values())
 
     @property
     def memory(self) -> torch.Tensor:
-        """Where the slice's stored bytes go: uint8 of shape (held.nbytes,). They count as missing at first."""
+        """The memory for the slice's stored bytes: uint8 of shape (held.nbytes,). Allocated on first access."""
         if self._stored is None:
             self._missing_bytes = self.held.nbytes
             first = self.slots[0].tensor
@@ -64,20 +64,20 @@ class Target:
 
     @property
     def staged_bytes(self) -> int:
-        """What it takes besides its place while it arrives."""
+        """The size of the staging buffer in use, in bytes; 0 if there is none."""
         if self._stored is None or self._local is None:
             return 0
         return self.held.nbytes if self._stored.data_ptr() != self._local.data_ptr() else 0
 
     def arrived(self, size_bytes: int) -> None:
-        """So many more of its bytes are there; with the last ones it takes its place in the model."""
+        """Record that more bytes have arrived; after the last ones, call `finish`."""
         self._missing_bytes -= size_bytes
         if not self._missing_bytes:
             self.finish()
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Put the slice in its places."""
+        """Put the slice into its slots, and release the staging buffer."""
         stored, local = self.memory, self._local
         assert local is not None, "memory makes it"
         if stored.data_ptr() != local.data_ptr():
@@ -98,7 +98,7 @@ class Target:
 
 
 def _local_of(tensor: torch.Tensor) -> torch.Tensor:
-    """What this rank has of a tensor."""
+    """This rank's part of a tensor."""
     if not isinstance(tensor, DTensor):
         return tensor
     local: torch.Tensor = tensor.to_local()
@@ -106,7 +106,7 @@ def _local_of(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _like(there: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
-    """What is there, with values: a parameter, or a buffer."""
+    """A tensor like `there`, with the values `local`: a parameter or a buffer, placed the same way."""
     whole: torch.Tensor = local
     if isinstance(there, DTensor):
         whole = DTensor.from_local(
@@ -116,11 +116,11 @@ def _like(there: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
 
 
 def find_targets(model: nn.Module, manifest: Manifest) -> list[Target]:
-    """What a model holds of a manifest, in the order of the model's modules.
+    """Find the slices of the manifest's tensors that a model holds, in the order of the model's modules.
 
     Raises:
-        ManifestError: it has weights that the manifest does not have, or of other shapes.
-        UnsupportedModelError: some are placed so that what ranks hold is summed.
+        ManifestError: the model has weights that the manifest lacks, or that have another shape or dtype there.
+        UnsupportedModelError: a weight has a `Partial` placement, whose local values would be summed.
     """
     found: dict[tuple[str, Slice], Target] = {}
     held = _Held()
@@ -140,7 +140,7 @@ def find_targets(model: nn.Module, manifest: Manifest) -> list[Target]:
 
 
 def state_slots(model: nn.Module) -> Iterator[Slot]:
-    """Every place of a model's state dict, each place of a tied parameter for itself."""
+    """Every slot of a model's state dict; a tied parameter has several."""
     for path, module in model.named_modules():
         yield from own_slots(module, path)
 
@@ -165,7 +165,7 @@ def _check_fit(slot: Slot, stored: TensorInfo, manifest: Manifest) -> None:
 
 
 class _Held:
-    """What of stored tensors this rank's `DTensor`s hold; asked of torch once for each size and placement."""
+    """Computes the slices that this rank's `DTensor`s hold; torch is asked once per size and placement."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[int, int, tuple[Any, ...]], tuple[Run, ...]] = {}
@@ -178,7 +178,7 @@ class _Held:
         return make_slice(stored, {dim: self._indices(tensor, dim) for dim in dims})
 
     def _indices(self, tensor: DTensor, dim: int) -> Sequence[Run]:
-        """Which indices of a dimension this rank holds: torch places a counter as it placed the tensor."""
+        """The indices of a dimension that this rank holds, found by placing a range of indices like the tensor."""
         placements = []
         for placement in tensor.placements:
             is_cut = hasattr(placement, "dim") and placement.dim % tensor.ndim == dim
@@ -193,11 +193,11 @@ class _Held:
 
 
 def _along_first(placement: Any) -> Any:
-    """The placement, of a tensor of one dimension."""
+    """The same placement for a one-dimensional tensor."""
     others: Mapping[str, Any] = {"split_factor": placement.split_factor} if hasattr(placement, "split_factor") else {}
     return type(placement)(0, **others)
 
 
 def needs_of(targets: Sequence[Target]) -> list[Need]:
-    """What the targets need, for the plan."""
+    """The needs of these targets, for `plan_load`."""
     return [(target.tensor.name, target.held) for target in targets]

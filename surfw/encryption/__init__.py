@@ -1,7 +1,7 @@
-"""Weights that only their reader sees: stored bytes are encrypted when a model is chunked, and decrypted in the client.
+"""End-to-end encryption of weights: stored bytes are encrypted when a model is chunked and decrypted in the client.
 
-A storage, a server and a Redis have ciphertext, its digests and the manifest, and no key. `keys` has the cipher and the
-key, `source` what decrypts. `cryptography` (the extra `surfw[encryption]`) is imported once a key is used.
+Storages, servers and Redis see ciphertext, its digests and the manifest, but no key. `keys` implements keys and the
+cipher, `source` decryption. `cryptography` (the extra `surfw[encryption]`) is imported when a key is first used.
 """
 
 from surfw.encryption.keys import EncryptionKey, Sealer, read_key

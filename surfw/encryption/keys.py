@@ -1,21 +1,21 @@
-"""The key of a model, and what is done with it: blocks of 1 MiB of stored bytes are sealed, and opened again.
+"""The key of a model, which encrypts (seals) and decrypts (opens) stored bytes in blocks of 1 MiB.
 
-Stored bytes are encrypted with AES-256-GCM, a block at a time, after they were coded. Ciphertext is as long as what it
-hides; beside each block, its *seal* (`manifest.SEAL_BYTES`) has the block's *mark* and GCM's tag.
+Stored bytes are encoded first, and then encrypted with AES-256-GCM, one block at a time. Ciphertext has the length of
+its plaintext; each block's *seal* (`manifest.SEAL_BYTES`), kept separately, has the block's *mark* and GCM's tag.
 
     mark = BLAKE3(plaintext of the block), keyed with the key for marks       32 bytes
     key of the block = BLAKE3(mark), keyed with the key for blocks            32 bytes
     nonce = 0                                                                 12 bytes
     the keys for marks, blocks and ids = BLAKE3's key derivation from the 32 bytes of the key file
 
-**No pair of key and nonce ever covers two plaintexts.** The nonce is always the same, so this says: two blocks with the
-same key have the same plaintext. A block's key follows from its mark, and its mark from its plaintext alone; so blocks
-with other plaintexts have other marks and other keys, unless two values of BLAKE3 of 256 bits collide. It does not
-matter of which chunk, codec, library version or run a block is: the very bytes that are encrypted decide the key.
+**A pair of key and nonce never encrypts two plaintexts.** Since the nonce is constant, this means: two blocks with the
+same key have the same plaintext. A block's key is derived from its mark, and its mark from its plaintext alone; so
+different plaintexts have different marks and keys, unless two 256-bit BLAKE3 values collide. This holds across chunks,
+codecs, library versions and runs: only the encrypted bytes determine the key.
 
-Equal blocks are stored equally, so that models still share what they have in common; whoever sees a store sees which
-blocks are equal. Without the key, a mark tells nothing else: one cannot make the mark of a guess. Chunk ids are keyed
-for the same reason.
+Equal blocks have equal ciphertext, so that models still share common blobs; anyone who sees a store can see which
+blocks are equal. Without the key, a mark reveals nothing else: nobody can compute the mark of a guessed plaintext.
+Chunk ids are keyed for the same reason.
 """
 
 import base64
@@ -44,40 +44,40 @@ _KEY_BYTES, _MARK_BYTES = 32, 32
 _MOST_FILE_BYTES = 4096
 _NONCE = bytes(12)
 _CONTEXT = "surfw 2026 encryption of stored bytes: "
-"""How the contexts of BLAKE3's key derivation begin; they never change."""
+"""The prefix of the contexts for BLAKE3's key derivation; these must never change."""
 
 
 class WrongSealError(Exception):
-    """A block does not decrypt: it was encrypted with another key, or its seal is another block's."""
+    """A block cannot be decrypted: it was encrypted with another key, or the seal belongs to another block."""
 
 
 class EncryptionKey:
-    """32 secret bytes, and what they can do. Usable from any thread.
+    """A secret of 32 bytes that encrypts and decrypts blocks. Thread-safe.
 
     Attributes:
-        where: names the place that the key comes from, for errors.
+        where: names the source of the key in errors.
     """
 
     def __init__(self, secret: bytes, *, where: str = "key") -> None:
-        """Take the bytes.
+        """Derive all keys from the secret.
 
         Raises:
-            ConfigurationError: there are not 32, or `cryptography` is not installed.
+            ConfigurationError: the secret is not 32 bytes long, or `cryptography` is not installed.
         """
         if len(secret) != _KEY_BYTES:
             raise ConfigurationError(f"the {where} has {len(secret)} bytes, expected {_KEY_BYTES}")
         self.where = where
         self._marks, self._blocks, self._ids = (_derive(secret, purpose) for purpose in ("marks", "blocks", "ids"))
         self.id = _derive(secret, "key id")[:16].hex()
-        """Names the key without telling anything of it: 32 hex digits."""
-        self._cipher_parts  # noqa: B018 - whether they are there is said before anything is done
+        """Identifies the key without revealing anything about it: 32 hex digits."""
+        self._cipher_parts  # noqa: B018 - fails here if cryptography is not installed
 
     def __repr__(self) -> str:
-        """The key's id; never the key."""
+        """Return the key's id, never the key."""
         return f"<EncryptionKey {self.id} from {self.where}>"
 
     def hide(self, chunk_id: str) -> str:
-        """The id that a chunk gets where it is encrypted, of the BLAKE3 of its payload; both in hex."""
+        """Return the id of an encrypted chunk, given the BLAKE3 of its payload; both in hex."""
         return blake3(bytes.fromhex(chunk_id), key=self._ids).hexdigest()
 
     def seal(self, plain: bytes | memoryview, into: memoryview) -> bytes:
@@ -97,10 +97,10 @@ class EncryptionKey:
         return mark + bytes(encryptor.tag)
 
     def open(self, block: memoryview, seal: bytes) -> None:
-        """Decrypt a block where it is.
+        """Decrypt a block in place.
 
         Raises:
-            WrongSealError: it is not what was sealed with this key; its memory holds nothing usable.
+            WrongSealError: block and seal do not match this key; the contents of `block` are then undefined.
         """
         from cryptography.exceptions import InvalidTag
 
@@ -127,17 +127,16 @@ class EncryptionKey:
 
 
 class Sealer:
-    """Encrypts the stored bytes of one form, which come in order, in parts of any length."""
+    """Encrypts the stored bytes of one form, given in order, in parts of any length."""
 
     def __init__(self, key: EncryptionKey) -> None:
-        """Nothing has come yet."""
         self._key = key
         self._seals = bytearray()
         self._plain, self._coded = memoryview(bytearray(BLOCK_BYTES)), memoryview(bytearray(BLOCK_BYTES))
-        self._held = 0  # bytes of a block that has begun
+        self._held = 0  # bytes of an incomplete block
 
     def update(self, part: bytes | memoryview) -> Iterator[memoryview]:
-        """Encrypt the next bytes; yields each block that is full then, valid until the next one is asked for."""
+        """Encrypt the next bytes; yields each completed block, which is valid until the next is requested."""
         view = memoryview(part)
         while view:
             if not self._held and len(view) >= BLOCK_BYTES:
@@ -152,7 +151,7 @@ class Sealer:
                 yield from self.finish()
 
     def finish(self) -> Iterator[memoryview]:
-        """Encrypt the block that has begun, if there is one."""
+        """Encrypt the last, incomplete block, if there is one."""
         if self._held:
             held, self._held = self._held, 0
             yield self._seal(self._plain[:held])
@@ -172,11 +171,11 @@ assert SEAL_BYTES == _MARK_BYTES + 16, "a mark, and GCM's tag"
 
 
 def read_key(file: str | os.PathLike[str]) -> EncryptionKey:
-    """The key in a file: 32 bytes as 64 hex digits or as base64. Only its owner may have rights to the file.
+    """Read a key from a file: 32 bytes as 64 hex digits or as base64. Only the owner may have access to the file.
 
     Raises:
-        ConfigurationError: there is no such file, others can read it, or it holds no key; or `cryptography` is not
-            installed. Nothing of what the file holds is shown.
+        ConfigurationError: the file is missing, others have access to it, or it holds no key; or `cryptography` is not
+            installed. The message shows nothing of the file's contents.
     """
     path = expand_home(file)
     where = f"key file {printable(str(path))}"
@@ -206,7 +205,7 @@ def read_key(file: str | os.PathLike[str]) -> EncryptionKey:
 
 
 def _decode(text: bytes) -> bytes | None:
-    """The 32 bytes that a text says; None if it does not."""
+    """Decode 32 bytes from hex or base64; None if the text is neither."""
     try:
         if len(text) == 2 * _KEY_BYTES:
             return binascii.unhexlify(text)

@@ -1,8 +1,8 @@
-"""A source of encrypted models, as one of plain weights: blocks are decrypted where they lie, once they are verified.
+"""A chunk source that decrypts encrypted models: blocks are decrypted in place once they are verified.
 
-The source behind says which blocks are right as it finds out (`Read.on_verified`), in the threads that verify; they are
-decrypted there and then, while others arrive. What it does not tell of is decrypted in the end, in a thread. Nothing is
-mapped: plaintext is in private memory only, that of the reader, which counts it.
+The wrapped source reports each verified block (`Read.on_verified`) in the thread that verified it; the block is
+decrypted in that thread, while others arrive. Blocks that are not reported are decrypted at the end, in a thread.
+Nothing is mapped: plaintext exists only in the reader's private memory, which the reader counts.
 """
 
 import logging
@@ -21,24 +21,24 @@ logger = logging.getLogger("surfw.encryption")
 
 
 class DecryptingSource(SourceInFront):
-    """A source, and the key of its encrypted models; models that are not encrypted are read as they are."""
+    """Wraps a source and decrypts its encrypted models with a key; other models are passed through."""
 
     def __init__(self, source: ChunkSource, key: EncryptionKey) -> None:
-        """Read from a source, which is closed with this."""
+        """Wrap `source`, which is closed together with this one."""
         super().__init__(source)
         self._key = key
-        self._told: set[str] = set()  # models that the key is not needed for
+        self._told: set[str] = set()  # unencrypted models that were warned about
 
     @property
     def url(self) -> str:  # type: ignore[override]
-        """The place that the bytes come from."""
+        """The URL of the wrapped source."""
         return self._source.url
 
     def expect_readable(self, manifest: Manifest) -> None:
-        """Check that this is the key of a model; say so where a model is not encrypted at all.
+        """Check that this is the key of a model; warn once if the model is not encrypted.
 
         Raises:
-            ConfigurationError: it is encrypted with another.
+            ConfigurationError: the model is encrypted with another key.
         """
         if not manifest.key_id:
             if manifest.name not in self._told:
@@ -51,7 +51,7 @@ class DecryptingSource(SourceInFront):
             )
 
     def identify(self, manifest: Manifest, digest: str) -> str:
-        """The id of a chunk whose payload has this BLAKE3; keyed, where the model is encrypted."""
+        """Return the id of a chunk whose payload has this BLAKE3; keyed if the model is encrypted."""
         found = self._source.identify(manifest, digest)
         return self._key.hide(found) if manifest.key_id else found
 
@@ -74,7 +74,7 @@ class DecryptingSource(SourceInFront):
             work.expect_right(self.url)
 
     async def view(self, manifest: Manifest, chunk: Chunk, form: Form) -> View | None:
-        """The form's bytes where they are stored; None where they are encrypted."""
+        """Return a view of the form's stored bytes; None if they are encrypted."""
         return None if form.seals else await self._source.view(manifest, chunk, form)
 
 
@@ -84,10 +84,10 @@ def _finish(works: Sequence["_Opening"]) -> None:
 
 
 class _Opening:
-    """The blocks of one read, on their way from ciphertext to plaintext. Several threads may tell of them at once.
+    """Decrypts the blocks of one read. Several threads may report blocks at once.
 
     Attributes:
-        read: what to ask the source for.
+        read: the read to pass to the wrapped source.
     """
 
     def __init__(self, key: EncryptionKey, read: Read) -> None:
@@ -105,16 +105,16 @@ class _Opening:
         return len(self._opened) == -(-len(self._read.destination) // BLOCK_BYTES)
 
     def finish(self) -> None:
-        """Decrypt what the source did not tell of."""
+        """Decrypt the blocks that the source did not report."""
         for index, start in enumerate(range(0, len(self._read.destination), BLOCK_BYTES), self._first):
             if index not in self._opened:
                 self._open(index, self._read.destination[start : start + BLOCK_BYTES])
 
     def expect_right(self, where: str) -> None:
-        """Check, in the end, that all blocks could be decrypted.
+        """Check that all blocks have been decrypted.
 
         Raises:
-            IntegrityError: one could not.
+            IntegrityError: a block could not be decrypted.
         """
         if self._wrong is not None:
             raise IntegrityError(
@@ -124,7 +124,7 @@ class _Opening:
         assert self.is_done, "every block is decrypted, or an error was raised"
 
     def _open(self, index: int, block: memoryview) -> None:
-        """Decrypt a block that was verified: it is ciphertext, even if it was decrypted before and came again."""
+        """Decrypt a verified block. It is always ciphertext: if it is reported again, it was fetched again."""
         try:
             self._key.open(block, self._read.form.seal(index))
         except WrongSealError:

@@ -1,21 +1,20 @@
-"""The durable facts of a chunked model: what its chunks hold, where their bytes lie, and in which order they run.
+"""The manifest of a chunked model: the contents of its chunks, the locations of their bytes, and the execution order.
 
-A manifest is immutable, is JSON on disk, and knows neither torch nor network nor storage. The format is versioned and
-documented in `surfw/storage/FORMAT.md`. Its rules, checked whenever one is parsed:
+A manifest is immutable, is stored as JSON, and is independent of torch, network and storage. The format is versioned
+and documented in `surfw/storage/FORMAT.md`. Its rules, which are checked whenever a manifest is parsed:
 
-- In a store, a line with its BLAKE3 stands before the JSON: see `parse_stored_manifest`.
-- A chunk's identity is the BLAKE3 of its tensor payload: the tensors' bytes, in the manifest's order, without gaps.
-- A chunk lists *forms*. A form's stored bytes are digested per block of 1 MiB, so that any run of blocks can be
-  verified alone. For codec `none` the stored bytes are the payload itself; for `lossless` they are its parts of
-  1 MiB, each compressed alone, whose stored sizes are listed (format version 3). `int8` and `int4` hold quantised
-  weights; how each tensor is held is listed, and where it lies follows from that (format version 4).
-- Stored bytes may be encrypted, all with one key, after they were coded (format version 5). Digests are of what is
-  stored, so that nobody needs the key to verify, serve or copy it.
-- An adapter has a manifest of its own, which names its base and the weights that it belongs to (format version 6).
-- The experts of a mixture are chunks of their own, of the kind `expert` (format version 7): see
-  `surfw.manifest.experts`.
-- It may be signed, by whoever made the model: see `surfw.signing`.
-- The locations and files of a model that was not copied lie in another storage, its *origin*, and each object is
+- In a store, a line with its BLAKE3 precedes the JSON: see `parse_stored_manifest`.
+- A chunk's id is the BLAKE3 of its tensor payload: the tensors' bytes, in the manifest's order, without gaps.
+- A chunk lists *forms*. A form's stored bytes are digested per 1 MiB block, so that any range of blocks can be
+  verified. For codec `none`, the stored bytes are the payload itself; for `lossless`, they are its 1 MiB parts, each
+  compressed separately, whose stored sizes are listed (format version 3). `int8` and `int4` hold quantised weights; the
+  kind of each tensor is listed, and determines its position (format version 4).
+- Stored bytes may be encrypted, all with one key, after encoding (format version 5). Digests cover the encrypted
+  bytes, so that verifying, serving and copying them requires no key.
+- An adapter has its own manifest, which names its base and identifies the base's weights (format version 6).
+- Each expert of a mixture may be a separate chunk, of kind `expert` (format version 7): see `surfw.manifest.experts`.
+- A manifest may be signed by the publisher of the model: see `surfw.signing`.
+- The locations and files of a model that was not copied lie in another storage, its *origin*, where each object is
   pinned to its revision. Digests may then be missing (format version 2) until all bytes of a chunk have been read.
 - Locations (object and byte range) belong to the storage. They and the origin never cross the wire: see
   `Manifest.public`.

@@ -1,4 +1,4 @@
-"""BLAKE3 of stored bytes: of the whole, and of each block of 1 MiB, so that any run of blocks can be verified alone."""
+"""BLAKE3 of stored bytes: of the whole, and of each 1 MiB block, so that any range of blocks can be verified."""
 
 import json
 import re
@@ -14,18 +14,18 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 def payload_digest(data: bytes | memoryview) -> str:
-    """BLAKE3 of the bytes, in hex."""
+    """Return the BLAKE3 of the bytes, in hex."""
     return blake3(data).hexdigest()
 
 
 class Digests(NamedTuple):
-    """The BLAKE3 of some stored bytes in hex, and those of their blocks, raw and joined."""
+    """The BLAKE3 of stored bytes, in hex, and the raw BLAKE3s of their blocks, joined."""
 
     digest: str
     blocks: bytes
 
     def document(self) -> dict[str, str]:
-        """The digests as JSON; `read_digests` reads them."""
+        """Return the digests as a JSON object, for `read_digests`."""
         return {"digest": self.digest, "blocks": self.blocks.hex()}
 
 
@@ -35,7 +35,7 @@ def is_digest(value: object) -> bool:
 
 
 def read_digests(document: Any, stored_bytes: int) -> Digests:
-    """Digests from decoded JSON, for that many stored bytes.
+    """Read digests for `stored_bytes` bytes from decoded JSON.
 
     Raises:
         ValueError: the document has no digests, or digests for another number of bytes.
@@ -49,10 +49,10 @@ def read_digests(document: Any, stored_bytes: int) -> Digests:
 
 
 def parse_digests(data: bytes, stored_bytes: int, *, where: str) -> Digests:
-    """As `read_digests`, from JSON that came from elsewhere; `where` names its source in errors.
+    """Parse the digests for `stored_bytes` bytes from untrusted JSON; `where` names its source in errors.
 
     Raises:
-        ManifestError: it is not valid.
+        ManifestError: the JSON is not valid.
     """
     try:
         return read_digests(json.loads(data), stored_bytes)
@@ -61,19 +61,19 @@ def parse_digests(data: bytes, stored_bytes: int, *, where: str) -> Digests:
 
 
 def encode_line(document: Any) -> bytes:
-    """One line of a log of JSON documents: the BLAKE3 of the text, and the text.
+    """Encode one line of a log of JSON documents: the BLAKE3 of the text, and the text.
 
-    It begins with a newline, so that it is whole even after a line whose writer was stopped halfway.
+    It begins with a newline, so that it stays intact after a line that was only partly written.
     """
     text = json.dumps(document).encode()
     return f"\n{payload_digest(text)} ".encode() + text + b"\n"
 
 
 def decode_line(line: bytes) -> Any:
-    """The document of one line.
+    """Decode the document of one line.
 
     Raises:
-        ValueError: the line is empty, damaged or cut off.
+        ValueError: the line is empty, damaged or truncated.
     """
     digest, _, text = line.partition(b" ")
     if digest != payload_digest(text).encode():
@@ -82,17 +82,17 @@ def decode_line(line: bytes) -> Any:
 
 
 def count_blocks(stored_bytes: int) -> int:
-    """How many blocks that many bytes have."""
+    """Return the number of blocks of `stored_bytes` bytes."""
     return -(-stored_bytes // BLOCK_BYTES)
 
 
 class Digester:
-    """Digests bytes that come in order, in parts of any length."""
+    """Digests bytes incrementally, in parts of any length."""
 
     def __init__(self) -> None:
         self._whole, self._block = blake3(), blake3()
         self._blocks = bytearray()
-        self._left_bytes = BLOCK_BYTES  # of the block that has begun
+        self._left_bytes = BLOCK_BYTES  # of the current block
 
     def update(self, part: memoryview | bytes) -> None:
         """Digest the next bytes."""
@@ -111,14 +111,14 @@ class Digester:
         self._block, self._left_bytes = blake3(), BLOCK_BYTES
 
     def result(self) -> Digests:
-        """The digests of all bytes so far; call it once, at the end."""
+        """Return the digests of all bytes; call it once, at the end."""
         if self._left_bytes < BLOCK_BYTES:
             self._end_block()
         return Digests(self._whole.hexdigest(), bytes(self._blocks))
 
 
 def digest_blocks(parts: Iterable[bytes | memoryview]) -> Digests:
-    """The digest of joined parts, and the digests of their blocks."""
+    """Return the digests of the joined parts."""
     digester = Digester()
     for part in parts:
         digester.update(part)

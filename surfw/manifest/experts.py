@@ -1,8 +1,8 @@
-"""Experts of a mixture, each a chunk of its own: how they are named, and the stacks that they are slices of. Pure.
+"""Experts of a mixture, each in its own chunk: their names, and the stacks that they are slices of. Pure.
 
-A module of experts holds tensors whose first dimension counts experts, its *stacks*. The chunk `path[5]`, of the kind
-`expert`, has slice 5 of each of them: the tensors `path.gate_up_proj[5]`, `path.down_proj[5]`, and so on, in the shape
-of a stack without its first dimension. The execution order does not name these chunks: a router says which are used.
+A module of experts has tensors whose first dimension is the expert, its *stacks*. The chunk `path[5]`, of kind
+`expert`, has slice 5 of each stack: the tensors `path.gate_up_proj[5]`, `path.down_proj[5]`, and so on, with the shape
+of the stack without its first dimension. The execution order does not list these chunks: a router selects them.
 """
 
 import re
@@ -21,10 +21,10 @@ class Experts:
     """The experts of one module.
 
     Attributes:
-        path: the module's.
-        chunks: of expert 0, expert 1, and so on.
-        stacks: the tensors that the module holds, by their names, in the order of the chunks' payloads; `offset` is
-            that of a slice in its chunk's payload.
+        path: the module's path.
+        chunks: the chunks of expert 0, expert 1, and so on.
+        stacks: the module's tensors by name, in the order of the chunks' payloads; `offset` is that of a slice in its
+            chunk's payload.
     """
 
     path: str
@@ -33,24 +33,24 @@ class Experts:
 
 
 def slice_name(name: str, index: int) -> str:
-    """The name of slice `index` of a stack, or of the chunk of expert `index` of a module."""
+    """Return the name of slice `index` of a stack, or of the chunk of expert `index` of a module."""
     return f"{name}[{index}]"
 
 
 def split_name(name: str) -> tuple[str, int] | None:
-    """The stack or module of a name that `slice_name` makes, and the index; None for other names."""
+    """Split a name made by `slice_name` into stack or module and index; None for other names."""
     found = _SLICE.fullmatch(name)
     return (found[1], int(found[2])) if found else None
 
 
 def stack_name(name: str) -> str:
-    """The name of the stack that a tensor is a slice of; its own name, if it is none."""
+    """Return the name of the stack of which a tensor is a slice; its own name if it is not a slice."""
     parts = split_name(name)
     return parts[0] if parts else name
 
 
 def group_experts(chunks: "Iterable[Chunk]") -> dict[str, Experts]:
-    """The experts among the chunks of a model, by the path of the module that holds them.
+    """Return the experts among a model's chunks, by the path of the module that holds them.
 
     Raises:
         ValueError: an expert is missing, or differs from the others of its module in more than its bytes.

@@ -1,4 +1,4 @@
-"""What a manifest holds, as values: tensors, chunks and their forms, files, ties, and the execution order."""
+"""The values in a manifest: tensors, chunks and their forms, files, ties, and the execution order."""
 
 import json
 import math
@@ -29,26 +29,26 @@ ENCRYPTED_VERSION = 5
 """The version of manifests of models whose stored bytes are encrypted."""
 
 SEAL_BYTES = 48
-"""What an encrypted block needs beside it to be decrypted: 32 bytes that its key comes from, and 16 of a tag."""
+"""Bytes stored per encrypted block for decryption: 32 to derive its key, and a tag of 16."""
 
 ADAPTER_VERSION = 6
 """The version of manifests of adapters."""
 
 EXPERTS_VERSION = 7
-"""The version of manifests with a chunk for each expert of a mixture; it may have all that the others have."""
+"""The version of manifests with a chunk per expert of a mixture; they may also be in place, coded or encrypted."""
 
 Kind = Literal["raw", "int8", "int4"]
 """How a packed form holds a tensor: as in the payload, or quantised."""
 
 Reason = Literal["vectors", "small", "shapes", "dtypes", "others"]
-"""Why a tensor is not quantised: it is no matrix; or one that has few weights, a shape that no kernel takes, or another
-dtype than float32, float16 and bfloat16; or it belongs to a module that is not quantised."""
+"""Why a tensor is not quantised: it is not a matrix; it has few weights; no kernel supports its shape; its dtype is not
+float32, float16 or bfloat16; or its module is not quantised."""
 
 DTYPE_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "U16": 16, "I16": 16, "F16": 16, "BF16": 16,
     "U32": 32, "I32": 32, "F32": 32, "C64": 64, "U64": 64, "I64": 64, "F64": 64,
 }  # fmt: skip
-"""Bits of the element types a tensor may have, under their safetensors names."""
+"""Bits per element of each supported dtype, by its safetensors name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensor's payload."""
+        """Bytes of the tensor in the payload."""
         return nbytes(self.dtype, self.shape)
 
 
@@ -82,18 +82,18 @@ class Location:
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """One way in which a chunk's bytes are stored.
+    """One way to store a chunk's bytes.
 
     Attributes:
         codec: how stored bytes become payload bytes; `none` means they are the same. See `surfw.codec`.
         stored_bytes: length of the stored bytes.
         digest: BLAKE3 of the stored bytes, hex; empty until all of them have been read (see `is_known`).
         blocks: BLAKE3 of each block of 1 MiB of the stored bytes (the last may be shorter), raw digests joined.
-        locations: where the stored bytes lie, in order; empty once a manifest has crossed the wire.
-        frames: the stored bytes of each frame, a part of 1 MiB of the payload that is coded alone; only of `lossless`.
-        kinds: how each of the chunk's tensors is held; only of packed forms, `int8` and `int4`.
-        seals: of an encrypted form, `SEAL_BYTES` for each block, joined; see `surfw.encryption`. Encrypted bytes are as
-            long as what they hide, and lie where that would.
+        locations: byte ranges of the stored bytes, in order; empty once a manifest has crossed the wire.
+        frames: stored length of each frame; a frame encodes 1 MiB of the payload independently. Only for `lossless`.
+        kinds: how each of the chunk's tensors is held; only for the packed forms, `int8` and `int4`.
+        seals: for an encrypted form, `SEAL_BYTES` per block, joined; see `surfw.encryption`. Ciphertext has the length
+            of its plaintext and takes its place.
     """
 
     codec: str
@@ -107,7 +107,7 @@ class Form:
 
     @property
     def is_packed(self) -> bool:
-        """Whether it holds quantised weights: it is not exact, and stays as it is in memory."""
+        """Whether it holds quantised weights, which are not exact and stay packed in memory."""
         return bool(self.kinds)
 
     @property
@@ -116,25 +116,25 @@ class Form:
         return bool(self.digest)
 
     def block_digest(self, index: int) -> bytes:
-        """The digest of block `index`."""
+        """Return the digest of block `index`."""
         return self.blocks[32 * index : 32 * index + 32]
 
     def seal(self, index: int) -> bytes:
-        """What decrypts block `index`, with the key."""
+        """Return the seal of block `index`, which is needed with the key to decrypt it."""
         return self.seals[SEAL_BYTES * index : SEAL_BYTES * (index + 1)]
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """The unit that is stored, served and kept resident: the tensors of one executed module.
+    """The unit of storing, serving and residency: the tensors of one executed module.
 
     Attributes:
-        name: path of the module whose tensors these are, such as `model.layers.3`; `path.*` for the tensors that a
-            containing module holds directly.
+        name: path of the module that owns the tensors, such as `model.layers.3`; `path.*` for tensors that a containing
+            module owns directly.
         kind: `layer` for an item of a repeated block, `part` for embeddings, norms and heads, `own` for `path.*`,
-            `expert` for one expert of a mixture, which is named `path[index]`: see `surfw.manifest.experts`.
-        id: BLAKE3 of the payload, hex; until that has been read, of where it lies (see `Origin.provisional_id`). Where
-            the model is encrypted, it is keyed, so that it does not tell which payload it is of.
+            `expert` for one expert of a mixture, named `path[index]`: see `surfw.manifest.experts`.
+        id: BLAKE3 of the payload, hex; until the payload has been read, of its location (see `Origin.provisional_id`).
+            In an encrypted model, the hash is keyed, so that it does not identify the payload.
         payload_bytes: length of the payload.
         tensors: in payload order, without gaps.
         forms: at least one.
@@ -148,7 +148,7 @@ class Chunk:
     forms: tuple[Form, ...]
 
     def form(self, codec: str) -> Form | None:
-        """The form of that codec, if there is one."""
+        """Return the form with this codec, or None."""
         return next((form for form in self.forms if form.codec == codec), None)
 
 
@@ -172,7 +172,7 @@ class Use:
 
 @dataclass(frozen=True, slots=True)
 class Pin:
-    """What identifies an object of an origin: its size, and its revision as its storage calls it."""
+    """Identifies one version of an object of an origin: its size, and its revision as reported by the storage."""
 
     size: int
     revision: str
@@ -180,10 +180,10 @@ class Pin:
 
 @dataclass(frozen=True)
 class Origin:
-    """A storage whose objects are the chunks of a model that was not copied.
+    """A storage whose objects hold the chunks of a model that was not copied.
 
     Attributes:
-        url: its address: a folder, or a storage URL without secrets.
+        url: a folder, or a storage URL without secrets.
         pins: the size and revision of each object that is used, by its name in the origin.
     """
 
@@ -192,11 +192,11 @@ class Origin:
 
     @cached_property
     def key(self) -> str:
-        """BLAKE3 of all of it; it changes whenever an object does."""
+        """BLAKE3 of the URL and the pins; it changes whenever an object does."""
         return payload_digest(json.dumps(_origin_document(self), sort_keys=True).encode())
 
     def provisional_id(self, locations: Sequence[Location]) -> str:
-        """The id of a chunk whose payload has not been read: BLAKE3 of the origin's key and the byte ranges."""
+        """Return the id of a chunk whose payload has not been read: BLAKE3 of the origin's key and the byte ranges."""
         ranges = [[at.object, at.start, at.stop] for at in locations]
         return payload_digest(json.dumps([self.key, ranges]).encode())
 
@@ -207,7 +207,7 @@ class Base:
 
     Attributes:
         name: its name in the adapter's store.
-        key: its `Manifest.weights_key`: the adapter belongs to these very weights.
+        key: its `Manifest.weights_key`; the adapter fits only these weights.
     """
 
     name: str
@@ -216,24 +216,24 @@ class Base:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything about a chunked model, or an adapter, but its weights.
+    """Everything about a chunked model or adapter except its weights.
 
     Attributes:
         name: the model's name in its store.
         class_name: the class to build, such as `LlamaForCausalLM`.
         dtype: the dtype the model is built with, such as `bfloat16`.
-        config: the model's configuration, as in `config.json`; of an adapter, what `adapter_config.json` says of it.
+        config: the model's configuration, as in `config.json`; for an adapter, its LoRA settings.
         generation_config: as in `generation_config.json`, if there is one.
         files: tokenizer files.
-        ties: tensors that are the same as another one: their names to its name.
+        ties: tied tensors: maps each name to the name of the stored tensor.
         chunks: in the order of the model's modules.
-        order: the execution order, as far as the model's structure tells it. It does not name experts, of which a
-            router decides.
-        origin: the storage of all locations and files, if it is not the manifest's own.
-        key_id: which key the stored bytes of all chunks are encrypted with; empty where they are not.
-        base: of an adapter, the model that it changes: its class is that one's, and its chunks have the names of those
-            that they change.
-        signature: whose it is, if somebody says so; nothing here has checked it.
+        order: the execution order, as far as the model's structure defines it. Experts are not listed, since a router
+            selects them.
+        origin: the storage that holds all locations and files, if it is not the manifest's own.
+        key_id: the id of the key that encrypts the stored bytes of all chunks; empty if they are not encrypted.
+        base: for an adapter, the model that it changes. The adapter has the class of its base, and its chunks are named
+            like the base chunks that they change.
+        signature: the signature, if there is one; it has not been verified.
     """
 
     name: str
@@ -252,37 +252,37 @@ class Manifest:
 
     @cached_property
     def by_name(self) -> dict[str, Chunk]:
-        """The chunks by their name."""
+        """The chunks by name."""
         return {chunk.name: chunk for chunk in self.chunks}
 
     @cached_property
     def by_id(self) -> dict[str, Chunk]:
-        """The chunks by their identity; of chunks with equal payloads, one."""
+        """The chunks by id; one of several with equal payloads."""
         return {chunk.id: chunk for chunk in self.chunks}
 
     @cached_property
     def tensors(self) -> dict[str, TensorInfo]:
-        """The tensors of all chunks by their name."""
+        """The tensors of all chunks by name."""
         return {tensor.name: tensor for chunk in self.chunks for tensor in chunk.tensors}
 
     @cached_property
     def experts(self) -> dict[str, Experts]:
-        """The experts that have chunks of their own, by the path of the module that holds them.
+        """The experts with their own chunks, by the path of the module that holds them.
 
         Raises:
-            ValueError: chunks and tensors of experts do not belong together.
+            ValueError: the chunks and tensors of experts are inconsistent.
         """
         return group_experts(self.chunks)
 
     @cached_property
     def weights(self) -> dict[str, TensorInfo]:
-        """The tensors as the model has them, by their name: as `tensors`, with stacks in place of their slices."""
+        """The tensors as the model has them, by name: like `tensors`, but with stacks in place of their slices."""
         whole = {tensor.name: tensor for chunk in self.chunks if chunk.kind != "expert" for tensor in chunk.tensors}
         return whole | {name: stack for experts in self.experts.values() for name, stack in experts.stacks.items()}
 
     @cached_property
     def home(self) -> dict[str, Chunk]:
-        """The chunks by the names of their tensors."""
+        """The chunk of each tensor, by the tensor's name."""
         return {tensor.name: chunk for chunk in self.chunks for tensor in chunk.tensors}
 
     @property
@@ -302,14 +302,14 @@ class Manifest:
 
     @cached_property
     def weights_key(self) -> str:
-        """BLAKE3 of the names and identities of all chunks: of the same weights, however they are stored."""
+        """BLAKE3 of the names and ids of all chunks: it identifies the weights, however they are stored."""
         return payload_digest(json.dumps([[chunk.name, chunk.id] for chunk in self.chunks]).encode())
 
     @cached_property
     def identity(self) -> str:
-        """BLAKE3 of what the model is: configuration, files and payloads, whatever its name, forms and locations are.
+        """BLAKE3 of the model's configuration, files and payloads, independent of its name, forms and locations.
 
-        Chunks that lack digests are named provisionally: see `is_known`.
+        Chunks that lack digests count with their provisional ids: see `is_known`.
         """
         document = json.loads(self.encode())
         for chunk in document["chunks"]:
@@ -322,11 +322,11 @@ class Manifest:
 
     @cached_property
     def form_digests(self) -> dict[str, str]:
-        """By codec, BLAKE3 of all that proves the bytes of its forms, wherever they lie.
+        """For each codec, BLAKE3 of everything that verifies the bytes of its forms, independent of their locations.
 
-        The identity names payloads, and whoever reads a part of one compares it with digests of blocks, which only a
-        manifest has. `lossless` is left out where it is not encrypted: what it decodes to is compared with the
-        payload's identity.
+        `identity` covers whole payloads, but a reader of part of one verifies it by block digests, which only the
+        manifest has. `lossless` is left out unless it is encrypted: its decoded bytes are verified against the
+        payload's id.
         """
         found: dict[str, list[Any]] = {}
         for chunk in self.public().chunks:
@@ -337,16 +337,16 @@ class Manifest:
 
     @property
     def is_covered(self) -> bool:
-        """Whether the signature, if it is right, speaks of all forms that are there."""
+        """Whether the signature, if it is valid, covers all forms."""
         return self.signature is not None and self.form_digests.items() <= self.signature.forms.items()
 
     def with_signature_of(self, other: "Manifest") -> "Manifest":
-        """The manifest with another one's signature, where that is of the same model in these forms; else with none."""
+        """Return the manifest with another's signature if that covers this model and its forms, else with none."""
         signed = replace(self, signature=other.signature)
         return signed if signed.is_covered and self.identity == other.identity else replace(self, signature=None)
 
     def file(self, path: str) -> ModelFile:
-        """The file of that name.
+        """Return the file with this path.
 
         Raises:
             NotFoundError: the model has no such file.
@@ -357,7 +357,7 @@ class Manifest:
         raise NotFoundError(f"{self.name} has no file {path[:80]!r}")
 
     def public(self) -> "Manifest":
-        """The manifest as it may cross the wire: without origin, locations and object names."""
+        """Return the manifest as it may cross the wire: without origin, locations and object names."""
         chunks = tuple(
             replace(chunk, forms=tuple(replace(form, locations=()) for form in chunk.forms)) for chunk in self.chunks
         )
@@ -366,7 +366,7 @@ class Manifest:
 
     @property
     def version(self) -> int:
-        """The version of the format that it needs."""
+        """The format version that the manifest requires."""
         if self.base is not None:
             return ADAPTER_VERSION
         if any(chunk.kind == "expert" for chunk in self.chunks):
@@ -386,11 +386,11 @@ class Manifest:
         return all(form.is_known for chunk in self.chunks for form in chunk.forms)
 
     def with_digests(self, known: Mapping[str, Digests]) -> "Manifest":
-        """The manifest with missing digests filled in, by the provisional ids of chunks, which get their real ids."""
+        """Return the manifest with missing digests filled in, by provisional chunk id; chunks get real ids."""
         return replace(self, chunks=tuple(with_digests(chunk, known.get(chunk.id)) for chunk in self.chunks))
 
     def encode(self) -> bytes:
-        """The manifest as JSON, the same bytes for equal manifests."""
+        """Encode the manifest as JSON; equal manifests give equal bytes."""
         document: dict[str, Any] = {
             "format": FORMAT,
             "version": self.version,
@@ -416,7 +416,7 @@ class Manifest:
 
 
 def with_digests(chunk: Chunk, digests: Digests | None) -> Chunk:
-    """The chunk with the digests of its one form filled in, if it lacks them and they are given."""
+    """Return the chunk with the digests of its only form filled in, if it lacks them and they are given."""
     if digests is None or all(form.is_known for form in chunk.forms):
         return chunk
     (form,) = chunk.forms

@@ -1,4 +1,4 @@
-"""Parsing manifests: nothing is believed before it is checked, and sizes are capped before that."""
+"""Parse manifests: every value is checked before it is used, and sizes are capped before parsing."""
 
 import json
 import math
@@ -59,18 +59,18 @@ _MAX_SIGNED_FORMS = 16
 _MAX_FILE_NAME = 128
 _MAX_OBJECT_NAME = 255
 
-# How a stored manifest with a digest begins. One flipped bit makes a `{` of the `s`, as one without a digest begins;
-# but no JSON begins with `{u`, and a cut leaves the `s`.
+# The first bytes of a stored manifest with a digest. One flipped bit can turn the `s` into `{`, the first byte of a
+# manifest without a digest; but no JSON begins with `{u`, and truncation keeps the `s`.
 _DIGEST_LINE = f"{FORMAT} blake3 "
 
 
 def check_model_name(name: str) -> str:
-    """Check a model's name, `name` or `org/name` of letters, digits, `.`, `_` and `-`, and return it.
+    """Check and return a model's name: `name` or `org/name` of letters, digits, `.`, `_` and `-`.
 
     Raises:
-        ManifestError: it is something else.
+        ManifestError: the name is not valid.
     """
-    is_file = any(part.endswith(".json") for part in name.split("/"))  # where another model's manifest would lie
+    is_file = any(part.endswith(".json") for part in name.split("/"))  # the path of another model's manifest
     if not _NAME.fullmatch(name) or len(name) > 200 or ".." in name or is_file:
         raise ManifestError(
             f"model name {name[:80]!r} cannot be used: expected 'name' or 'org/name' of letters, digits, "
@@ -80,10 +80,10 @@ def check_model_name(name: str) -> str:
 
 
 def parse_manifest(data: bytes, *, where: str) -> Manifest:
-    """Parse a manifest's JSON and check every rule of the format. `where` names its source in errors.
+    """Parse a manifest's JSON and check every rule of the format; `where` names its source in errors.
 
     Raises:
-        ManifestError: the bytes are not a manifest, or of a version that this surfw does not know, or break a rule.
+        ManifestError: the bytes are not a manifest, have a version that this surfw does not know, or break a rule.
     """
     if len(data) > MANIFEST_BYTES or is_crowded(data):
         raise ManifestError(
@@ -102,7 +102,7 @@ def parse_manifest(data: bytes, *, where: str) -> Manifest:
 
 
 def encode_stored_manifest(manifest: Manifest) -> bytes:
-    """A manifest as a store holds it: a line with the BLAKE3 of its JSON, then the JSON."""
+    """Encode a manifest as it is stored: a line with the BLAKE3 of its JSON, then the JSON."""
     document = manifest.encode()
     return f"{_DIGEST_LINE}{payload_digest(document)}\n".encode() + document
 
@@ -113,14 +113,14 @@ def has_digest(data: bytes) -> bool:
 
 
 def parse_stored_manifest(data: bytes, *, where: str) -> Manifest:
-    """Parse a manifest as a store holds it, and compare its digest; `where` names its source in errors.
+    """Parse a stored manifest and verify its digest; `where` names its source in errors.
 
-    A manifest without a digest is accepted if its bytes are one JSON object from the first byte to the last.
+    A manifest without a digest is accepted if its bytes are exactly one JSON object.
 
     Raises:
         ManifestError: the bytes are damaged, more than `MANIFEST_BYTES`, or not a manifest; see `parse_manifest`.
     """
-    if len(data) > MANIFEST_BYTES:  # the line with the digest included, as a store loads no more
+    if len(data) > MANIFEST_BYTES:  # including the line with the digest: a store loads no more
         raise ManifestError(f"the manifest from {where} has {len(data)} bytes, expected at most {MANIFEST_BYTES}")
     if not has_digest(data):
         return parse_manifest(data, where=where)
@@ -165,7 +165,7 @@ class _Parser:
         return [*value]
 
     def settings(self, value: Any, what: str, depth: int = 0) -> Any:
-        """Check that a configuration can be written again as it was read, and return it."""
+        """Check that a configuration can be encoded as JSON again unchanged, and return it."""
         self.require(depth <= MAX_JSON_DEPTH, f"{what} is nested more than {MAX_JSON_DEPTH} deep")
         if isinstance(value, dict):
             for key, inner in value.items():
@@ -298,7 +298,7 @@ class _Parser:
         return Form(codec, size, digest, blocks, locations, frames, kinds, seals)
 
     def frames(self, document: Any, chunk: str, payload_bytes: int, stored_bytes: int) -> tuple[int, ...]:
-        """The sizes of a chunk's frames: one for each MiB of its payload, none longer than that part of it."""
+        """Return the sizes of a chunk's frames: one per MiB of payload, none longer than the bytes it encodes."""
         sizes = [self.size(size, f"a frame of chunk {chunk}") for size in self.items(document, f"frames of {chunk}")]
         starts = range(0, payload_bytes, BLOCK_BYTES)
         fitting = len(sizes) == len(starts) and all(
@@ -309,7 +309,7 @@ class _Parser:
         return tuple(sizes)
 
     def kinds(self, document: Any, chunk: str, tensors: Sequence[TensorInfo], stored_bytes: int) -> tuple[Kind, ...]:
-        """How a packed form holds each tensor; its size follows from that."""
+        """Return how a packed form holds each tensor, and check that its stored size matches."""
         kinds = self.items(document, f"kinds of {chunk}")
         known = len(kinds) == len(tensors) and all(kind in get_args(Kind) for kind in kinds)
         self.require(known, f"the kinds of chunk {chunk} are not raw, int8 or int4 for each tensor")

@@ -1,6 +1,6 @@
-"""Where the tensors of a chunk lie in its forms `int8` and `int4`, whose bytes `surfw.codec.quantised` describes. Pure.
+"""The layout of a chunk's tensors in its forms `int8` and `int4`; `surfw.codec.quantised` describes the bytes. Pure.
 
-A form lists the kind of each tensor, and nothing else: all places follow from kinds, dtypes and shapes.
+A form lists only the kind of each tensor: all offsets follow from kinds, dtypes and shapes.
 """
 
 from collections.abc import Sequence
@@ -14,29 +14,29 @@ GROUP = 32
 """Columns that share a scale in `int4`."""
 
 PANEL = 64
-"""Rows that lie together in `int4`."""
+"""Rows that are interleaved in `int4`."""
 
 LEAST_WEIGHTS = 4096
-"""Matrices with fewer stay as they are: they are no part of the size, and often matter more than others."""
+"""Matrices with fewer weights are not quantised: they hardly add to the size, and are often more sensitive."""
 
 _COLUMNS: dict[Kind, int] = {"int8": 16, "int4": GROUP}
-"""What the number of columns has to be a multiple of; for int8, because torch's kernel takes no others."""
+"""The number of columns must be a multiple of this; for int8, torch's kernel requires it."""
 
 _DTYPES = frozenset({"F32", "F16", "BF16"})
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Where one tensor lies in a chunk's packed form. Places are bytes from the form's start, each a multiple of 64.
+    """The position of one tensor in a chunk's packed form. Offsets are in bytes; parts and scales are aligned to 64.
 
     Attributes:
-        name: the tensor's.
+        name: the tensor's name.
         kind: how it is stored.
-        dtype: the safetensors dtype that it has in the payload.
-        shape: as in the payload.
-        start: where its bytes or codes begin.
-        scales: where its scales begin; where it ends, if it has none.
-        stop: where it ends; the next part begins at the next multiple of 64.
+        dtype: its safetensors dtype in the payload.
+        shape: its shape in the payload.
+        start: offset of its bytes or codes.
+        scales: offset of its scales; equals `stop` if it has none.
+        stop: end offset; the next part begins at the next multiple of 64.
     """
 
     name: str
@@ -49,16 +49,17 @@ class Part:
 
     @property
     def panels(self) -> int:
-        """How many panels of rows an int4 matrix has."""
+        """Number of row panels of an int4 matrix."""
         return -(-self.shape[0] // PANEL)
 
 
 def fits(tensor: TensorInfo, kind: Kind) -> bool:
-    """Whether a tensor can be of a kind.
+    """Whether a tensor can be stored as this kind.
 
-    Quantised can be matrices of at least `LEAST_WEIGHTS` in float32, float16 or bfloat16 whose columns are a multiple
-    of 16 (int8) or of `GROUP` (int4). Shapes do not tell whether that makes sense: rows have to be output channels, as
-    in the weight of `torch.nn.Linear`, or rows to look up. GPT-2's matrices are the other way round.
+    A matrix can be quantised if it has at least `LEAST_WEIGHTS` weights in float32, float16 or bfloat16, and its number
+    of columns is a multiple of 16 (int8) or of `GROUP` (int4). The shape does not show whether quantising makes sense:
+    rows must be output channels, as in the weight of `torch.nn.Linear`, or rows to look up. GPT-2's matrices are
+    transposed.
     """
     if kind == "raw":
         return True
@@ -69,7 +70,7 @@ def fits(tensor: TensorInfo, kind: Kind) -> bool:
 
 
 def why_exact(tensor: TensorInfo) -> Reason:
-    """Why surfw does not quantise a tensor that is `raw` in every packed form."""
+    """Return why a tensor that is `raw` in every packed form is not quantised."""
     if len(tensor.shape) != 2:
         return "vectors" if len(tensor.shape) < 2 else "others"
     if fits(tensor, "int8"):
@@ -80,11 +81,11 @@ def why_exact(tensor: TensorInfo) -> Reason:
 
 
 def plan_parts(tensors: Sequence[TensorInfo], kinds: Sequence[Kind]) -> tuple[Part, ...]:
-    """Where each tensor of a chunk lies in its packed form.
+    """Compute the position of each tensor of a chunk in its packed form.
 
     Args:
-        tensors: in payload order.
-        kinds: of each, which it must fit (`fits`).
+        tensors: the tensors in payload order.
+        kinds: the kind of each tensor, which it must fit (`fits`).
     """
     parts: list[Part] = []
     end = 0
@@ -98,22 +99,22 @@ def plan_parts(tensors: Sequence[TensorInfo], kinds: Sequence[Kind]) -> tuple[Pa
 
 
 def parts_of(chunk: Chunk, form: Form) -> tuple[Part, ...]:
-    """Where each tensor of a chunk lies in a packed form of it."""
+    """Return the position of each tensor of a chunk in a packed form."""
     return plan_parts(chunk.tensors, form.kinds)
 
 
 def stored_bytes(tensor: TensorInfo, kind: Kind) -> int:
-    """What a tensor takes as that kind, rows that fill a panel up included."""
+    """Return the stored bytes of a tensor as this kind, including rows that pad a panel."""
     return sum(_sizes(tensor, kind))
 
 
 def packed_bytes(parts: Sequence[Part]) -> int:
-    """The size of the form that has these parts."""
+    """Return the size of the form with these parts."""
     return parts[-1].stop if parts else 0
 
 
 def _sizes(tensor: TensorInfo, kind: Kind) -> tuple[int, int]:
-    """Bytes of what a tensor is stored as: codes (or all of it), and scales."""
+    """Return the bytes of a tensor's codes (or of the whole tensor) and of its scales."""
     if kind == "raw":
         return tensor.nbytes, 0
     rows, columns = tensor.shape

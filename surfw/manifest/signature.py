@@ -1,10 +1,10 @@
-"""What a signature says of a model: its identity, and how the bytes of its forms are proven."""
+"""What a signature states about a model: its identity, and the digests that verify its forms."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 STATEMENT = "surfw signature 1"
-"""The first line of what is signed: a key that signs other things too has not signed a model."""
+"""The first line of the signed text, so that no other text signed with the key passes as a model's."""
 
 SIGNATURE_BYTES = 64
 
@@ -14,9 +14,8 @@ class Signature:
     """An Ed25519 signature of a model.
 
     Attributes:
-        key_id: names the key that made it: 32 hex digits.
-        forms: of each codec, the BLAKE3 of what a manifest says of its forms, as it was signed; see
-            `Manifest.form_digests`.
+        key_id: the id of the signing key: 32 hex digits.
+        forms: for each codec, the digest of its forms when the model was signed; see `Manifest.form_digests`.
         value: the signature of `state(identity, forms)`.
     """
 
@@ -26,11 +25,11 @@ class Signature:
 
 
 def state(identity: str, forms: Mapping[str, str]) -> bytes:
-    """The text that is signed.
+    """Return the text that is signed.
 
     Args:
         identity: see `Manifest.identity`.
-        forms: as of `Signature`.
+        forms: see `Signature`.
     """
     lines = [STATEMENT, f"identity b3:{identity}", *(f"form {codec} b3:{forms[codec]}" for codec in sorted(forms))]
     return "".join(f"{line}\n" for line in lines).encode()

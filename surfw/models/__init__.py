@@ -1,7 +1,7 @@
-"""Models for people: a streaming model is transformers' own model over a source of weights.
+"""The public model classes: a streaming model is a transformers model over a source of weights.
 
-The public names are those of the stub beside this file. Each is loaded at its first use: a source of weights can be
-opened before torch is imported.
+The public names are those of the stub `__init__.pyi`. Each is loaded at its first use, so that a source of weights can
+be opened before torch is imported.
 """
 
 import lazy_loader

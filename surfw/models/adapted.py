@@ -1,4 +1,4 @@
-"""`AdaptedModel`: an open model, and the LoRA adapters that one applies to it, loads, unloads and trains."""
+"""`AdaptedModel`: loading, applying, unloading and training LoRA adapters of an open model."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,24 +12,24 @@ from surfw.runtime.run import Run, current_run
 
 
 class AdaptedModel(ModelLifetime):
-    """A model that adapters can be applied to."""
+    """A model that supports adapters."""
 
     @property
     def adapter(self) -> str | None:
-        """The name of the adapter that is applied now; None if none is."""
+        """The name of the applied adapter; None if there is none."""
         return self._open_here().adapters.active
 
     @property
     def adapters(self) -> list[str]:
-        """The names of the adapters that are in memory."""
+        """The names of the adapters in memory."""
         return self._open_here().adapters.names
 
     def load_adapter(self, name: str) -> str:
-        """Bring an adapter of the same source into memory, without applying it; returns its name in full.
+        """Load an adapter of the same source without applying it, and return its full name.
 
         Raises:
-            UnknownModelError: the source has none of this name.
-            ConfigurationError: it is no adapter, or the memory budget is too small for it.
+            UnknownModelError: the source has no adapter of this name.
+            ConfigurationError: it is not an adapter, or the memory budget is too small for it.
             ManifestError: it belongs to another base.
             SurfwError: it could not be read.
         """
@@ -38,28 +38,28 @@ class AdaptedModel(ModelLifetime):
             return self._open_here().adapters.load(name)
 
     def set_adapter(self, name: str | None) -> None:
-        """Apply an adapter from the next run on, instead of the one that is applied now; None applies none.
+        """Apply an adapter in place of the current one, from the next run on; None applies none.
 
-        One that is not in memory is loaded; for one that is, nothing is read. A run that goes on ends first.
+        The adapter is loaded if it is not in memory; otherwise nothing is read. This waits for a run in progress.
 
         Raises:
-            SurfwError: as of `load_adapter`.
+            SurfwError: see `load_adapter`.
         """
         self._open_here()
         with self._holding(current_run.get() or Run()):
-            adapters = self._open_here().adapters  # of the model there is now: another may have taken its place
+            adapters = self._open_here().adapters  # fetched again: the model may have been switched
             adapters.apply(None if name is None else adapters.load(name))
             self._on_adapter()
 
     async def set_adapter_async(self, name: str | None) -> None:
-        """As `set_adapter`, without blocking the event loop."""
+        """Like `set_adapter`, without blocking the event loop."""
         await self._in_thread(lambda: self.set_adapter(name))
 
     def unload_adapter(self, name: str) -> None:
-        """Give an adapter's memory back; one that is applied is not applied any more.
+        """Unload an adapter and free its memory; if it is applied, it is removed from the model first.
 
         Raises:
-            ConfigurationError: none of this name is loaded.
+            ConfigurationError: no adapter of this name is loaded.
         """
         self._open_here()
         with self._holding(current_run.get() or Run()):
@@ -68,21 +68,22 @@ class AdaptedModel(ModelLifetime):
 
     @contextmanager
     def training(self, *, optimizer_states: int = 2) -> Iterator[PreTrainedModel]:
-        """Train what was put into `model.model` before, such as peft's LoRA, over the streamed weights.
+        """Train parameters that were added to `model.model`, such as peft's LoRA, over the streamed weights.
 
-        The body has the model to itself, in training mode, with gradients: call it, or what peft made of it, then
-        `loss.backward()`. The streamed weights stay as they are. Each layer runs again in the backward pass, so that
-        neither all weights nor all activations have to be in memory. Both passes have to be within the body, in the
-        same thread. Memory for all of it is taken from the budget.
+        The body has exclusive use of the model, in training mode, with gradients: call it, or peft's wrapper of it,
+        then `loss.backward()`. The streamed weights are frozen. Each layer runs again in the backward pass, so that
+        neither all weights nor all activations must be in memory. Both passes must run within the body, in the same
+        thread. All memory for training is taken from the budget.
 
         Args:
-            optimizer_states: how many tensors the optimiser keeps for each that learns: 2 for Adam, 0 for plain SGD.
+            optimizer_states: number of tensors that the optimiser keeps per trainable tensor: 2 for Adam, 0 for plain
+                SGD.
 
         Yields:
-            Transformers' own model; it is in evaluation mode again afterwards, and what was trained stays in it.
+            The transformers model; afterwards it is in evaluation mode and keeps the trained parameters.
 
         Raises:
-            ConfigurationError: nothing learns, or the memory budget is too small.
+            ConfigurationError: there are no trainable parameters, or the memory budget is too small.
             ModelError: the weights are quantised.
             SurfwError: weights could not be read.
         """
@@ -97,4 +98,4 @@ class AdaptedModel(ModelLifetime):
                     parts.hooks.recover()
 
     def _on_adapter(self) -> None:
-        """Another adapter is applied now, or none."""
+        """Called after the applied adapter may have changed."""

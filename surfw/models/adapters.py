@@ -1,7 +1,7 @@
-"""The adapters of an open model: those that are in memory, and the one that is applied.
+"""The adapters of an open model: those in memory, and the one that is applied.
 
-All tensors of a loaded adapter stay in memory, which counts in the budget. Switching between loaded ones reads nothing;
-the base's weights stay where they are.
+All tensors of a loaded adapter stay resident and count in the budget. Switching between loaded adapters reads nothing
+and leaves the base's weights in place.
 """
 
 from collections.abc import Callable, Mapping
@@ -26,7 +26,7 @@ from surfw.source import find_adapter
 
 @dataclass(frozen=True, slots=True)
 class _Loaded:
-    """An adapter in memory: its manifest, what it changes, its tensors, and what these take."""
+    """An adapter in memory: its manifest, what it changes, its tensors and their size."""
 
     manifest: Manifest
     lora: Lora
@@ -35,7 +35,7 @@ class _Loaded:
 
 
 class Adapters:
-    """The adapters of one open model; used by one thread at a time, and not while the model runs."""
+    """The adapters of one open model; use from one thread at a time, and not while the model runs."""
 
     def __init__(
         self,
@@ -47,13 +47,13 @@ class Adapters:
         *,
         is_pinned: bool = False,
     ) -> None:
-        """None is loaded yet; `on_apply` hears whether one is applied from now on.
+        """Start without adapters; `on_apply` is called with whether an adapter is applied, whenever that changes.
 
         Args:
-            client: where the base and its adapters are.
+            client: the source of the base and its adapters.
             base: the manifest of the open model.
             skeleton: the open model.
-            engine: has the budget.
+            engine: the model's engine, which has the budget.
             device: where the model computes.
             is_pinned: see `Loader`.
         """
@@ -70,25 +70,25 @@ class Adapters:
 
     @property
     def names(self) -> list[str]:
-        """The names of those that are loaded, in the order in which they were."""
+        """The names of the loaded adapters, in the order they were loaded."""
         return list(self._loaded)
 
     @property
     def held_bytes(self) -> int:
-        """What all of them take in memory."""
+        """Memory of all loaded adapters."""
         return sum(one.size_bytes for one in self._loaded.values())
 
     @property
     def manifest(self) -> Manifest | None:
-        """The manifest of the one that is applied."""
+        """The manifest of the applied adapter; None if none is applied."""
         return self._loaded[self.active].manifest if self.active is not None else None
 
     def load(self, name: str) -> str:
-        """Bring an adapter into memory, if it is not there; returns its name in full.
+        """Load an adapter, if it is not in memory, and return its full name.
 
         Raises:
-            UnknownModelError: the source has none of this name.
-            ConfigurationError: it is no adapter, or the memory budget is too small for it.
+            UnknownModelError: the source has no adapter of this name.
+            ConfigurationError: it is not an adapter, or the memory budget is too small for it.
             ManifestError: it belongs to another base.
             UnsupportedModelError: it does not fit the model.
             SurfwError: it could not be read.
@@ -113,7 +113,7 @@ class Adapters:
         return manifest.name
 
     def apply(self, name: str | None) -> None:
-        """Apply a loaded adapter instead of the one that is applied now; None applies none."""
+        """Apply a loaded adapter in place of the current one; None applies none."""
         if self._attached is not None:
             self._attached.detach()
         self._attached, self.active = None, None
@@ -123,10 +123,10 @@ class Adapters:
         self.on_apply(name is not None)
 
     def unload(self, name: str) -> None:
-        """Give an adapter's memory back; one that is applied is not applied any more.
+        """Unload an adapter and free its memory; if it is applied, it is removed from the model first.
 
         Raises:
-            ConfigurationError: none of this name is loaded.
+            ConfigurationError: no adapter of this name is loaded.
         """
         if name not in self._loaded:
             loaded = ", ".join(self._loaded) or "none"
@@ -137,7 +137,7 @@ class Adapters:
         self._engine.hold_beside(self.held_bytes)
 
     def close(self) -> None:
-        """Leave the model as it was, and let go of all memory."""
+        """Remove the applied adapter from the model, and free all memory."""
         self.apply(None)
         self._loaded.clear()
 
@@ -155,7 +155,7 @@ class Adapters:
 
 
 def _read(manifest: Manifest, skeleton: Skeleton) -> Lora:
-    """What an adapter changes of a model: its manifest may come from anywhere, and is believed in nothing."""
+    """Read what an adapter changes; its manifest is untrusted, so all of it is checked."""
     scaling: Any = manifest.config.get("scaling")
     saved: Any = manifest.config.get("saved")
     is_known = isinstance(scaling, Mapping) and isinstance(saved, list)

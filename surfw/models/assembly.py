@@ -1,8 +1,9 @@
-"""An open model, put together from its manifest: what it needs in memory, and the parts that run it.
+"""Assembles an open model from its manifest: what it needs in memory, and the parts that run it.
 
-What a model needs is known before a byte is read, and calculated in one place: opening a model plans with it,
-explaining one shows its least budget, and so does a dry run of chunking, which has no manifest yet. The least budget
-that is shown depends on the model and its dtypes alone; an error about a budget also names what does for its source.
+A model's memory needs are known before any weight is read, and are calculated in one place (`model_needs`): opening
+plans with them, `explain` shows the least budget, and so does a dry run of chunking, which has no manifest yet. The
+least budget shown depends on the model and its dtypes alone; an error about a budget also names the least one for the
+source in use.
 """
 
 import logging
@@ -53,17 +54,19 @@ from surfw.storage.origins import is_local_url
 logger = logging.getLogger("surfw.models")
 
 _FREE_SHARE = 0.25
-"""What of a budget has to stay free where quantised matrices keep their operands, which saves less than it may cost."""
+"""Part of the budget that must stay free if quantised matrices keep their operands; see `_fits_well`."""
 
 ROWS_BYTES = 4 * MIB
-"""For blocks of tables that are being read, and as much for those that were used last."""
+"""Memory for blocks of tables being read; as much again for the most recently used ones."""
 
 IN_FLIGHT_BYTES = 6 * MIB
-"""What any source of weights holds at most besides the memory it fills, where it is asked for a block at a time: for
-unaligned tensors of a local checkpoint, a huge page for each of its three threads; others hold less."""
+"""The most memory that any source holds besides the destination, when asked for a block at a time.
+
+For unaligned tensors of a local checkpoint this is a huge page for each of its three threads; other sources hold less.
+"""
 
 LimitedBy = Literal["memory_budget", "device_memory", "cache_layers", "default"]
-"""Where the limit of a model's memory comes from; `default` is what memory there was when it was opened."""
+"""Where the limit of a model's memory comes from; `default` is the memory available when it was opened."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,9 +76,9 @@ class ModelParts:
     Attributes:
         model: transformers' own model, in evaluation mode, its weights absent.
         layers: names of the chunks that are layers, in the order they run.
-        claim: what the other models of the process know of its memory.
-        yielder: gives memory back where it runs short.
-        base_bytes: resident memory of the process before the first of the model's weights came.
+        claim: tells the other models of the process how much memory this one takes.
+        yielder: gives memory back when the machine runs short.
+        base_bytes: resident memory of the process before the model's first weight was loaded.
     """
 
     client: SourceThread
@@ -94,7 +97,7 @@ class ModelParts:
 
     @property
     def below(self) -> Lender | None:
-        """The engine of host memory, where the model computes on a device."""
+        """The engine of host memory if the model computes on a device, else None."""
         return self.engine.below if isinstance(self.engine, DeviceEngine) else None
 
     @property
@@ -104,19 +107,19 @@ class ModelParts:
 
     @property
     def limited_by(self) -> LimitedBy:
-        """What limits the weights in memory: a setting, or the memory there was."""
+        """What limits the weights in memory: a setting, or the available memory."""
         limit = self.engine.limit
         if limit.cache_layers is not None or limit.reason:
             return "default" if limit.reason else "cache_layers"
         return "memory_budget" if self.below is None else "device_memory"
 
     def synchronize(self) -> None:
-        """Wait until the device has computed all that it was told to; the CPU has."""
+        """Wait until the device has finished all queued work; on the CPU, do nothing."""
         if isinstance(self.engine, DeviceEngine):
             self.engine.device.synchronize()
 
     def layer_names(self, indices: Iterable[int]) -> list[str]:
-        """The names of layers that are counted from 0 in the order they run, each once."""
+        """The names of layers by their indices, counted from 0 in the order they run, without duplicates."""
         names = []
         for index in indices:
             expect("a layer", index, int, "its number, counted from 0")
@@ -128,7 +131,7 @@ class ModelParts:
         return list(dict.fromkeys(names))
 
     def close(self) -> None:
-        """Leave transformers' model as it was, without weights and hooks, and give all memory back."""
+        """Free all memory, and leave the transformers model without weights and hooks."""
         pool = self.engine.experts
         with ExitStack() as last:
             if self.manifest.experts and pool.tokens:
@@ -153,15 +156,15 @@ def assemble(
     adapter: str | None = None,
     take_part: Callable[[Manifest, Skeleton], tuple[Manifest, Skeleton]] = lambda *whole: whole,
 ) -> ModelParts:
-    """Build the model of a manifest, apply an adapter to it, and begin to fetch what it needs first.
+    """Build the model of a manifest, apply an adapter to it, and start fetching its first weights.
 
-    `take_part` takes the part of manifest and model that this process runs.
+    `take_part` selects the part of manifest and model that this process runs.
 
     Raises:
-        ConfigurationError: the limit is too small for the model, its dtype is not known, or it is encrypted and the
-            key is not given.
+        ConfigurationError: the limit is too small for the model, its dtype is unknown, or it is encrypted and no key
+            was given.
         UnsupportedModelError: its class or configuration cannot be used here.
-        ManifestError: configuration and chunks do not belong together.
+        ManifestError: configuration and chunks do not match.
     """
     client.source.expect_readable(manifest)
     manifest = for_run(manifest, settings.codec, where=client.url)
@@ -183,7 +186,7 @@ def assemble(
     device = open_device(settings.device)
     if device is None:
         for kind in {kind for chunk in manifest.chunks for form in chunk.forms for kind in form.kinds} - {"raw"}:
-            kernel_of(kind)  # measured now, while nothing computes
+            kernel_of(kind)  # measures the kernels now, while nothing computes
     with deciding:
         limit = _decide_limit(settings.limit, is_behind=device is not None)
         may_keep = device is None and packed == "int4"  # a device has no use for operands
@@ -255,7 +258,7 @@ def assemble(
 
 
 def _decide_limit(limit: Limit, *, is_behind: bool) -> Limit:
-    """The limit of host memory: as given, or by what there is. Behind a device, layers are not counted there."""
+    """The limit of host memory: the given one, or the memory available; behind a device, `cache_layers` is dropped."""
     if is_behind and limit.cache_layers is not None:
         limit = replace(limit, cache_layers=None)
     if limit.cache_layers is not None and limit.budget_bytes is not None:
@@ -272,9 +275,9 @@ def _decide_limit(limit: Limit, *, is_behind: bool) -> Limit:
 
 
 def _with_shared(limit: Limit, given: Limit, loader: Loader, needs: Needs) -> Limit:
-    """The limit with what other models hold of a model already, if its budget is what was free besides.
+    """Add to a default budget the memory of chunks that other open models already hold, if everything fits then.
 
-    Only where everything fits then: of a part, other chunks may stay than those that are there.
+    If only part of the model fits, the plan may pin other chunks than the shared ones, so the limit is unchanged.
     """
     if given.budget_bytes is not None or limit.budget_bytes is None:
         return limit
@@ -294,7 +297,7 @@ def _open_device_engine(
     phases: Phases,
     units: Mapping[str, TableUnit],
 ) -> DeviceEngine:
-    """The engines of a device's memory, and of the host memory behind it, which `needs` and `host_limit` are of."""
+    """Create the engines of device memory and of the host memory behind it; `needs` and `host_limit` are the host's."""
     manifest = loader.manifest
     budget = settings.device_budget_bytes
     limit = Limit(
@@ -337,7 +340,7 @@ def _open_device_engine(
 
 
 def _move_rest(skeleton: Skeleton, device: Device) -> None:
-    """Move what no chunk provides to the device: buffers, and parameters that the caller does without."""
+    """Move tensors that no chunk provides to the device: buffers, and parameters missing from the checkpoint."""
     for module in skeleton.model.modules():
         registries: tuple[dict[str, Any], ...] = module._buffers, module._parameters  # noqa: SLF001 - torch's
         for registry in registries:
@@ -349,10 +352,10 @@ def _move_rest(skeleton: Skeleton, device: Device) -> None:
 
 
 def _fits_well(needs: Needs, limit: Limit) -> bool:
-    """Whether all weights fit, and leave a part of the budget free.
+    """Whether all weights fit and leave `_FREE_SHARE` of the budget free.
 
-    What is kept in memory of our own is not mapped. Where that fills a control group, the kernel takes away the pages
-    that hold the code of libraries, again and again.
+    Kept operands are anonymous memory, not mapped files. If they fill a control group, the kernel keeps reclaiming the
+    pages that hold the code of libraries, which costs more than the operands save.
     """
     if limit.budget_bytes is not None:
         limit = replace(limit, budget_bytes=int(limit.budget_bytes * (1 - _FREE_SHARE)))
@@ -386,14 +389,14 @@ def model_needs(
     buffered_bytes: int = IN_FLIGHT_BYTES,
     keeps_operands: bool = False,
 ) -> Needs:
-    """What a model needs in memory.
+    """Calculate what a model needs in memory.
 
     Args:
         manifest: the model.
-        dtypes: as of `cast_dtypes`.
-        tables: its units that can run without their tables in memory.
-        buffered_bytes: what its source holds at most besides the memory it fills.
-        keeps_operands: as of `Loader`.
+        dtypes: see `cast_dtypes`.
+        tables: the units that can run without their tables in memory.
+        buffered_bytes: the most that the source holds besides the memory it fills.
+        keeps_operands: see `Loader`.
     """
     chunks = [chunk for chunk in manifest.chunks if chunk.kind != "expert"]
     known = describe_needs(
@@ -422,7 +425,7 @@ def model_needs(
 
 
 def chosen_experts(config: Mapping[str, Any]) -> int | None:
-    """How many experts of a layer compute a token, as far as a configuration says that by one of the usual names."""
+    """How many experts of a layer compute a token, if the configuration says so by one of the usual names."""
     parts = [config, *(one for one in config.values() if isinstance(one, Mapping))]
     names = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "top_k_experts", "moe_topk")
     found = [part[name] for part in parts for name in names if isinstance(part.get(name), int)]
@@ -430,7 +433,7 @@ def chosen_experts(config: Mapping[str, Any]) -> int | None:
 
 
 def find_phases(manifest: Manifest, skeleton: Skeleton) -> Phases:
-    """In which order modules will run: all in a cycle, or, where a model has an encoder and a decoder, that one's."""
+    """The order in which modules run: all in a cycle, or with an encoder and a decoder, the encoder's once."""
     order = tuple(use.module for use in manifest.order)
     model: Any = skeleton.model
     if not (model.config.is_encoder_decoder and model.can_generate()):

@@ -1,7 +1,7 @@
-"""`StreamingBaseModel`: one transformers model whose weights arrive while it runs, and what one can do with it.
+"""`StreamingBaseModel`: a transformers model whose weights arrive while it runs.
 
-`ModelLifetime` opens it, lends it to one run at a time, and closes it. Statistics, prefetching and resizing go straight
-to the engine and wait for nobody. No asynchronous call blocks the event loop.
+`ModelLifetime` opens and closes the model, and admits one run at a time. Statistics, prefetching and resizing go
+straight to the engine and do not wait for a run. No asynchronous call blocks the event loop.
 """
 
 import time
@@ -44,7 +44,7 @@ T = TypeVar("T")
 
 
 def to_device(value: Any, device: torch.device) -> Any:
-    """Arguments with their tensors on a device; on the CPU, they are left as they are."""
+    """Move the tensors in (nested) arguments to a device; for the CPU, return the arguments unchanged."""
     if device.type == "cpu":
         return value
     if isinstance(value, torch.Tensor):
@@ -55,21 +55,21 @@ def to_device(value: Any, device: torch.device) -> Any:
 
 
 class StreamingBaseModel(AdaptedModel):
-    """A transformers model over a source of weights; call it as you would call the resident one.
+    """A transformers model that streams its weights from a source; call it like the resident model.
 
-    For a model class of your own that transformers does not know, subclass this and name it:
+    To run a model class that transformers does not know, subclass this and set `model_class`:
 
         class StreamingMyModel(StreamingBaseModel):
             model_class = MyModel  # a transformers.PreTrainedModel, with its config_class
 
-    Forwards of one model run one after another, whichever threads and tasks they come from. Everything else
-    (statistics, prefetching, resizing, closing) may be called at any time from any thread. A model that was opened has
-    to be closed; `with` and `async with` do both.
+    Forward passes of one model run one after another, even when several threads or tasks call it. Everything else
+    (statistics, prefetching, resizing, closing) may be called at any time from any thread. An opened model must be
+    closed; `with` and `async with` open and close it.
 
     Attributes:
-        model_class: the class to build; None takes the one in the model's configuration, from transformers or
-            registered there.
-        model_types: the configuration's `model_type`s that this class is for; empty for any.
+        model_class: the class to build; None uses the class named in the model's configuration, from transformers or
+            registered with it.
+        model_types: the `model_type`s of the configurations that this class accepts; empty for any.
         metrics: counters `hits`, `prefetched`, `stalls`, `fetched_bytes`, `decoded_bytes`; spans `stall`, `forward`,
             `decode`; latencies `fetch`, `inference`.
     """
@@ -95,40 +95,41 @@ class StreamingBaseModel(AdaptedModel):
         adapter: str | None = None,
         **connection: Unpack[ConnectionOptions],
     ) -> None:
-        """Note what is wanted; the first use opens it: a call, `warmup`, entering its context.
+        """Store the settings; the first use opens the model: a call, `warmup`, or entering its context.
 
         Args:
             source: a server (`ws://host:port`, `wss://…`), a store (a folder, a storage URL, a `StorageBackend`), or a
                 `WeightClient` that several models share.
-            model: its name there, in full or a unique last part; None for the only one.
-            cache_size: how many layers are kept in memory, counting embeddings and heads of over 1 MiB; one more may be
-                in flight. Default: as many as fit into the memory there is.
-            memory_budget: instead of `cache_size`, what the weights in memory may take: bytes, or a size as `1.5GB`.
-                Default: what the machine and this process's control groups have left, less a headroom and what other
+            model: the model's name in the source, in full or a unique last part; None if the source has only one.
+            cache_size: number of layers to keep in memory; embeddings and heads over 1 MiB count as layers. One more
+                may be in flight. Default: as many as fit into the available memory.
+            memory_budget: instead of `cache_size`, the most memory for weights: bytes, or a size such as `1.5GB`.
+                Default: what the machine and this process's control groups have left, minus headroom and what other
                 open models may still take.
             prefetch: fetch the next layers while one computes.
-            device: where to compute: `cpu`, `cuda`, `cuda:1`, or `auto`, which is a CUDA device where torch sees one.
-                Then `memory_budget` is of the machine's memory, where weights wait that do not stay on the device;
+            device: where to compute: `cpu`, `cuda`, `cuda:1`, or `auto`, which picks a CUDA device if torch sees one.
+                On a device, `memory_budget` limits the host memory that holds weights not resident on the device, and
                 `cache_size` counts layers on the device.
-            device_memory: instead of `cache_size`, what weights and KV cache may take on the device. Default: what is
-                free there, less a headroom.
-            dtype: run in this dtype, as `from_pretrained(dtype=…)` would; default: the one it is stored in.
-            on_missing: `error`, or `uninitialized`: compute with weights that the checkpoint does not have, with a
-                warning. The only way ever to do so.
-            policy: which layers stay where not all fit. `auto`: a part of them that is chosen once, for the order in
-                which they run; `lru`: those that were used last.
-            codec: which form of the weights is read where the source has several: `auto` takes the exact one that the
-                run is faster with, as measured; `none` or `lossless` that one wherever it is there, and the result is
-                the same. `int8` and `int4` are not exact, and stay packed in memory; they have to be there. With `none`
-                nothing is coded on the way to a device, either.
-            adapter: the name of a LoRA adapter in the same source, which is applied from the beginning; see
-                `set_adapter`. An adapter's name as `model` opens its base with it.
+            device_memory: instead of `cache_size`, the most device memory for weights and KV cache. Default: what is
+                free on the device, minus headroom.
+            dtype: run in this dtype, as `from_pretrained(dtype=…)` would; default: the stored dtype.
+            on_missing: `error`, or `uninitialized`: initialise weights that the checkpoint lacks and warn. surfw
+                computes with missing weights in no other case.
+            policy: which layers stay resident if not all fit. `auto`: a fixed subset, chosen once for the order in
+                which layers run; `lru`: the most recently used.
+            codec: which form of the weights to read if the source has several. `auto`: the exact form that measures
+                faster. `none` or `lossless`: that form wherever it is stored; results are the same. `int8` and `int4`
+                are not exact, stay packed in memory, and must be stored in the source. `none` also turns off coding
+                of transfers to a device.
+            adapter: the name of a LoRA adapter in the same source, applied from the start; see `set_adapter`. Passing
+                an adapter's name as `model` opens its base with the adapter.
             **connection: `token`, `ssl`, `retry`, `connect_timeout`, `silence_timeout`, `storage_options`,
                 `disk_cache`, `cache_dir`, `offline`, `deadline`, `encryption_key_file`, `verify_key`,
                 `source_order`; see `WeightClient`.
 
         Raises:
-            ConfigurationError: an argument cannot be used, or both `cache_size` and `memory_budget` are given.
+            ConfigurationError: an argument is invalid, or two exclude each other (`cache_size` and `memory_budget` on
+                the CPU, `cache_size` and `device_memory`).
         """
         if cache_size is not None and memory_budget is not None and str(device) == "cpu":
             raise ConfigurationError(
@@ -163,10 +164,10 @@ class StreamingBaseModel(AdaptedModel):
 
     @classmethod
     def open(cls, source: Source, model: str | None = None, **options: Unpack[OpenOptions]) -> Self:
-        """Open a model now; only its manifest is read before this returns. Arguments as of the class.
+        """Open a model now, reading only its manifest; takes the arguments of the class.
 
         Raises:
-            ConfigurationError: an argument cannot be used, or an event loop runs in this thread: use `open_async`.
+            ConfigurationError: an argument is invalid, or an event loop runs in this thread: use `open_async`.
             UnknownModelError: the source has no such model.
             SurfwError: the source cannot be reached, or the model cannot be built.
         """
@@ -174,12 +175,12 @@ class StreamingBaseModel(AdaptedModel):
 
     @classmethod
     async def open_async(cls, source: Source, model: str | None = None, **options: Unpack[OpenOptions]) -> Self:
-        """As `open`, without blocking the event loop."""
+        """Like `open`, without blocking the event loop."""
         return await cls._over(source, model, **options).__aenter__()
 
     @property
     def model(self) -> PreTrainedModel:
-        """Transformers' own model, in evaluation mode."""
+        """The underlying transformers model, in evaluation mode."""
         return self._open_here().model
 
     @property
@@ -194,41 +195,41 @@ class StreamingBaseModel(AdaptedModel):
 
     @property
     def _engine(self) -> Engine:
-        """What brings its weights; for measurements."""
+        """The engine that loads the weights; for measurements."""
         return self._open_here().engine
 
     @property
     def plan(self) -> ResidencyPlan:
-        """The plan of what stays in memory and what is streamed."""
+        """Which chunks are resident and which are streamed."""
         return self._open_here().engine.plan
 
     @property
     def layers(self) -> list[str]:
-        """Names of the layers, in the order they run; `warmup` and `prefetch_next_layers` count them from 0."""
+        """Names of the layers in the order they run; `warmup` and `prefetch_next_layers` take indices into it."""
         return list(self._open_here().layers)
 
     def __call__(self, *args: Any, enable_prefetch: bool = True, **kwargs: Any) -> Any:
-        """One forward pass; arguments and result are those of the transformers model.
+        """Run one forward pass; arguments and result are those of the transformers model.
 
         Args:
-            *args: as of the transformers model.
-            enable_prefetch: fetch layers ahead of their use in this pass, unless the model was opened without prefetch.
-            **kwargs: as of the transformers model.
+            *args: passed to the transformers model.
+            enable_prefetch: prefetch layers in this pass; no effect if the model was opened without prefetch.
+            **kwargs: passed to the transformers model.
 
         Raises:
             SurfwError: weights could not be read.
-            ModelClosedError: the model is closed, or was closed meanwhile.
+            ModelClosedError: the model is closed, or was closed during the pass.
         """
         device = self._open_here().device
         moved, named = to_device(args, device), to_device(kwargs, device)
         return self.run(lambda model: model(*moved, **named), enable_prefetch=enable_prefetch)
 
     def run(self, work: Callable[[PreTrainedModel], T], *, enable_prefetch: bool = True) -> T:
-        """Do something with transformers' model, alone and without gradients; it counts as one inference.
+        """Call `work` with the transformers model, exclusively and without gradients; it counts as one inference.
 
         Raises:
             SurfwError: weights could not be read.
-            ModelClosedError: the model is closed, was closed meanwhile, or gave its place to another one (`switch`).
+            ModelClosedError: the model is closed, was closed during the run, or was replaced by another (`switch`).
         """
         parts, run = self._open_here(), current_run.get() or Run()
         with self._holding(run):
@@ -250,25 +251,26 @@ class StreamingBaseModel(AdaptedModel):
             return result
 
     async def forward_async(self, *args: Any, enable_prefetch: bool = True, **kwargs: Any) -> Any:
-        """One forward pass in a thread of the model's own, without blocking the event loop; otherwise as a call.
+        """Like a call, but in the model's own thread, without blocking the event loop.
 
-        When it is cancelled, the pass ends at its next layer, and only then this does.
+        Cancellation stops the pass at its next layer; the coroutine ends after that.
         """
         return await self._in_thread(lambda: self(*args, enable_prefetch=enable_prefetch, **kwargs))
 
     def switch(self, name: str) -> None:
-        """Run another model of the same source from now on, with the same settings; the one there was is closed.
+        """Close the current model and open another one from the same source with the same settings.
 
-        Layers that both have, as fine-tunes do, stay in memory where they are, and are not fetched. `model` is another
-        object then, and nothing is guessed ahead any more (`speculate`). A run that goes on ends first; what waits for
-        the old model ends with `ModelClosedError`. Where the new model cannot be opened, the old one goes on.
+        Resident layers that both models share, as fine-tunes do, stay in place and are not fetched again. Afterwards
+        `model` is another object, and speculation is off (`speculate`). The switch waits for a run in progress; calls
+        that wait for the old model raise `ModelClosedError`. If the new model cannot be opened, the old one stays in
+        use.
 
         Args:
-            name: its name in the source, in full or a unique last part.
+            name: the new model's name in the source, in full or a unique last part.
 
         Raises:
-            ConfigurationError: the memory is too small for it, it runs just now, or an event loop runs in this thread:
-                use `switch_async`.
+            ConfigurationError: the memory is too small for the new model, this was called from within a run, or an
+                event loop runs in this thread: use `switch_async`.
             UnknownModelError: the source has no such model.
             SurfwError: the new model cannot be opened.
         """
@@ -278,28 +280,28 @@ class StreamingBaseModel(AdaptedModel):
         self._switch(name)
 
     def _on_switch(self) -> None:
-        """Guess no more: no draft is known to go with the other model, and a draft of our own gives its memory back."""
+        """End speculation: the draft may not match the new model, and a draft opened here must free its memory."""
         self._end_speculation()
 
     async def switch_async(self, name: str) -> None:
-        """As `switch`, without blocking the event loop."""
+        """Like `switch`, without blocking the event loop."""
         await self._in_thread(lambda: self.switch(name))
 
     def leave_room(self, prompt_tokens: int, new_tokens: int, sequences: int = 1) -> None:
-        """Leave memory for the KV cache of a generation of your own, as `generate` does by itself.
+        """Reserve memory for the KV cache of your own generation loop; `generate` does this itself.
 
         Args:
-            prompt_tokens: in each sequence.
-            new_tokens: in each sequence, at most.
-            sequences: rows of the batch, times beams.
+            prompt_tokens: prompt tokens per sequence.
+            new_tokens: the most new tokens per sequence.
+            sequences: rows of the batch times beams.
 
         Raises:
-            ConfigurationError: the memory budget is too small for it.
+            ConfigurationError: the memory budget is too small for this cache.
         """
         self._open_here().kv.reserve_for(prompt_tokens, new_tokens, sequences)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate with transformers' own `generate()`; arguments, streamers and result are its."""
+        """Call transformers' `generate()`; arguments, streamers and result are the same."""
         self._expect_generation()
 
         device = self._open_here().device
@@ -307,7 +309,7 @@ class StreamingBaseModel(AdaptedModel):
 
         def generate(model: Any) -> Any:
             size = generation_size(model, args, kwargs)
-            if quantised := find_quantised(model, args, kwargs):  # such a cache cannot take a guess back
+            if quantised := find_quantised(model, args, kwargs):  # it cannot be cropped after a wrong guess
                 self._open_here().kv.reserve_for(*size, quantised)
                 return model.generate(*moved, **named)
             guesses = may_guess(named, model.generation_config)
@@ -322,21 +324,22 @@ class StreamingBaseModel(AdaptedModel):
         draft: "StreamingBaseModel | str | None" = None,
         draft_source: Source | None = None,
     ) -> None:
-        """Guess tokens ahead from now on, which one pass checks together, wherever one sequence is generated.
+        """Turn on speculative decoding: guess tokens ahead and check them in one pass.
 
-        Transformers' own assisted generation: greedy answers are the plain ones wherever they are there. Guessing rests
-        where it does not pay, as measured in each generation. A draft that was opened here, and is slower than plain
-        passes would be with its memory, is closed. Without arguments, there is no guessing any more.
+        Applies to generations of a single sequence and uses transformers' assisted generation: greedy answers match
+        plain decoding wherever transformers' own do. Guessing pauses when it does not pay, as measured in each
+        generation. A draft opened here is closed if plain passes with the draft's memory would be faster. Call without
+        arguments to turn speculation off.
 
         Args:
-            prompt_lookup: guess up to so many tokens, from what followed the same words earlier in the text.
-            draft: instead, the model that guesses: one that is open; the name of one; or `self:int4`, `self:int8`,
-                this model in that form. One that is named is opened here, kept in memory as a whole within this
-                model's budget, and closed with this model.
-            draft_source: where the named draft is; default: where this model is.
+            prompt_lookup: guess up to this many tokens from what followed the same words earlier in the text.
+            draft: instead, a draft model: an open model; a model's name; or `self:int4` or `self:int8`, this model
+                in that form. A named draft is opened here, kept fully resident within this model's budget, and closed
+                with this model.
+            draft_source: the source of the named draft; default: this model's source.
 
         Raises:
-            ConfigurationError: an argument cannot be used, or there is too little memory for both models.
+            ConfigurationError: an argument is invalid, or the memory is too small for both models.
             SurfwError: the draft cannot be opened.
         """
         expect_number("prompt_lookup", prompt_lookup, 1, kind=int | None)
@@ -361,11 +364,11 @@ class StreamingBaseModel(AdaptedModel):
 
     @property
     def guesses(self) -> bool:
-        """Whether tokens are guessed ahead, see `speculate`."""
+        """Whether speculation is on; see `speculate`."""
         return self._speculation is not None
 
     def _open_draft(self, name: str | None, source: Source | None) -> OwnDraft:
-        """Open a draft within this model's budget."""
+        """Open a draft model within this model's memory budget."""
         parts, settings, options = self._open_here(), self._settings, OpenOptions()
         if parts.below is not None:
             raise ConfigurationError(
@@ -402,7 +405,7 @@ class StreamingBaseModel(AdaptedModel):
             own.close()
 
     def _take_apart(self) -> None:
-        """End it, and the draft that it opened."""
+        """Close the model and the draft that it opened."""
         if self._own_draft is not None:
             self._own_draft.model.close()
         super()._take_apart()
@@ -414,12 +417,12 @@ class StreamingBaseModel(AdaptedModel):
         *,
         guesses: bool = True,
     ) -> T:
-        """Leave room for a generation, as `leave_room` does, and have it done within a run; what `speculate` says.
+        """Reserve memory for a generation and run it within the current run, speculatively if `speculate` is on.
 
         Args:
-            size: tokens of the prompt, new ones at most, and sequences.
-            generate: calls `generate()` of transformers' model once, with these arguments besides its own.
-            guesses: whether it may guess; only a single sequence does.
+            size: prompt tokens, the most new tokens, and the number of sequences.
+            generate: calls the transformers model's `generate()` once, adding the arguments it is given.
+            guesses: whether speculation is allowed; it applies to single sequences only.
         """
         speculation = self._speculation if guesses and size[2] == 1 else None
         if speculation is None or not speculation.begin(*size[:2]):
@@ -433,28 +436,28 @@ class StreamingBaseModel(AdaptedModel):
                 self._close_own_draft()
 
     async def generate_async(self, *args: Any, **kwargs: Any) -> Any:
-        """As `generate`, in a thread of the model's own; cancelled as `forward_async`."""
+        """Like `generate`, but in the model's own thread; cancellation works as in `forward_async`."""
         return await self._in_thread(lambda: self.generate(*args, **kwargs))
 
     async def warmup(self, layers: Iterable[int] | None = None) -> list[str]:
-        """Bring layers into memory before they are needed, as many as the cache has room for.
+        """Load layers before they are needed, as many as fit into the cache.
 
         Args:
-            layers: counted from 0 in the order they run; default: from the first on.
+            layers: layer indices, counted from 0 in the order they run; default: all, from the first on.
 
         Returns:
-            The names of those that are in memory now.
+            The names of the layers that are now in memory.
 
         Raises:
             ConfigurationError: there is no such layer.
-            SurfwError: one could not be loaded.
+            SurfwError: a layer could not be loaded.
         """
         parts = await self._open_async()
         if self._closing.is_set():
             raise self._closed_error()
         arrived = []
         for name, load in parts.engine.fetch(parts.layer_names(range(len(parts.layers)) if layers is None else layers)):
-            await wait_until_done(load)  # a caller that stops waiting stops no fetch
+            await wait_until_done(load)  # cancelling the caller does not cancel the fetch
             if not load.cancelled():
                 load.result()
                 arrived.append(name)
@@ -463,18 +466,18 @@ class StreamingBaseModel(AdaptedModel):
         return arrived
 
     async def prefetch_next_layers(self, current_layer: int, prefetch_count: int = 1) -> list[str]:
-        """Bring the layers after one into memory; after the last one comes the first, as in decoding.
+        """Load the layers after a given one, wrapping around from the last to the first as decoding does.
 
         Args:
-            current_layer: counted from 0 in the order they run.
-            prefetch_count: how many.
+            current_layer: index of the layer, counted from 0 in the order they run.
+            prefetch_count: how many layers to load.
 
         Returns:
-            The names of those that are in memory now; fewer than asked for, if the cache has no room for more.
+            The names of the layers that are now in memory; fewer than `prefetch_count` if the cache is too small.
 
         Raises:
             ConfigurationError: there is no such layer, or the count is negative.
-            SurfwError: one could not be loaded.
+            SurfwError: a layer could not be loaded.
         """
         parts = await self._open_async()
         count = len(parts.layers)
@@ -487,17 +490,17 @@ class StreamingBaseModel(AdaptedModel):
         return await self.warmup(index % count for index in following)
 
     def explain(self, *, prompt_tokens: int = 1, new_tokens: int = 0) -> Explanation:
-        """Measure how fast weights arrive and the model computes, and say what limits it and what more memory brings.
+        """Measure transfer and compute speed; report the bottleneck and what more memory would bring.
 
-        Takes some seconds: two passes of the model, and reading up to 256 MB of what does not stay in memory. The
-        statistics leave them out.
+        Takes a few seconds: two passes of the model, and reading up to 256 MB of streamed weights. The statistics do
+        not include them.
 
         Args:
-            prompt_tokens: of the prompt; a pass of a model that does not generate has so many.
-            new_tokens: that will be generated; if any, memory is left for the KV cache of it all, as `leave_room` does.
+            prompt_tokens: length of the prompt; for models that do not generate, the tokens of a pass.
+            new_tokens: tokens to be generated; if not 0, memory is reserved for the KV cache, as by `leave_room`.
 
         Raises:
-            ConfigurationError: a number cannot be used, the memory budget is too small for the KV cache, or an event
+            ConfigurationError: a number is out of range, the memory budget is too small for the KV cache, or an event
                 loop runs in this thread: use `explain_async`.
             SurfwError: weights could not be read.
         """
@@ -510,15 +513,15 @@ class StreamingBaseModel(AdaptedModel):
         return explain(parts, partial(self.run, enable_prefetch=False), prompt_tokens=prompt_tokens)
 
     async def explain_async(self, *, prompt_tokens: int = 1, new_tokens: int = 0) -> Explanation:
-        """As `explain`, in a thread of the model's own, without blocking the event loop."""
+        """Like `explain`, but in the model's own thread, without blocking the event loop."""
         return await self._in_thread(lambda: self.explain(prompt_tokens=prompt_tokens, new_tokens=new_tokens))
 
     def get_cache_info(self) -> CacheInfo:
-        """What is kept in memory, and how often weights were found there."""
+        """What the weight cache holds, and its hit counts."""
         return cache_info(self.metrics, self._parts, self.cache_size)
 
     def get_inference_stats(self) -> InferenceStats:
-        """How long the runs so far took."""
+        """Timings of the runs so far."""
         return inference_stats(self.metrics)
 
     def statistics(self) -> Statistics:
@@ -526,24 +529,24 @@ class StreamingBaseModel(AdaptedModel):
         return full_statistics(self.metrics, self._parts, self._client.refetched_blocks, self._speculation)
 
     def progress(self) -> Progress:
-        """Where a run is just now, for whoever shows it."""
+        """How far the current run has got, for a progress display."""
         return find_progress(self.metrics, self._parts)
 
     def advise(self, *, seconds_per_token: float, stall_share: float) -> Advice | None:
-        """Say what more memory would bring, from a generation that has ended; None where nothing honest can be said.
+        """Estimate what more memory would bring, from a finished generation; None if no sound estimate is possible.
 
         Args:
-            seconds_per_token: the mean time of each token after the first.
-            stall_share: the part of that time that was spent waiting for weights.
+            seconds_per_token: mean time per token after the first.
+            stall_share: the fraction of that time spent waiting for weights.
         """
         return advise(self._open_here(), seconds_per_token=seconds_per_token, stall_share=stall_share)
 
     def clear_cache(self) -> None:
-        """Forget every layer that is not in use, and give its memory back. Counters go on."""
+        """Evict every layer that is not in use and free its memory; counters are not reset."""
         if (parts := self._parts) is None:
             return
         parts.engine.clear()
-        if self._busy.acquire(blocking=False):  # else a run may be using rows of tables just now
+        if self._busy.acquire(blocking=False):  # otherwise a run may be using table rows
             try:
                 parts.tables.clear()
             finally:
@@ -551,10 +554,9 @@ class StreamingBaseModel(AdaptedModel):
 
     @property
     def cache_size(self) -> int:
-        """How many layers are kept in memory; 0 for a model that is not open and was opened without a number.
+        """How many layers are kept in memory; 0 if the model is not open and no `cache_size` was given.
 
-        Setting it takes effect at once, also while the model runs: what is too much is evicted, or, where it is in use
-        just now, after its use.
+        Setting it takes effect at once, even during a run: excess layers are evicted, those in use after their use.
         """
         return self._parts.engine.plan.slots if self._parts else self._settings.limit.cache_layers or 0
 
@@ -568,13 +570,13 @@ class StreamingBaseModel(AdaptedModel):
 
     @property
     def memory_budget(self) -> int | None:
-        """What weights and KV cache may take in memory, in bytes; None where layers are counted, or it is not open.
+        """Memory budget for weights and KV cache, in bytes; None if `cache_size` is used or no budget is known yet.
 
-        Setting it, to bytes or a size as `1.5GB`, takes effect at once, also while the model runs: what is too much is
-        evicted, or, where it is in use just now, after its use. A draft that this model opened is part of it.
+        Setting it, to bytes or a size such as `1.5GB`, takes effect at once, even during a run: excess layers are
+        evicted, those in use after their use. The budget includes a draft that this model opened.
 
         Raises:
-            ConfigurationError: it is too small for the model; all stays as it was.
+            ConfigurationError: the budget is too small for the model; nothing changes.
         """
         if self._parts is None:
             return self._settings.limit.budget_bytes
@@ -597,12 +599,12 @@ class StreamingBaseModel(AdaptedModel):
             self._settings = replace(self._settings, limit=limit)
 
     def read_file(self, path: str) -> bytes:
-        """A tokenizer file that the model's manifest lists. It blocks, so not where an event loop runs."""
+        """Read a tokenizer file listed in the model's manifest; it blocks, so do not call it in an event loop."""
         refuse_event_loop("reading a file", f"'await asyncio.to_thread(model.read_file, {path!r})'")
         return self._read_file_of(self._open().manifest, path)
 
     def _read_file_of(self, manifest: Manifest, path: str) -> bytes:
-        """A file of this model, or of one of its adapters."""
+        """Read a file of this model or of one of its adapters."""
         return self._client.run(lambda source: source.file(manifest, path))
 
     def _expect_generation(self) -> None:

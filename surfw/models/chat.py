@@ -1,7 +1,7 @@
-"""Chat templates: programs that come with a model, run where they can be stopped.
+"""Renders chat templates, which are untrusted programs that come with a model, in a process that can be killed.
 
-A template may loop without end, or write without end, within one operator of Python that nothing interrupts. It is
-rendered in a process of its own, by transformers' own code, with bounds on its time, its memory and its text.
+A template may loop or produce output endlessly within a single Python operation that cannot be interrupted. It is
+therefore rendered in a separate process, by transformers' own code, with limits on time, memory and output.
 """
 
 import json
@@ -23,11 +23,11 @@ from surfw.errors import ConfigurationError
 
 _CPU_SECONDS = 5
 _SECONDS = 20.0
-"""Of the clock, since the machine may be busy with other things."""
+"""Wall-clock limit; longer than the CPU limit, because the machine may be busy."""
 
 _MEMORY_BYTES = GB
 _TEXT_BYTES = 16 * MB
-"""Four million tokens of English; tokenising takes many times the size of the text."""
+"""About four million tokens of English; tokenising takes many times the memory of the text."""
 
 _RENDERER = Path(__file__).with_name("chat_renderer.py")
 _RAW = "give the prompt as it is (raw)"
@@ -36,13 +36,13 @@ _RAW = "give the prompt as it is (raw)"
 def encode_chat(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], *, where: str, is_asked: bool = True
 ) -> dict[str, Any]:
-    """A conversation as the model's inputs.
+    """Encode a conversation to the model's inputs.
 
     Args:
-        tokenizer: one with a chat template.
+        tokenizer: a tokenizer with a chat template.
         messages: each with `role` and `content`.
         where: names the model in errors.
-        is_asked: whether the model's answer is to follow; False for a whole conversation, which is judged.
+        is_asked: whether the model is to answer; False for a complete conversation to be scored.
 
     Raises:
         ConfigurationError: the template refuses the messages, or takes too long, or writes too much.
@@ -57,7 +57,7 @@ def encode_chat(
 
 
 def _render(template: str, messages: Sequence[Mapping[str, str]], variables: Mapping[str, Any], where: str) -> str:
-    """What the template makes of the messages; see `chat_renderer` for what crosses to the process and back."""
+    """Render the messages with the template; see `chat_renderer` for the protocol with the process."""
     work = {
         "transformers": transformers.__path__[0],
         "path": sys.path,
@@ -84,7 +84,7 @@ def _render(template: str, messages: Sequence[Mapping[str, str]], variables: Map
         end = threading.Timer(_SECONDS, process.kill)
         end.start()
         try:
-            with suppress(BrokenPipeError):  # it has ended: its output or its exit code says why
+            with suppress(BrokenPipeError):  # it has exited: its output or exit code says why
                 process.stdin.write(json.dumps(work, default=str).encode())
                 process.stdin.close()
             said = process.stdout.read(_TEXT_BYTES + 2)

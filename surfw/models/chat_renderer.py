@@ -1,8 +1,8 @@
-"""The process that renders a chat template: a script, run alone, which imports nothing of surfw.
+"""The process that renders a chat template: a standalone script that imports nothing of surfw.
 
-Reads one JSON document from stdin. Writes to stdout: `T` and the text; `E` and why the template refused; or `M` where
-memory was not enough. It is killed by the system when it computes for too long. Of transformers it imports the one
-module that renders, without the package around it, which takes much longer to import.
+Reads one JSON document from stdin. Writes to stdout: `T` and the text; `E` and why the template refused; or `M` if
+memory ran out. The system kills it at its CPU limit. It imports only transformers' rendering module, without the rest
+of the package, which takes much longer to import.
 """
 
 import importlib
@@ -18,7 +18,7 @@ _MODULE = "transformers.utils.chat_template_utils"
 
 
 def _renderer(folder: str) -> Any:
-    """Transformers' `render_jinja_template`."""
+    """Import transformers' `render_jinja_template`."""
     parts = {"transformers": folder, "transformers.utils": f"{folder}/utils"}
     for name, path in parts.items():
         package = ModuleType(name)
@@ -33,7 +33,7 @@ def _renderer(folder: str) -> Any:
 
 
 def _limit(what: int, soft: int, hard: int) -> None:
-    with suppress(ValueError, OSError):  # a stricter limit is set already
+    with suppress(ValueError, OSError):  # a stricter limit is already set
         resource.setrlimit(what, (soft, hard))
 
 
@@ -54,7 +54,7 @@ def _main() -> None:
         said = b"T" + text.encode(errors="surrogatepass")
     except MemoryError:
         said = b"M"
-    except Exception as exc:  # noqa: BLE001 - a template is a program of the model's maker, and raises what it likes
+    except Exception as exc:  # noqa: BLE001 - a template is an untrusted program and may raise anything
         said = f"E{type(exc).__name__}: {str(exc)[:200]}".encode(errors="replace")
     os.write(1, said[:1])
     sys.stdout.buffer.write(said[1:])

@@ -1,4 +1,4 @@
-"""A source of weights, and the thread with an event loop that it runs on: what one or several models read through."""
+"""A source of weights and the event loop thread that it runs on; one or several models read through it."""
 
 import os
 import threading
@@ -21,16 +21,16 @@ T = TypeVar("T")
 
 
 class SourceThread:
-    """A source, opened at its first use, and the thread with its event loop: what the package uses of `WeightClient`.
+    """A source, opened at its first use, and its event loop thread; the package's internal side of `WeightClient`.
 
     Usable from any thread.
 
     Attributes:
-        url: where the weights come from, for people.
+        url: where the weights come from, for display.
     """
 
     def __init__(self, url: str, open_source: Callable[[], Coroutine[Any, Any, ChunkSource]]) -> None:
-        """Note how to open the source, on the event loop; it is not opened yet."""
+        """Store how to open the source on the event loop; it is not opened yet."""
         self.url = url
         self._open_source = open_source
         self._lock = threading.Lock()
@@ -50,10 +50,10 @@ class SourceThread:
         return self._open()[1]
 
     def _open(self) -> tuple[IoThread, ChunkSource]:
-        """The thread and the source; the first call opens them.
+        """Return the thread and the source; the first call opens them.
 
         Raises:
-            ModelClosedError: it was closed.
+            ModelClosedError: the client is closed.
             SurfwError: the source cannot be reached.
         """
         with self._lock:
@@ -71,13 +71,13 @@ class SourceThread:
 
     @property
     def refetched_blocks(self) -> int:
-        """How many blocks and files arrived damaged and were fetched again, for all models that read through this."""
+        """Number of blocks and files that arrived damaged and were fetched again, over all models of this client."""
         source = self._source
         return self._refetched_blocks + (source.refetched_blocks if source else 0)
 
     @property
     def waiting(self) -> Waiting | None:
-        """What keeps the source waiting, if it failed and is to be tried again."""
+        """The state of a failed source that will be retried; None if it works."""
         source = self._source
         return source.waiting if source else None
 
@@ -106,13 +106,13 @@ class SourceThread:
 
 
 class WeightClient(SourceThread):
-    """A connection to weights, which any number of models and threads may share. Close the ones you make.
+    """A connection to weights that any number of models and threads may share. Close the clients that you create.
 
-    Models that are opened from an address have a client of their own. Make one yourself to open several models over
-    one connection: `StreamingModel.open(client, model="a")`.
+    A model opened from an address has its own client. Create one yourself to open several models over one connection:
+    `StreamingModel.open(client, model="a")`.
 
     Attributes:
-        url: where the weights come from, for people.
+        url: where the weights come from, for display.
     """
 
     def __init__(
@@ -133,35 +133,34 @@ class WeightClient(SourceThread):
         verify_key: str | os.PathLike[str] | None = None,
         source_order: SourceOrder = "given",
     ) -> None:
-        """Note where the weights are; nothing is contacted before the first use.
+        """Store where the weights are; nothing is contacted before the first use.
 
         Args:
             source: a server (`ws://host:port`, `wss://…`), or a store: a folder, a storage URL, a backend. A folder or
-                URL may also be that of a plain checkpoint, which is then read from where it is. Several of them, in a
-                list, are asked in this order: the next one where the one before fails, is late, or delivers damage.
-                All of them have to have the same model.
-            token: the secret that the server wants, or that all of several servers want.
-            ssl: for `wss://`: whose certificates to trust, instead of the system's, and which to show; their files, or
-                a context.
-            retry: how often a connection that was refused or lost is made again.
+                URL may also be a plain checkpoint, which is then read in place. A list of sources is a failover order:
+                the next one is used if the one before fails, is slow, or delivers damaged data. All of them must have
+                the same model.
+            token: the server's secret; with several servers, all must accept it.
+            ssl: for `wss://`: the certificates to trust instead of the system's, and the one to present; as files, or
+                as a context.
+            retry: retry policy for refused and lost connections.
             connect_timeout: seconds that a server has to answer.
-            silence_timeout: seconds without progress (64 KiB, or all that is left of an answer), tries included, after
-                which a server or a remote storage is given up; a backend of your own has its own.
-            storage_options: for a storage URL, such as `{"endpoint_url": "http://…"}`.
-            disk_cache: what may be kept on a local disk of what arrives, such as `20GB`, for this run and later ones;
-                None to keep nothing. Sources on this machine need none, and have none.
-            cache_dir: the folder for that, which many processes may share; default `$SURFW_HOME/cache`.
-            offline: whether only that folder is read and nothing is contacted; default: what `HF_HUB_OFFLINE` says,
-                where there is a `disk_cache`.
-            deadline: seconds that whatever is to be read is waited for, however often its sources fail meanwhile;
-                default: as `retry` says.
-            encryption_key_file: holds the key of encrypted models. They are decrypted here; a server never sees it.
-            verify_key: holds the public keys, in PEM, one of which every model has to be signed with.
-            source_order: of several sources, `given` asks the first one that works; `speed` the one that turns out to
-                be the fastest, and the others now and then in case that changes.
+            silence_timeout: seconds without progress (64 KiB, or the rest of an answer), including retries, after which
+                a server or remote storage counts as failed; your own backends use their own timeouts.
+            storage_options: options for a storage URL, such as `{"endpoint_url": "http://…"}`.
+            disk_cache: size of a local disk cache for fetched data, such as `20GB`, kept for later runs; None for no
+                cache. Local sources are never cached.
+            cache_dir: folder of the disk cache, which many processes may share; default `$SURFW_HOME/cache`.
+            offline: read only from the disk cache and contact nothing; default: the value of `HF_HUB_OFFLINE` if there
+                is a `disk_cache`.
+            deadline: seconds to wait for any read, however often its sources fail; default: as `retry` says.
+            encryption_key_file: file with the key of encrypted models. They are decrypted here; a server never sees it.
+            verify_key: file with public keys in PEM; every model must be signed with one of them.
+            source_order: for several sources, `given` uses the first one that works; `speed` the fastest one, probing
+                the others now and then.
 
         Raises:
-            ConfigurationError: an argument cannot be used, or the source takes no token, certificates or options.
+            ConfigurationError: an argument is invalid, or the source takes no token, certificates or options.
         """
         connection = Connection(
             token=token,
@@ -179,22 +178,22 @@ class WeightClient(SourceThread):
         super().__init__(*connection.locate(source))
 
     def models(self) -> list[str]:
-        """The names of the models that the source has, sorted.
+        """The names of the source's models, sorted.
 
         Raises:
-            ConfigurationError: an event loop runs here, and would be blocked: use `models_async`.
+            ConfigurationError: an event loop runs in this thread and would be blocked: use `models_async`.
             SurfwError: the source cannot be reached.
         """
         refuse_event_loop("asking for the models", "'await client.models_async()'")
         return self.run(lambda source: source.models())
 
     async def models_async(self) -> list[str]:
-        """As `models`, without blocking the event loop."""
+        """Like `models`, without blocking the event loop."""
         with ThreadPoolExecutor(1, thread_name_prefix="surfw-client") as executor:
             return await run_in_executor(executor, self.models)
 
     async def close_async(self) -> None:
-        """As `close`, without blocking the event loop."""
+        """Like `close`, without blocking the event loop."""
         await in_thread(self.close)
 
     async def __aenter__(self) -> Self:
@@ -204,7 +203,7 @@ class WeightClient(SourceThread):
     async def __aexit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> None:
-        """Close, without blocking the event loop."""
+        """Close the client, without blocking the event loop."""
         await self.close_async()
 
     def __enter__(self) -> Self:
@@ -212,7 +211,7 @@ class WeightClient(SourceThread):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
-        """Close."""
+        """Close the client."""
         self.close()
 
 

@@ -1,10 +1,12 @@
 """A conversation with a model: its messages, and the KV cache that holds what the model has read of them.
 
-The prompt of a turn is the whole conversation, as the chat template renders it; without a template it is one text, in
-which what the person says begins on a new line, and each answer goes on with it. `generate()` is given that prompt and
-the cache of the turns before, and goes on where the cache ends. The cache holds exactly the tokens that `_Memory` says,
-and these begin the prompt: where a template rewrites the past, or the tokenizer joins what stood on both sides of a
-border, it is cropped to the tokens that both have, and where it cannot be cropped, a new one is made.
+The prompt of a turn is the whole conversation, as the chat template renders it. Without a template it is one text, in
+which each user message begins on a new line and each answer continues its message. `generate()` gets that prompt and
+the cache of the previous turns, and continues where the cache ends.
+
+Invariant: the cache holds exactly the tokens in `_Memory.token_ids`, and these are a prefix of the prompt. If a
+template rewrites earlier messages, or the tokenizer merges tokens across a turn boundary, the cache is cropped to the
+common prefix; if it cannot be cropped, it is replaced.
 """
 
 import threading
@@ -32,20 +34,19 @@ from surfw.runtime.kv_cache import cache_bytes, cache_name, output_cache
 from surfw.runtime.run import Run, current_run
 
 _GOES_ON = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
-"""Layers of caches that take several tokens after others. Recurrent states, for one, take one at a time."""
+"""Cache layers that can take several tokens after earlier ones; recurrent states, for example, take one at a time."""
 
 Ending = Literal["end", "length", "positions", "stopped"]
-"""Why an answer ended: by itself, at the most tokens it may have, at the model's last position, or because somebody
-stopped it."""
+"""Why an answer ended: by itself, at `max_new_tokens`, at the model's last position, or by `stop`."""
 
 
 @dataclass(kw_only=True)
 class Turn(InferenceResult):
-    """The answer of a turn; `prompt_tokens` are those of the whole conversation before it.
+    """The answer of a turn; `prompt_tokens` counts the whole conversation before it.
 
     Attributes:
-        cached_tokens: of the prompt, how many the KV cache held already.
-        ending: why it ended.
+        cached_tokens: number of prompt tokens that were already in the KV cache.
+        ending: why the answer ended.
     """
 
     cached_tokens: int = 0
@@ -54,14 +55,14 @@ class Turn(InferenceResult):
 
 @dataclass(frozen=True, kw_only=True)
 class ConversationFacts:
-    """How long a conversation is.
+    """The length of a conversation.
 
     Attributes:
-        turns: messages that were answered.
-        tokens: of all that was said, in the chat template where there is one.
-        cached_tokens: of those, what the KV cache holds; 0 where the next turn reads all of them again.
-        positions: tokens that the model has positions for; None if there is no bound.
-        kv_cache_bytes: memory that the KV cache takes.
+        turns: number of answered messages.
+        tokens: number of tokens so far, including the chat template if there is one.
+        cached_tokens: how many of these the KV cache holds; 0 if the next turn reads all of them again.
+        positions: the model's number of positions; None if there is no bound.
+        kv_cache_bytes: memory of the KV cache.
     """
 
     turns: int
@@ -72,29 +73,29 @@ class ConversationFacts:
 
 
 class _Stopped(Exception):  # noqa: N818 - nothing went wrong
-    """Somebody stopped the answer."""
+    """`Conversation.stop` was called."""
 
 
 class Conversation:
     """A conversation with one open model.
 
-    The tokens of a turn are those that `generate()` gives with the resident model, when it is given the same
-    `past_key_values` in the same turns: bit for bit. A new `generate()` of the whole conversation reads it in one go,
-    which may round otherwise, as any other way to cut up a prompt may.
+    The tokens of a turn are exactly those of the resident model's `generate()`, given the same `past_key_values` in the
+    same turns. A new `generate()` of the whole conversation reads it in one pass, which may round differently, as any
+    other way to split a prompt may.
 
-    `ask` is called from one thread at a time; `stop` may be called from any other meanwhile.
+    `ask` is called from one thread at a time; `stop` may be called from any thread during it.
     """
 
     def __init__(self, model: StreamingModel, **options: Unpack[GenerationOptions]) -> None:
-        """Begin without messages.
+        """Start a conversation without messages.
 
         Args:
             model: an open model.
-            **options: as of `StreamingModel.stream`; `raw` goes on without the chat template.
+            **options: see `StreamingModel.stream`; `raw` skips the chat template.
 
         Raises:
-            ConfigurationError: an option cannot be used, or the model has no tokenizer.
-            UnsupportedModelError: the model holds no conversation.
+            ConfigurationError: an option is invalid, or the model has no tokenizer.
+            UnsupportedModelError: the model does not generate text, or generates it from an encoder.
         """
         name, made = model.manifest.name, model.model
         if not made.can_generate() or made.config.is_encoder_decoder or made.main_input_name != "input_ids":
@@ -116,7 +117,7 @@ class Conversation:
         self._memory = _Memory()
         self._run: Run | None = None
         self._lock = threading.Lock()
-        self.system = self._request.system  # which is checked
+        self.system = self._request.system  # the setter checks it
 
     @property
     def has_template(self) -> bool:
@@ -125,7 +126,7 @@ class Conversation:
 
     @property
     def system(self) -> str | None:
-        """The system message; a new one counts from the next turn on, for the whole conversation.
+        """The system message; a new one applies from the next turn on, to the whole conversation.
 
         Raises:
             ConfigurationError: the model has no chat template.
@@ -140,19 +141,19 @@ class Conversation:
         self._request = replace(self._request, system=text or None)
 
     def reset(self) -> None:
-        """Forget all messages, and give the memory of the KV cache back. The system message stays."""
+        """Drop all messages and free the KV cache; the system message stays."""
         with self._lock:
             self.messages.clear()
             self._tokens = 0
             self._memory = _Memory()
 
     def stop(self) -> None:
-        """Stop the answer that is being given, if there is one: at the next layer, and without waiting for it."""
+        """Stop an answer in progress at the next layer, without waiting for it to end."""
         if (run := self._run) is not None:
             run.interrupt(_Stopped())
 
     def facts(self) -> ConversationFacts:
-        """How long it is."""
+        """The length of the conversation."""
         return ConversationFacts(
             turns=sum(message["role"] == "user" for message in self.messages),
             tokens=self._tokens,
@@ -168,20 +169,20 @@ class Conversation:
         on_text: Callable[[str], None] = lambda _: None,
         on_token: Callable[[int, float], None] = lambda _token, _seconds: None,
     ) -> Turn:
-        """Say something, and wait for the answer. What was said of a stopped one is part of the conversation.
+        """Send a message and wait for the answer; the text of a stopped answer is part of the conversation.
 
-        A character of which an answer has only the beginning is left out of its message.
+        An incomplete character at the end of an answer is left out of its message.
 
-        After an error, and after an answer that was stopped before its first token, the conversation is as it was.
+        After an error, or if the answer was stopped before its first text, the conversation is unchanged.
 
         Args:
-            text: what to say.
-            on_text: called with the answer as it comes.
-            on_token: called with each new token id, and the seconds since the start.
+            text: the message.
+            on_text: called with each new piece of the answer.
+            on_token: called with each new token id and the seconds since the start.
 
         Raises:
-            ConfigurationError: the conversation is longer than the model's positions or its memory allow, or its chat
-                template refuses it; or another model has taken the place of the one that it is with (`switch`).
+            ConfigurationError: the conversation exceeds the model's positions or the memory budget, its chat template
+                refuses it, or the model was replaced by another (`switch`).
             SurfwError: weights could not be read.
         """
         if (now := self._model.manifest).identity != self._identity:
@@ -242,23 +243,23 @@ class Conversation:
         return turn
 
     def _why_ended(self, result: InferenceResult, request: InferenceRequest) -> Ending:
-        """Why an answer ended that nobody stopped."""
+        """Why an answer ended that was not stopped."""
         if len(result.token_ids) < request.max_new_tokens or result.token_ids[-1] in self._ends:
             return "end"
         return "length" if request.max_new_tokens == self._request.max_new_tokens else "positions"
 
     def _content(self, turn: Turn, prompt_ids: Sequence[int]) -> str:
-        """The message of an answer: no half of a character, and in one text with the prompt the space between them."""
+        """The message of an answer: no incomplete character; without a template, with the space the tokenizer drops."""
         text = turn.text.rstrip(INCOMPLETE)
         if self.has_template or not text:
             return text
         return space_before(self._tokenizer, prompt_ids, turn.token_ids[0]) + text
 
     def _encode(self, text: str) -> tuple[InferenceRequest, dict[str, torch.Tensor]]:
-        """The turn's request, and the model's inputs: the whole conversation.
+        """Encode the whole conversation; return the turn's request and the model's inputs.
 
         Raises:
-            ConfigurationError: it has more tokens than the model has positions.
+            ConfigurationError: the conversation has more tokens than the model has positions.
         """
         if self.has_template:
             request = replace(self._request, prompt=text, history=self.messages)
@@ -287,42 +288,41 @@ class Conversation:
 
 
 class _Memory:
-    """What a model has read of a conversation.
+    """The part of a conversation that the model has read.
 
     Attributes:
-        cache: transformers' KV cache; None if there is none that could go on.
-        token_ids: the tokens that the cache holds.
+        cache: transformers' KV cache; None if there is none that can be continued.
+        token_ids: the tokens in the cache.
     """
 
     def __init__(self) -> None:
-        """Nothing is read yet."""
         self.cache: Any = None
         self.token_ids: list[int] = []
         self._adapter: str | None = None
 
     def read_with(self, adapter: str | None) -> None:
-        """Forget what was read with another adapter than this one: it would have been read otherwise."""
+        """Drop a cache that was computed with another adapter."""
         if adapter != self._adapter:
             self._crop(0)
         self._adapter = adapter
 
     def keep_beginning_of(self, ids: Sequence[int]) -> int:
-        """Keep what begins these ids, and of them all but the last, which the model has to read; returns how many."""
+        """Crop the cache to the common prefix with `ids`, except the last id, which must be read; return its size."""
         self._crop(min(_count_equal(self.token_ids, ids), len(ids) - 1))
         return len(self.token_ids)
 
     def past(self, model: torch.nn.Module) -> dict[str, Any]:
-        """Return the cache by the name that the model's forward has for it; nothing, if there is none."""
+        """Return the cache under the forward's argument name for it; an empty dict if there is none."""
         return {} if self.cache is None else {cache_name(model): self.cache}
 
     @contextmanager
     def watching(self, model: torch.nn.Module, prompt_ids: Sequence[int], new_ids: Sequence[int]) -> Iterator[None]:
-        """Take the cache out of the model's forwards; when they have ended, however they did, note what it holds.
+        """Capture the cache from the model's forwards; when they end, even by an error, record which tokens it holds.
 
         Args:
-            model: transformers' model.
-            prompt_ids: what it is given.
-            new_ids: what it has generated, when the forwards have ended.
+            model: the transformers model.
+            prompt_ids: the prompt.
+            new_ids: the generated tokens, complete when the body ends.
         """
 
         def note(_module: torch.nn.Module, _args: Any, output: object) -> None:
@@ -336,13 +336,13 @@ class _Memory:
             self._settle([*prompt_ids, *new_ids])
 
     def _settle(self, ids: Sequence[int]) -> None:
-        """Note what the cache holds after forwards of these ids, the last of which may not have come to its end."""
+        """Record what the cache holds after forwards of these ids; the last forward may have been interrupted."""
         lengths = _lengths(self.cache)
         self.token_ids = list(ids)
         self._crop(min(lengths, default=0) if max(lengths, default=0) <= len(ids) else 0)
 
     def _crop(self, count: int) -> None:
-        """Keep so many tokens of the cache; if that is not possible, none."""
+        """Crop the cache to `count` tokens; if that is impossible, drop it."""
         try:
             for layer in self.cache.layers if count else ():
                 if not isinstance(layer, DummyLayer) and (more := layer.get_seq_length() - count) > 0:
@@ -359,13 +359,13 @@ def _is_stopped(run: Run) -> bool:
         run.check()
     except _Stopped:
         return True
-    except Exception:  # noqa: BLE001 - what else ends the run is not ours
+    except Exception:  # noqa: BLE001 - the run was ended by something else
         return False
     return False
 
 
 def _lengths(cache: Any) -> list[int]:
-    """How many tokens each layer of a cache has taken; none for a cache that cannot go on with several at once."""
+    """The number of tokens in each layer of a cache; empty if the cache cannot be continued with several tokens."""
     if type(cache) is not DynamicCache or any(type(layer) not in _GOES_ON for layer in cache.layers):
         return []
     layers: list[Any] = cache.layers
@@ -373,13 +373,13 @@ def _lengths(cache: Any) -> list[int]:
 
 
 def _count_equal(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many elements two sequences have in common, from the first on."""
+    """The length of the common prefix of two sequences."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((at for at, (left, right) in pairs if left != right), min(len(one), len(other)))
 
 
 def _as_text(messages: Sequence[dict[str, str]]) -> str:
-    """A conversation without a template: each answer goes on with its message, which begins on a new line."""
+    """Render a conversation without a template: user messages begin on a new line, and answers continue them."""
     text = ""
     for message in messages:
         text += "\n" * (message["role"] == "user" and bool(text)) + message["content"]

@@ -1,4 +1,4 @@
-"""What a model is told of a disk cache: how large, where, and whether to do without the network. Without torch."""
+"""Options of a disk cache: its size, its folder, and offline use. Does not import torch."""
 
 import os
 from collections.abc import Callable, Coroutine, Sequence
@@ -19,17 +19,17 @@ OpenSource = Callable[[], Coroutine[Any, Any, ChunkSource]]
 """Opens a source, on its event loop."""
 
 _YES = {"1", "ON", "YES", "TRUE"}
-"""What `HF_HUB_OFFLINE` may be, as huggingface_hub reads it."""
+"""True values of `HF_HUB_OFFLINE`, as huggingface_hub reads it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DiskOptions:
-    """A disk cache.
+    """Options of a disk cache.
 
     Attributes:
-        budget_bytes: what it may take; None for no cache, except offline.
-        folder: where it is; None for `$SURFW_HOME/cache`.
-        offline: whether only what is there is read.
+        budget_bytes: the cache's size limit; None for no cache, except offline.
+        folder: the cache's folder; None for `$SURFW_HOME/cache`.
+        offline: read only from the cache.
     """
 
     budget_bytes: int | None = None
@@ -37,38 +37,38 @@ class DiskOptions:
     offline: bool = False
 
     def wrap(self, urls: Sequence[str], open_source: OpenSource) -> OpenSource:
-        """How to open a source behind the cache; one on this machine has none, and is opened as it is.
+        """Return a function that opens a source behind the cache; a local source is opened without one.
 
         Args:
-            urls: the address of the source, or of all that it consists of, without secrets.
-            open_source: opens it.
+            urls: the address of the source, or of all its parts, without secrets.
+            open_source: opens the source.
         """
         if all(map(is_local_url, urls)) or (self.budget_bytes is None and not self.offline):
             return open_source
         return partial(_open_cached, self, urls[0], open_source)
 
     def open_folder(self) -> CacheFolder:
-        """The folder, which is not contacted yet."""
+        """The cache folder, not opened yet."""
         return CacheFolder(self.folder or default_folder(), self.budget_bytes)
 
 
 def default_folder() -> Path:
-    """Where a disk cache is unless it is told otherwise."""
+    """The default folder of a disk cache."""
     return surfw_home() / "cache"
 
 
 def disk_options(
     disk_cache: int | str | None, cache_dir: str | os.PathLike[str] | None, offline: bool | None
 ) -> DiskOptions:
-    """The options, checked.
+    """Validate the options.
 
     Args:
-        disk_cache: what it may take: a number of bytes, or a size such as `20GB`; None for no cache.
-        cache_dir: its folder; None for `$SURFW_HOME/cache`.
-        offline: whether only what is there is read; None for what `HF_HUB_OFFLINE` says, where there is a cache.
+        disk_cache: size limit: a number of bytes, or a size such as `20GB`; None for no cache.
+        cache_dir: the folder; None for `$SURFW_HOME/cache`.
+        offline: read only from the cache; None for the value of `HF_HUB_OFFLINE` if there is a cache.
 
     Raises:
-        ConfigurationError: one cannot be used.
+        ConfigurationError: an option is invalid.
     """
     expect("cache_dir", cache_dir, str | os.PathLike | None, "a folder or None")
     if offline is not None and not isinstance(offline, bool):

@@ -1,8 +1,8 @@
 """A draft that a model opened itself, and the memory budget that both share.
 
-The draft is all in memory, as it runs several times for each pass of the model: what it takes, its KV cache included,
-is taken out of the model's budget for as long as the draft is open. So there is never more in memory than the budget
-says, and `memory_budget` stays what the user gave.
+The draft is fully resident, because it runs several times for each pass of the model. Its memory, including its KV
+cache, is taken from the model's budget while the draft is open. So total memory never exceeds the budget, and
+`memory_budget` stays what the user gave.
 """
 
 from collections.abc import Callable
@@ -18,19 +18,19 @@ if TYPE_CHECKING:
     from surfw.models.base import StreamingBaseModel
 
 OWN_FORM = "self:"
-"""What the name of a draft begins with that is another form of the model itself."""
+"""Prefix of a draft's name that stands for another form of the model itself."""
 
 
 class OwnDraft:
-    """A draft that was opened for one model, out of whose budget it has what it needs.
+    """A draft opened for one model, within that model's budget.
 
     Attributes:
         model: the draft.
-        total_bytes: the budget of both; None where the model counts layers, and the draft has a budget of its own.
+        total_bytes: the budget of both; None if the model uses `cache_size`, and the draft has its own budget.
     """
 
     def __init__(self, parts: ModelParts, open_draft: "Callable[[int | None], StreamingBaseModel]") -> None:
-        """Have a model make room, and open its draft with the budget that it may have at most.
+        """Shrink the model to its least budget, open the draft with the rest, then divide the budget.
 
         Raises:
             ConfigurationError: the budget is too small for both.
@@ -64,7 +64,7 @@ class OwnDraft:
             raise ConfigurationError(f"the draft cannot be opened with the {left}: {exc}") from exc
 
     def share(self, prompt_tokens: int, new_tokens: int) -> None:
-        """Give the draft what it needs for a generation, and the model all the rest.
+        """Give the draft the memory it needs for a generation, and the model the rest.
 
         Raises:
             ConfigurationError: the budget is too small for both.
@@ -82,7 +82,7 @@ class OwnDraft:
         self._relimit(self.total_bytes - self._taken_bytes)
 
     def reading_without(self) -> float:
-        """What the model would read in a pass if it had all of the budget, as a part of what it reads now."""
+        """Bytes that the model would read per pass with the whole budget, as a fraction of what it reads now."""
         now = self._engine.plan.bytes_per_pass
         if self.total_bytes is None or now == 0:
             return 1.0
@@ -90,31 +90,31 @@ class OwnDraft:
         return self._engine.plan_with(limit).bytes_per_pass / now
 
     def rest(self) -> None:
-        """Between two passes of a generation that goes on: keep only what an open model needs, the model has the rest.
+        """Shrink the draft to its least budget during a generation, and give the model the rest.
 
-        It is to be closed after the generation.
+        Called between two passes; the draft must be closed after the generation.
         """
         if self.total_bytes is None:
             return
         self._note_what_was_given_back()
         self._rests = True
         parts = self.model._open_here()  # noqa: SLF001 - ours
-        parts.hooks.end_run()  # else what stays between its passes is in use until the end of the generation
+        parts.hooks.end_run()  # else resident chunks count as in use until the end of the generation
         self.model.memory_budget = parts.engine.least_budget_bytes
         self._relimit(self.total_bytes - self._taken_bytes)
 
     def _note_what_was_given_back(self) -> None:
-        """The model may have had to give memory back, see `pressure`: it is not taken again."""
+        """Lower the total by what the model gave back under memory pressure (`pressure`); it is not reclaimed."""
         now = self._engine.limit.budget_bytes
         if self._given_bytes is not None and now is not None and self.total_bytes is not None:
             self.total_bytes -= max(0, self._given_bytes - now)
         self._given_bytes = now
 
     def change_budget(self, total_bytes: int) -> None:
-        """Keep to another budget from now on.
+        """Change the budget of both.
 
         Raises:
-            ConfigurationError: it is too small for both; all stays as it was.
+            ConfigurationError: it is too small for both; nothing changes.
         """
         self._relimit(total_bytes - self._taken_bytes)
         self.total_bytes = total_bytes
@@ -122,7 +122,7 @@ class OwnDraft:
             self.model.memory_budget = max(self._taken_bytes, self._free_bytes() or 0)
 
     def close(self) -> None:
-        """Close the draft, and leave the model all of the budget."""
+        """Close the draft, and give the model the whole budget."""
         self._note_what_was_given_back()
         self.model.close()
         self._give_back()

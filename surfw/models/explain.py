@@ -1,7 +1,7 @@
 """What a model uses its memory for, what limits its speed, and what more memory would bring; as data.
 
-The plan says what is read in a pass; a measurement says how fast. The ceiling is tokens per pass × bandwidth ÷ bytes
-per pass, and cannot be above what computing alone allows. Nothing is rendered here.
+The plan gives the bytes read per pass, a measurement the bandwidth. The ceiling is tokens per pass × bandwidth ÷ bytes
+per pass, and at most what computing alone allows. This module prints nothing.
 """
 
 from collections import Counter
@@ -25,56 +25,56 @@ from surfw.runtime.plan import Limit, ResidencyPlan
 
 _MOSTLY = 0.5
 _WORTHWHILE = 1.5
-"""Less than half as fast again is within what a run differs from the next one."""
+"""A smaller speed-up is within the variation between runs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Explanation:
-    """A model's memory and limits. Sizes are in bytes; a pass is one run through all layers that recur.
+    """A model's memory and bottlenecks. Sizes are in bytes; a pass is one run through all recurring layers.
 
     Attributes:
-        model: its name.
+        model: name of the model.
         source: where its weights come from.
-        limited_by: what set how much memory weights may take where the model computes: `memory_budget`,
-            `device_memory` or `cache_layers`, as given, or `default`, the memory that was available.
+        limited_by: what limits the memory of weights where the model computes: the `memory_budget`, `device_memory` or
+            `cache_layers` setting, or `default`, the memory that was available.
         budget_bytes: the budget; None with `cache_layers`.
-        cache_layers: the layers to keep; None with a budget.
+        cache_layers: number of layers to keep; None with a budget.
         policy: `auto` or `lru`.
-        layers: how many layers there are.
-        kept_layers: how many of them stay in memory.
-        pinned: how many chunks stay in memory, embeddings, norms and heads included.
+        layers: number of layers.
+        kept_layers: number of resident layers.
+        pinned: number of resident chunks, including embeddings, norms and heads.
         pinned_bytes: their memory.
-        ring_buffers: how many buffers the others pass through; 0 if everything stays.
-        ring_bytes: the size of each.
-        shared_bytes: memory that layers which run several times in a pass share.
-        by_rows: tables of which only the rows that are looked up are read, while they are not in memory.
-        overhead_bytes: memory on top of the weights: rows, and what is converted or in flight.
-        reserved_bytes: what is reserved for the KV cache.
-        peak_bytes: the most memory that all of this takes, the KV cache included.
-        least_budget_bytes: the smallest budget that the model runs with from any source.
-        base_bytes: resident memory of the process before the first weight came; neither that nor activations are in a
-            budget.
-        codec: the form in which most of the weights are read: `none`, `lossless` where that is faster, or a packed one.
-        bytes_per_pass: stored bytes that a pass reads, once everything that stays is in memory.
-        bytes_per_second: how fast they were read in the measurement; None if nothing is streamed.
+        ring_buffers: number of buffers that streamed chunks pass through; 0 if everything is resident.
+        ring_bytes: size of each ring buffer.
+        shared_bytes: memory shared by layers that run several times in a pass.
+        by_rows: non-resident tables, of which only the rows looked up are read.
+        overhead_bytes: memory in addition to the weights: table rows, and what is being converted or in flight.
+        reserved_bytes: memory reserved for the KV cache.
+        peak_bytes: peak memory of all of this, including the KV cache.
+        least_budget_bytes: the smallest budget that the model runs with, from any source.
+        base_bytes: resident memory of the process before the first weight was loaded; a budget includes neither this
+            nor activations.
+        codec: the form in which most of the weights are read: `none`, `lossless` if that is faster, or a packed one.
+        bytes_per_pass: stored bytes read per pass once all resident chunks are in memory.
+        bytes_per_second: measured read bandwidth; None if nothing is streamed.
         measured_bytes: how many bytes the measurement read; None if nothing is streamed.
-        compute_seconds: how long the modules of a pass take while nothing is read; None if it could not be measured.
-        compute_share: the part of the weights that `compute_seconds` was measured on, and scaled up from if below 1.
+        compute_seconds: compute time of a pass while nothing is read; None if it could not be measured.
+        compute_share: fraction of the weights that `compute_seconds` was measured on; below 1, it is scaled up.
         unit: what a pass yields: `tokens`, or `passes` for models that do not generate.
         reading_ceiling: the most units per second that reading allows; None if nothing is read.
-        computing_ceiling: the most that computing allows; None if it could not be measured.
-        bottleneck: the smallest of the ceilings: `link` to a server, `storage`, `bus` to the device, or `compute`.
-        more_bytes_per_pass: what a pass would read, or copy to the device, with 1 GB more; None if nothing is, as it
-            is.
-        more_ceiling: the most units per second with that; None if not known.
-        device: where the model computes. On another one than the CPU, what is said of memory above is of the device's;
-            what follows is of host memory, and of the bus between them.
+        computing_ceiling: the most units per second that computing allows; None if it could not be measured.
+        bottleneck: the lowest ceiling: `link` to a server, `storage`, `bus` to the device, or `compute`.
+        more_bytes_per_pass: bytes that a pass would read, or copy to the device, with 1 GB more; None if a pass
+            streams nothing as it is.
+        more_ceiling: the most units per second with 1 GB more; None if unknown.
+        device: where the model computes. On a device other than the CPU, the memory fields above describe device
+            memory, and those below host memory and the bus.
         host_budget_bytes: the budget of host memory.
-        host_kept_layers: how many layers stay there, because they are copied to the device in every pass.
-        host_coded_layers: how many of them, once they are coded, see `runtime.coding`.
-        host_peak_bytes: the most memory that weights take there.
-        bus_bytes_per_pass: what is copied to the device in a pass.
-        bus_bytes_per_second: how fast that was, in a measurement.
+        host_kept_layers: number of layers held in host memory, to be copied to the device in every pass.
+        host_coded_layers: how many of these will be coded; see `runtime.coding`.
+        host_peak_bytes: peak memory of weights on the host.
+        bus_bytes_per_pass: bytes copied to the device per pass.
+        bus_bytes_per_second: measured copy bandwidth.
         bus_ceiling: the most units per second that copying allows.
     """
 
@@ -120,7 +120,7 @@ class Explanation:
 
     @property
     def other_parts(self) -> int:
-        """How many of the chunks that stay in memory are no layers."""
+        """How many resident chunks are not layers."""
         return self.pinned - self.kept_layers
 
     @property
@@ -134,9 +134,9 @@ class Advice:
     """What more memory would bring.
 
     Attributes:
-        more_bytes: so much more.
-        budget_bytes: the memory budget, then.
-        tokens_per_second: the most that reading and computing would allow.
+        more_bytes: the additional memory.
+        budget_bytes: the memory budget with it.
+        tokens_per_second: the ceiling of reading and computing with it.
     """
 
     more_bytes: int
@@ -145,7 +145,7 @@ class Advice:
 
 
 def explain(parts: ModelParts, run: RunModel, *, prompt_tokens: int) -> Explanation:
-    """Measure a model, and explain it; see `measure_computing`. The statistics stay as they were.
+    """Measure a model and explain it; see `measure_computing`. Statistics are not changed.
 
     Raises:
         SurfwError: weights could not be read.
@@ -153,7 +153,7 @@ def explain(parts: ModelParts, run: RunModel, *, prompt_tokens: int) -> Explanat
     reserved_bytes = parts.engine.limit.reserved_bytes
     with parts.engine.metrics.off_the_record():
         computing = measure_computing(parts, run, prompt_tokens)
-        parts.engine.reserve(reserved_bytes)  # what the measurement's own KV cache took is free again
+        parts.engine.reserve(reserved_bytes)  # undo what the measurement's own KV cache reserved
         wait([load for _, load in parts.engine.fetch(parts.layers)], READ_SECONDS)  # so that nothing else is read
         reading = measure_reading(parts)
         copying = measure_copying(parts)
@@ -163,14 +163,14 @@ def explain(parts: ModelParts, run: RunModel, *, prompt_tokens: int) -> Explanat
 def explain_plan(
     parts: ModelParts, computing: Computing | None, reading: Reading | None, copying: float | None = None
 ) -> Explanation:
-    """The explanation of a model's plan, with these measurements; `copying` is bytes per second to the device."""
+    """Explain a model's plan with the given measurements; `copying` is bytes per second to the device."""
     engine, manifest, below = parts.engine, parts.manifest, parts.below
     plan, limit = engine.plan, engine.limit
     behind = below.settled_plan() if below else plan
     copied = engine.copied_per_pass if isinstance(engine, DeviceEngine) else 0
     coded = set(below.copied_bytes()) if below else set[str]()
-    # Stored bytes ÷ bytes in memory: they differ where the model runs in another dtype than it is stored in, and where
-    # coded forms are read.
+    # Stored bytes ÷ bytes in memory: these differ if the model runs in another dtype than it is stored in, or if coded
+    # forms are read.
     read: Counter[str] = Counter()
     experts = [chunk.name for one in manifest.experts.values() for chunk in one.chunks]
     for name in (*plan.sizes, *experts):
@@ -237,24 +237,24 @@ def explain_plan(
 
 
 def advise(parts: ModelParts, *, seconds_per_token: float, stall_share: float) -> Advice | None:
-    """What more memory would bring to a generation that mostly waited for weights.
+    """Estimate what more memory would bring to a generation that mostly waited for weights.
 
-    Then reading took nearly all of the time of a token, so bytes per pass ÷ that time is the bandwidth; what was not
-    spent waiting is what computing takes.
+    In such a generation reading takes nearly all of a token's time, so the bandwidth is bytes per pass ÷ that time; the
+    time not spent waiting is the compute time.
 
     Args:
-        parts: of the model.
-        seconds_per_token: the mean time of each token after the first.
-        stall_share: the part of it that was spent waiting.
+        parts: the parts of the model.
+        seconds_per_token: mean time per token after the first.
+        stall_share: the fraction of that time spent waiting.
 
     Returns:
-        The least of a few amounts that would make it half as fast again; None if it did not wait mostly, if nothing is
-        read in a pass, or if no amount would do that.
+        The smallest tried amount that would make the model 1.5 times as fast; None if it did not mostly wait, if a pass
+        reads nothing, or if no amount would be enough.
     """
     engine = parts.engine
     plan, limit = engine.plan, engine.limit
     if parts.below or not plan.bytes_per_pass or stall_share < _MOSTLY or seconds_per_token <= 0:
-        return None  # what a device waits for is not measured
+        return None  # on a device, what causes the waiting is not measured
     bandwidth = plan.bytes_per_pass / seconds_per_token
     by_computing = 1 / (seconds_per_token * (1 - stall_share)) if stall_share < 1 else None
     now = plan.peak_bytes + plan.reserved_bytes if limit.budget_bytes is None else limit.budget_bytes
@@ -269,7 +269,7 @@ def advise(parts: ModelParts, *, seconds_per_token: float, stall_share: float) -
 
 
 def _one_gb_more(plan: ResidencyPlan, limit: Limit) -> Limit:
-    """The limit with 1 GB more; where layers are counted, 1 GB more than these take."""
+    """The limit with 1 GB more; with `cache_layers`, 1 GB more than these layers take."""
     now = plan.peak_bytes + plan.reserved_bytes if limit.budget_bytes is None else limit.budget_bytes
     return Limit(budget_bytes=now + GB, reserved_bytes=limit.reserved_bytes, policy=limit.policy)
 

@@ -1,7 +1,6 @@
-"""From a manifest to a model that is ready to run, with nothing trusted on the way.
+"""Builds a model from an untrusted manifest.
 
-The configuration is sanitised, and every shape the class asks for is compared with the manifest while it is being
-built.
+The configuration is sanitised, and every shape that the class asks for is compared with the manifest during the build.
 """
 
 import logging
@@ -35,7 +34,7 @@ logger = logging.getLogger("surfw.models")
 
 _MAX_MISSING_BYTES = 4 * GIB
 _TAKEN = frozenset(dir(GenerationConfig))
-"""Names that generation settings cannot have: methods and attributes of their class."""
+"""Names that generation settings must not have: methods and attributes of their class."""
 
 
 def open_skeleton(
@@ -45,17 +44,17 @@ def open_skeleton(
     model_class: type[PreTrainedModel] | None = None,
     on_missing: OnMissing = "error",
 ) -> Skeleton:
-    """Build the model of a manifest, without weights. The run of this thread may be interrupted meanwhile.
+    """Build the model of a manifest without weights; interrupting this thread's run interrupts the build.
 
     Args:
         manifest: the model.
-        dtype: run in this dtype; default: the one it is stored in.
-        model_class: the caller's own class; default: the manifest's, from transformers or registered there.
-        on_missing: with `uninitialized`, parameters without weights in the manifest get those of a new model.
+        dtype: run in this dtype; default: the stored one.
+        model_class: the caller's own class; default: the manifest's, from transformers or registered with it.
+        on_missing: with `uninitialized`, parameters without weights in the manifest are initialised as in a new model.
 
     Raises:
-        UnsupportedModelError: its class or configuration cannot be used here.
-        ManifestError: configuration and chunks do not belong together.
+        UnsupportedModelError: the class or configuration cannot be used here.
+        ManifestError: configuration and chunks do not match.
     """
     where = manifest.name
     settings, generation, code, unfit = sanitise(manifest.config, manifest.generation_config, where=where)
@@ -92,11 +91,10 @@ def open_skeleton(
 
 
 def _check_fit(name: str, stored: TensorInfo, place: torch.Tensor, cls: str, where: str) -> None:
-    """Make sure that a stored tensor fits its place in the class.
+    """Check that a stored tensor matches its parameter or buffer in the class.
 
-    Floating-point numbers may be stored in another precision: the model can be run in another, and releases of
-    transformers differ in what they keep in float32. Whole numbers, truth values and complex numbers are never
-    converted.
+    Floating-point tensors may be stored in another precision: the model can run in another dtype, and releases of
+    transformers differ in what they keep in float32. Integer, boolean and complex tensors are never converted.
     """
     if tuple(place.shape) != stored.shape:
         raise ManifestError(f"{where}: {name} has shape {stored.shape} in the manifest, {tuple(place.shape)} in {cls}")
@@ -130,7 +128,7 @@ def _report_missing(missing: Sequence[Slot], cls: str, on_missing: OnMissing, wh
 
 
 def _set_dtypes(skeleton: Skeleton, manifest: Manifest) -> None:
-    """Give parameters, still without values, the dtypes that transformers keeps them in."""
+    """Set parameters, still without values, to the dtypes that transformers keeps them in."""
     wanted = target_dtypes(skeleton)
     for name, slot in skeleton.slots.items():
         dtype = wanted(manifest.ties.get(name, name))
@@ -139,14 +137,14 @@ def _set_dtypes(skeleton: Skeleton, manifest: Manifest) -> None:
 
 
 def cast_dtypes(manifest: Manifest, skeleton: Skeleton) -> dict[str, torch.dtype]:
-    """The tensors that have another dtype in the model than in their chunk, and that dtype."""
+    """The tensors whose dtype in the model differs from that in their chunk, with the model's dtype."""
     wanted = target_dtypes(skeleton)
     found = {name: (torch_dtype(info.dtype), wanted(stack_name(name))) for name, info in manifest.tensors.items()}
     return {name: to for name, (stored, to) in found.items() if stored != to}
 
 
 def _check_order(manifest: Manifest, skeleton: Skeleton) -> None:
-    """Make sure that every unit's use names the chunks that hold its tensors."""
+    """Check that every unit's use names the chunks that hold its tensors."""
     uses = {use.module: set(use.chunks) for use in manifest.order}
     twice = [module for module, count in Counter(use.module for use in manifest.order).items() if count > 1]
     for unit in skeleton.units:
@@ -159,7 +157,7 @@ def _check_order(manifest: Manifest, skeleton: Skeleton) -> None:
 def _configure_generation(
     model: PreTrainedModel, generation: dict[str, object], manifest: Manifest, config: dict[str, object]
 ) -> None:
-    """Set generation up as `from_pretrained` does: by generation_config.json, else by what config.json says of it."""
+    """Configure generation as `from_pretrained` does: from generation_config.json, else from config.json."""
     has_file = manifest.generation_config is not None
     settings, dropped = sanitise_generation(generation if has_file else config, taken=_TAKEN)
     for line in dropped:

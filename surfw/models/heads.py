@@ -1,8 +1,8 @@
-"""What a model says that generates no tokens: its inputs for a text, and its head's output in a form for people.
+"""Models that generate no tokens: their inputs for a text, and their head's output in readable form.
 
-Which head a class has, transformers' own tables tell (`MODEL_FOR_…_MAPPING_NAMES`); how its output is read, the fields
-of that output. A head that is not known is refused: the mean of hidden states, which can be made of anything, is given
-only where there is no head.
+transformers' tables (`MODEL_FOR_…_MAPPING_NAMES`) tell which head a class has; the fields of its output tell how to
+read it. Unknown heads are refused. The mean of the hidden states, which any model could give, is used only if there is
+no head.
 """
 
 import inspect
@@ -32,37 +32,37 @@ _HEADS = {
     "choice": ("MULTIPLE_CHOICE", "ForMultipleChoice"),
     "next": ("NEXT_SENTENCE_PREDICTION", "ForNextSentencePrediction"),
 }
-"""Each head: transformers' table of the classes that have it, and how other classes that have it are named."""
+"""For each head, transformers' table of the classes that have it, and the name suffix of other such classes."""
 
 _NEEDS_SECOND = {
     "span": "the text that holds the answer",
     "choice": "each of the choices",
     "next": "the sentence that may follow",
 }
-"""What the second text is for heads that do not do without one."""
+"""What the second text is, for heads that need one."""
 
-_known: WeakKeyDictionary[Any, SentenceSettings | None] = WeakKeyDictionary()  # by transformers' models
-"""What was read of each model's files."""
+_known: WeakKeyDictionary[Any, SentenceSettings | None] = WeakKeyDictionary()  # keyed by transformers models
+"""Cached results of `find_sentences`."""
 
 _NOT_INPUTS = {"offset_mapping", "in_second", "prompt_tokens"}
-"""What is known of a text besides the model's inputs."""
+"""Information about a text that is not an input of the model."""
 
 
 def generates(streaming: StreamingBaseModel) -> bool:
-    """Whether a model answers with new tokens: it can, and its files do not say that it embeds sentences."""
+    """Whether a model generates tokens: it can, and its files do not make it a sentence embedder."""
     return streaming.model.can_generate() and find_sentences(streaming) is None
 
 
 def find_sentences(streaming: StreamingBaseModel) -> SentenceSettings | None:
-    """How a model embeds sentences; None if its files do not say that it does."""
-    model = streaming.model  # another one once it was switched
+    """A model's sentence embedding settings; None if its files have none."""
+    model = streaming.model  # another object after `switch`
     if model not in _known:
         _known[model] = read_sentences(streaming.manifest, streaming.read_file)
     return _known[model]
 
 
 def find_head(class_name: str) -> str | None:
-    """Which of the heads a class has; None for none of them."""
+    """The head of a class, a key of `_HEADS`; None if it has none of them."""
     for kind, (table, ending) in _HEADS.items():
         names: Iterable[Any] = getattr(modeling_auto, f"MODEL_FOR_{table}_MAPPING_NAMES").values()
         if class_name.endswith(ending) or any(
@@ -73,10 +73,10 @@ def find_head(class_name: str) -> str | None:
 
 
 def expect_text_model(streaming: StreamingBaseModel) -> None:
-    """Refuse a model that does not run on a text alone, as far as that is known beforehand.
+    """Refuse a model that is known to need more inputs than a text.
 
     Raises:
-        UnsupportedModelError: it is such a model.
+        UnsupportedModelError: it does.
     """
     made = streaming.model
     if made.main_input_name != "input_ids":
@@ -98,21 +98,21 @@ def encode_texts(
     *,
     raw: bool,
 ) -> dict[str, torch.Tensor]:
-    """The inputs of a model that generates no tokens.
+    """Encode the inputs of a model that generates no tokens.
 
     Args:
         streaming: the model.
-        tokenizer: its own.
+        tokenizer: the model's tokenizer.
         text: the first text.
         pairs: second texts, each of which is read with the first.
-        prompt_name: what to put before the text, for models that embed sentences; None for the model's default.
-        raw: leave out the chat template.
+        prompt_name: name of the prompt to put before the text, for models that embed sentences; None for the default.
+        raw: skip the chat template.
 
     Returns:
-        Tensors of shape (texts, tokens), or (1, texts, tokens) for choices; and what else is known of the tokens.
+        Tensors of shape (texts, tokens), or (1, texts, tokens) for choices; and the entries named in `_NOT_INPUTS`.
 
     Raises:
-        ConfigurationError: the model reads no second text, or needs one, or has no such prompt.
+        ConfigurationError: the model reads no second text, needs one, or has no such prompt.
     """
     name, sentences = streaming.manifest.name, find_sentences(streaming)
     head = None if sentences else find_head(streaming.manifest.class_name)
@@ -153,7 +153,7 @@ def encode_texts(
 
 
 def _most_pairs(class_name: str, head: str | None) -> int | None:
-    """How many second texts a model may be given; None for any number."""
+    """The most second texts that a model takes; None for any number."""
     if head == "labels" or head in _NEEDS_SECOND:
         return None
     return 1 if class_name.endswith("ForPreTraining") else 0
@@ -165,10 +165,10 @@ def read_heads(
     inputs: Mapping[str, torch.Tensor],
     pairs: Sequence[str] = (),
 ) -> Reading:
-    """Run a model that generates no tokens, and read what its head says.
+    """Run a model that generates no tokens, and read its head's output.
 
     Raises:
-        UnsupportedModelError: its head is not known, or it does not run on a text alone.
+        UnsupportedModelError: its head is unknown, or it needs more inputs than a text.
         SurfwError: weights could not be read.
     """
     return read_output(streaming, tokenizer, inputs, pairs, run_heads(streaming, tokenizer, inputs))
@@ -177,10 +177,10 @@ def read_heads(
 def run_heads(
     streaming: StreamingBaseModel, tokenizer: PreTrainedTokenizerBase | None, inputs: Mapping[str, torch.Tensor]
 ) -> Any:
-    """The output of a model that generates no tokens; of one that embeds sentences, its hidden states alone.
+    """Run a model that generates no tokens and return its output; for a sentence embedder, only its hidden states.
 
     Raises:
-        UnsupportedModelError: it does not run on a text alone.
+        UnsupportedModelError: it needs more inputs than a text.
         SurfwError: weights could not be read.
     """
     if find_sentences(streaming) is not None:
@@ -197,10 +197,10 @@ def read_output(
     pairs: Sequence[str],
     output: Any,
 ) -> Reading:
-    """Read what `run_heads` gave for a text, whose inputs these are.
+    """Read the output of `run_heads` for a text with these inputs.
 
     Raises:
-        UnsupportedModelError: the head is not known.
+        UnsupportedModelError: the head is unknown.
     """
     if (sentences := find_sentences(streaming)) is not None:
         return _embed(sentences, inputs, output.last_hidden_state)
@@ -214,7 +214,7 @@ def read_output(
 
 
 def _run(streaming: StreamingBaseModel, inputs: Mapping[str, torch.Tensor], **options: Any) -> Any:
-    """The model's forward; of one that reads texts and images, its part for texts."""
+    """Run the model's forward; for a model of texts and images, only its text part."""
 
     def work(model: Any) -> Any:
         features = getattr(model, "get_text_features", None)
@@ -225,7 +225,7 @@ def _run(streaming: StreamingBaseModel, inputs: Mapping[str, torch.Tensor], **op
             return found
         return SimpleNamespace(text_embeds=getattr(found, "pooler_output", found))
 
-    if streaming.manifest.config.get("model_type", "").startswith("siglip"):  # which was trained with padding to 64
+    if streaming.manifest.config.get("model_type", "").startswith("siglip"):  # trained with texts padded to 64 tokens
         raise _for_python(streaming, "reads texts filled up to a fixed length", "**inputs")
     try:
         return streaming.run(work)
@@ -236,13 +236,13 @@ def _run(streaming: StreamingBaseModel, inputs: Mapping[str, torch.Tensor], **op
 
 
 def _accepted(forward: Callable[..., Any], inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What a forward takes of the inputs: some tokenizers give more than their model reads."""
+    """The inputs that a forward accepts: some tokenizers return more than their model reads."""
     parameters = inspect.signature(forward).parameters
     return {name: value for name, value in inputs.items() if name in parameters and name not in _NOT_INPUTS}
 
 
 def _run_base(streaming: StreamingBaseModel, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """The hidden states of a model without its head, and of an encoder and a decoder, of the encoder."""
+    """The last hidden states of a model without its head; with an encoder and a decoder, those of the encoder."""
 
     def work(model: Any) -> Any:
         base = model.get_encoder() if model.config.is_encoder_decoder else model.base_model
@@ -255,7 +255,7 @@ def _run_base(streaming: StreamingBaseModel, inputs: Mapping[str, torch.Tensor])
 
 
 def _embed(settings: SentenceSettings, inputs: Mapping[str, torch.Tensor], states: torch.Tensor) -> Reading:
-    """The embedding of a sentence, of its hidden states."""
+    """Compute the embedding of a sentence from its hidden states."""
     mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).to(states.device)
     ignored = int(inputs["prompt_tokens"]) if "prompt_tokens" in inputs else 0
     vector = pool(states, mask, settings, ignored)
@@ -264,7 +264,7 @@ def _embed(settings: SentenceSettings, inputs: Mapping[str, torch.Tensor], state
 
 
 def no_text_alone(streaming: StreamingBaseModel, exc: Exception) -> UnsupportedModelError:
-    """The error for a model that needs other inputs than a text; what it complained of shows which."""
+    """The error for a model that needs other inputs than a text; the model's own exception shows which."""
     said = " ".join(str(exc).split())[:200]
     return _for_python(streaming, f"does not run on a text alone ({type(exc).__name__}: {said})", "**inputs")
 

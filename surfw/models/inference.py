@@ -1,6 +1,6 @@
 """One prompt through a streaming model: the request, how each kind of model runs it, and the result, as data.
 
-Generation, sampling, chat templates and stopping are transformers' own. Nothing is rendered here.
+Generation, sampling, chat templates and stopping are transformers' own. This module prints nothing.
 """
 
 import copy
@@ -28,17 +28,17 @@ from surfw.models.text_stream import TextStream, cut_at_stop
 logger = logging.getLogger("surfw.models")
 
 _INDEXED = ("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id")
-"""Settings whose tokens are looked up in the embeddings, or in the logits."""
+"""Settings whose token ids index the embeddings or the logits."""
 
 _OF_SEVERAL = ("num_beams", "num_return_sequences")
-"""Settings that make several answers at a time."""
+"""Settings that produce several answers at a time."""
 
 _SAMPLING = ("temperature", "top_p", "top_k", "seed")
-"""What only a generation takes."""
+"""Options that only generation uses."""
 
 
 class GenerationOptions(TypedDict, total=False):
-    """What may be asked of a generation; see `InferenceRequest` for what each means."""
+    """Options of a generation; see `InferenceRequest` for their meaning."""
 
     system: str | None
     raw: bool
@@ -53,23 +53,24 @@ class GenerationOptions(TypedDict, total=False):
 
 @dataclass(frozen=True, kw_only=True)
 class InferenceRequest:
-    """What to run.
+    """A prompt and the options to run it with.
 
     Attributes:
         prompt: the text; None if `prompt_ids` are given.
-        prompt_ids: token ids, taken as they are.
+        prompt_ids: token ids, used unchanged.
         history: the messages before the prompt, each with `role` and `content`, for models with a chat template.
         system: a system message, for models with a chat template.
-        raw: give the prompt as it is, without the chat template.
+        raw: use the prompt unchanged, without the chat template.
         max_new_tokens: the most tokens to generate.
-        temperature: sample with this temperature; None or 0 for greedy decoding, unless `top_p` or `top_k` is given.
-        top_p: sample from the smallest set of tokens with this probability.
-        top_k: sample from this many tokens.
-        seed: of torch's random numbers, which all models of a process share.
-        stop: texts that end the generation; they are no part of its text, and neither is the rest of their token.
-        ignore_eos: generate `max_new_tokens`, whatever the model says of an end.
-        pairs: second texts, for models that read two: documents to rank, choices, the text that holds an answer.
-        prompt_name: of the prompt that is put before the text, for models that embed sentences and have several.
+        temperature: sample with this temperature; 0 decodes greedily, and so does None unless `top_p` or `top_k` is
+            given.
+        top_p: sample from the smallest set of tokens with this total probability.
+        top_k: sample from this many of the likeliest tokens.
+        seed: seed of torch's random number generator, which all models of a process share.
+        stop: texts that end the generation; neither they nor the rest of their last token are part of the text.
+        ignore_eos: generate `max_new_tokens` tokens, ignoring the model's end tokens.
+        pairs: second texts, for models that read two: documents to rank, choices, or the text that holds an answer.
+        prompt_name: name of the model's own prompt to put before the text, for models that embed sentences.
     """
 
     prompt: str | None = None
@@ -106,7 +107,7 @@ class InferenceRequest:
 
     @property
     def samples(self) -> bool:
-        """Whether tokens are sampled, not chosen greedily."""
+        """Whether tokens are sampled instead of chosen greedily."""
         return bool(self.temperature) or (
             self.temperature is None and (self.top_p is not None or self.top_k is not None)
         )
@@ -114,13 +115,13 @@ class InferenceRequest:
 
 @dataclass(kw_only=True)
 class InferenceResult:
-    """The result of a request; times in seconds. Encoders give an `embedding` or `predictions`, the others tokens.
+    """The result of a request; times in seconds. Encoders give an `embedding` or `predictions`, other models tokens.
 
-    `pooling` says how an embedding was made: its `modes` (such as `mean`), whether it is `normalised` to the length 1,
-    and where that is `from`. Each prediction has `candidates`, the best first: `text`, and `probability` or `score`;
-    besides them stand the `position` and the `token` they are for, or the number of the `pair`.
+    `pooling` says how an embedding was made: its `modes` (such as `mean`), whether it is `normalised` to length 1, and
+    where these settings come `from`. Each prediction has `candidates`, best first, with `text` and `probability` or
+    `score`, and the `position` and `token` or the number of the `pair` that it is for.
 
-    `decode_stall_share` is the part of the time from the first token to the last that was spent waiting for weights.
+    `decode_stall_share` is the fraction of the time from the first token to the last spent waiting for weights.
     """
 
     text: str = ""
@@ -136,10 +137,10 @@ class InferenceResult:
 
 
 class TokenClock(BaseStreamer):
-    """Notes when each token came, and passes it on to a stream of text."""
+    """Records when each token came, and passes it on to a text stream."""
 
     def __init__(self, text: TextStream | None, on_token: Callable[[int, float], None]) -> None:
-        """Start the clock; `generate()` puts the prompt first, or the decoder's start."""
+        """Start the clock; the first `put` of `generate()` is the prompt, or the decoder's start token."""
         self.start = time.perf_counter()
         self.times: list[float] = []
         self._skip = True
@@ -147,19 +148,19 @@ class TokenClock(BaseStreamer):
         self._on_token = on_token
 
     def put(self, value: torch.Tensor) -> None:
-        """A token, or first of all the prompt."""
+        """Take new tokens; the first call brings the prompt and is ignored."""
         if self._skip:
             self._skip = False
             return
         now = time.perf_counter() - self.start
-        for token in value.reshape(-1).tolist():  # several at a time where they were guessed (prompt lookup)
+        for token in value.reshape(-1).tolist():  # several at a time with speculation
             self.times.append(now)
             self._on_token(token, now)
             if self._text is not None:
                 self._text.put(token)
 
     def end(self) -> None:
-        """No more tokens."""
+        """Flush the text; no more tokens come."""
         if self._text is not None:
             self._text.end()
 
@@ -178,12 +179,12 @@ def answer(
 
     Args:
         model: an open model.
-        tokenizer: its tokenizer; None needs `prompt_ids`.
+        tokenizer: its tokenizer; if None, the request must have `prompt_ids`.
         request: what to run.
-        inputs: what `encode_prompt` made of it, if that is known already.
-        past: a KV cache that holds the beginning of the prompt, by the name the model's forward has for it.
-        on_text: called with the text as it comes.
-        on_token: called with each new token id, and the seconds since the start.
+        inputs: the result of `encode_prompt`, if it is known already.
+        past: a KV cache that holds the beginning of the prompt, under the name of the forward's argument for it.
+        on_text: called with each new piece of text.
+        on_token: called with each new token id and the seconds since the start.
 
     Raises:
         ConfigurationError: the request does not fit the model.
@@ -197,7 +198,7 @@ def answer(
     callers_own: list[Exception] = []
 
     def noting(function: Callable[..., None]) -> Callable[..., None]:
-        """The caller's function; what it raises is not the model's, and is passed on as it is."""
+        """Wrap a callback and record what it raises, so that it is not taken for an error of the model."""
 
         def call(*args: object) -> None:
             try:
@@ -231,7 +232,7 @@ def answer(
 
 
 def find_remarks(model: StreamingBaseModel, request: InferenceRequest, prompt_tokens: int) -> list[str]:
-    """What of a request changes nothing, or goes beyond what the model was made for: a sentence each."""
+    """Warnings about options that have no effect and lengths beyond the model's positions, a sentence each."""
     name, remarks, answers = model.manifest.name, [], generates(model)
     given = [one for one in _SAMPLING if getattr(request, one) is not None]
     if given and not answers:
@@ -265,14 +266,14 @@ def find_remarks(model: StreamingBaseModel, request: InferenceRequest, prompt_to
 def _explain(
     model: StreamingBaseModel, request: InferenceRequest, prompt_tokens: int, exc: Exception
 ) -> SurfwError | None:
-    """The error for an exception of transformers, where a request or a model is to blame; None if neither is."""
+    """Turn an exception of transformers into a `SurfwError` if the request or the model caused it; else None."""
     if complaint := _complaint(model, request, prompt_tokens, exc):
         return ConfigurationError(complaint)
     return no_text_alone(model, exc) if isinstance(exc, IndexError) and not generates(model) else None
 
 
 def _complaint(model: StreamingBaseModel, request: InferenceRequest, prompt_tokens: int, exc: Exception) -> str | None:
-    """What is wrong with a request or a model's settings, given an exception of transformers; None if nothing is."""
+    """What is wrong with the request or the model's settings, given an exception of transformers; None if nothing."""
     name, answers = model.manifest.name, generates(model)
     if isinstance(exc, ValueError):
         return f"{name} cannot generate like this: {exc}" if answers else None
@@ -293,15 +294,15 @@ def _complaint(model: StreamingBaseModel, request: InferenceRequest, prompt_toke
 def encode_prompt(
     model: StreamingBaseModel, tokenizer: PreTrainedTokenizerBase | None, request: InferenceRequest
 ) -> dict[str, torch.Tensor]:
-    """The model's inputs, chat template included, as tensors of shape (1, tokens) and dtype int64.
+    """Encode a prompt, applying the chat template, to input tensors of shape (1, tokens) and dtype int64.
 
     Raises:
         ConfigurationError: the request does not fit the model.
-        UnsupportedModelError: the model takes no text, or not a text alone.
+        UnsupportedModelError: the model takes no text, or needs more inputs than a text.
     """
     expect_text_model(model)
     _expect_texts(request)
-    vocabulary = getattr(model.model.config.get_text_config(), "vocab_size", 1 << 31)  # of none, such as CANINE's
+    vocabulary = getattr(model.model.config.get_text_config(), "vocab_size", 1 << 31)  # models such as CANINE have none
     answers = generates(model)
     if answers and (request.pairs or request.prompt_name is not None):
         which = "--pair (pairs=)" if request.pairs else "--prompt-name (prompt_name=)"
@@ -334,10 +335,10 @@ def encode_prompt(
 
 
 def _expect_texts(request: InferenceRequest) -> None:
-    """See that texts are such that a tokenizer takes them: half of a surrogate pair, which JSON may have, is no text.
+    """Check that texts can be encoded: JSON may contain half of a surrogate pair, which a tokenizer rejects.
 
     Raises:
-        ConfigurationError: one of them is not.
+        ConfigurationError: one of them cannot.
     """
     said = [content for message in request.history if isinstance(content := message.get("content"), str)]
     for text in filter(None, (request.prompt, request.system, *request.pairs, *said)):
@@ -352,7 +353,7 @@ def _expect_texts(request: InferenceRequest) -> None:
 def continues_prompt(
     model: StreamingBaseModel, tokenizer: PreTrainedTokenizerBase | None, request: InferenceRequest
 ) -> bool:
-    """Whether the text that is generated goes on where the prompt ends; it answers it in a chat, or translates it."""
+    """Whether the generated text continues the prompt, rather than answering (chat) or transforming it (encoder)."""
     is_chat = tokenizer is not None and bool(tokenizer.chat_template) and not request.raw
     return generates(model) and not model.model.config.is_encoder_decoder and not is_chat
 
@@ -386,7 +387,7 @@ def _generate(
         stopping.append(StopTexts(tokenizer, stops, text))
 
     def generate(model: Any) -> list[int]:
-        """As the request says, and in no other way: what is left open would be taken from the model's own settings."""
+        """Generate with the request's configuration; `generate()` takes unset values from the model's own settings."""
         streaming.expect_open(asked)
         config = model.generation_config = generation_config(own, request)
         if request.seed is not None:
@@ -422,11 +423,11 @@ def _generate(
 
 
 def generation_config(own: GenerationConfig, request: InferenceRequest) -> GenerationConfig:
-    """The model's own generation settings, made greedy unless sampling is asked for."""
+    """The model's own generation settings, changed to greedy decoding unless the request samples."""
     config = copy.deepcopy(own)
     config.max_new_tokens, config.max_length = request.max_new_tokens, None
     config.num_beams, config.num_return_sequences = 1, 1
-    config.stop_strings = config.assistant_ensemble_weight = None  # the latter lets a draft's guesses change an answer
+    config.stop_strings = config.assistant_ensemble_weight = None  # the latter lets a draft change the answer
     config.return_dict_in_generate = False
     config.output_attentions = config.output_hidden_states = config.output_scores = config.output_logits = False
     config.do_sample = request.samples
@@ -438,7 +439,7 @@ def generation_config(own: GenerationConfig, request: InferenceRequest) -> Gener
         config.forced_eos_token_id = None
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     if ends in ([], [None]):
-        config.eos_token_id = config.exponential_decay_length_penalty = None  # which is put on the end's token
+        config.eos_token_id = config.exponential_decay_length_penalty = None  # which applies to the end token
     if config.pad_token_id is None:
         config.pad_token_id = ends[0] if ends and ends[0] is not None else 0
     return config
@@ -450,7 +451,7 @@ def _run_encoder(
     inputs: dict[str, torch.Tensor],
     pairs: Sequence[str],
 ) -> InferenceResult:
-    """What the head of a model says that generates no tokens."""
+    """Run a model that generates no tokens and read its head's output."""
     start = time.perf_counter()
     found = read_heads(model, tokenizer, inputs, pairs)
     return InferenceResult(

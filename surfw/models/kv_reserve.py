@@ -1,7 +1,7 @@
-"""Memory reserved for what a generation remembers: the KV cache counts towards the budget, so weights make way for it.
+"""Reserves memory for the KV cache: it counts in the budget, so weights are evicted for it.
 
-Before a generation begins, as much of the budget is reserved as its cache will take by the model's configuration. What
-the cache really takes is measured after every forward; if that is more, as much more is reserved as there can be.
+Before a generation, the reserve is set to the cache's size according to the model's configuration. The actual size is
+measured after forwards; if it is larger, the reserve grows as far as possible.
 """
 
 import logging
@@ -24,49 +24,49 @@ _STEP_BYTES = 4 * MIB
 """The reserve grows by at least this much, since each growth makes a new plan."""
 
 _SKIPPED = 15
-"""Measuring takes as long as a layer does on a fast device: while a cache grows evenly, so many forwards go without."""
+"""Measuring takes as long as a layer on a fast device: while a cache grows evenly, up to this many forwards skip it."""
 
 _DEFAULT_NEW_TOKENS = 20
 """How many tokens transformers generates by default."""
 
 
 class KvReserve:
-    """The part of a model's budget that its KV cache has.
+    """The part of a model's budget that is reserved for its KV cache.
 
     Attributes:
-        held_bytes: what the cache took after the last forward that had one; since it was measured, it grew evenly.
-        beside_bytes: what is reserved for a training, beside any cache.
+        held_bytes: size of the cache after the last forward that had one; extrapolated if that forward was skipped.
+        beside_bytes: memory reserved for training, in addition to any cache.
     """
 
     def __init__(self, model: PreTrainedModel, engine: Engine) -> None:
-        """Watch the model's forwards; the engine keeps weights out of the reserve."""
+        """Hook the model's forwards; the engine keeps weights out of the reserve."""
         self.held_bytes = self.beside_bytes = 0
         self._engine = engine
         self._has_warned = False
         self._seen: weakref.ref[object] | None = None  # the cache that was measured last
-        self._measured_bytes = self._growth_bytes = 0  # what it took then, and what each forward adds to it
-        self._skipped = self._left = 0  # forwards since then, and those to come that are not worth measuring
+        self._measured_bytes = self._growth_bytes = 0  # its size then, and its growth per forward
+        self._skipped = self._left = 0  # forwards since then, and forwards still to skip
         self._cost = kv_cost(model.config, model.dtype) if model.can_generate() else KvCost(0, 0)
         self._hook = model.register_forward_hook(self._measure)
 
     def reserve_for(
         self, prompt_tokens: int, new_tokens: int, sequences: int = 1, quantised: Quantised | None = None
     ) -> None:
-        """Reserve what the cache of a generation takes, instead of what was reserved before.
+        """Reserve the memory of a generation's cache, replacing the previous reserve.
 
-        A default budget that is too small for it only costs a warning: most generations end sooner than they might.
+        If a default budget is too small, this only warns: most generations end before their limit.
 
         Raises:
-            ConfigurationError: the budget was given, and is too small for it.
+            ConfigurationError: a given budget is too small for the cache.
         """
-        self._left = 0  # what comes may be larger than what came
+        self._left = 0  # the next cache may be larger
         size_bytes = self._cost.total_bytes(prompt_tokens, new_tokens, sequences=sequences)
         if quantised is not None:
             size_bytes = self._cost.quantised_bytes(prompt_tokens, new_tokens, quantised, sequences=sequences)
         self._reserve(size_bytes, size_bytes, or_fail=not self._engine.limit.reason)
 
     def reserve_bytes(self, size_bytes: int) -> None:
-        """Reserve so much, instead of what was reserved before, for a cache of one's own.
+        """Reserve `size_bytes` for a cache that the caller manages, replacing the previous reserve.
 
         Raises:
             ConfigurationError: the budget is too small for it.
@@ -74,7 +74,7 @@ class KvReserve:
         self._reserve(size_bytes, size_bytes, or_fail=True)
 
     def hold_beside(self, size_bytes: int) -> None:
-        """Reserve so much for a training, beside any cache, instead of what was reserved for one before.
+        """Reserve `size_bytes` for training in addition to any cache, replacing the previous training reserve.
 
         Raises:
             ConfigurationError: the budget is too small for it.
@@ -90,11 +90,10 @@ class KvReserve:
 
     @property
     def _cache_bytes(self) -> int:
-        """What is reserved for a cache."""
         return max(0, self._engine.limit.reserved_bytes - self.beside_bytes)
 
     def close(self) -> None:
-        """Watch no more."""
+        """Remove the hook."""
         self._hook.remove()
 
     def _measure(self, module: torch.nn.Module, args: Any, output: Any) -> None:
@@ -116,7 +115,7 @@ class KvReserve:
             self._reserve(steps * _STEP_BYTES, self.held_bytes, or_fail=False)
 
     def _reserve(self, size_bytes: int, least_bytes: int, *, or_fail: bool) -> None:
-        """Reserve so much, or as much as there can be; warn once if that is less than the least."""
+        """Reserve `size_bytes`; without `or_fail`, as much as possible, with one warning if below `least_bytes`."""
         if self._engine.limit.budget_bytes is None:
             return
         size_bytes, least_bytes = size_bytes + self.beside_bytes, least_bytes + self.beside_bytes
@@ -132,18 +131,18 @@ class KvReserve:
 
 
 def _reference(cache: object) -> "weakref.ref[object] | None":
-    """A weak reference, where there can be one."""
+    """A weak reference, if the type allows one."""
     try:
         return weakref.ref(cache)
-    except TypeError:  # tuples, which older caches are
+    except TypeError:  # older caches are tuples
         return None
 
 
 def generation_size(model: Any, args: Any, kwargs: Any) -> tuple[int, int, int]:
-    """How large a call of `generate()` may become.
+    """The largest size that a call of `generate()` may reach.
 
     Returns:
-        Tokens of the longest prompt, new tokens at most, and sequences, beams included.
+        Tokens of the longest prompt, the most new tokens, and the number of sequences, beams included.
     """
     named = dict(zip(("inputs", "generation_config"), args, strict=False)) | kwargs
     given = next((named[name] for name in ("input_ids", "inputs") if named.get(name) is not None), None)
@@ -160,7 +159,7 @@ def generation_size(model: Any, args: Any, kwargs: Any) -> tuple[int, int, int]:
 
 
 def find_quantised(model: Any, args: Any, kwargs: Any) -> Quantised | None:
-    """How a call of `generate()` has its cache quantised; None if it does not."""
+    """How a call of `generate()` quantises its cache; None if it does not."""
     named = dict(zip(("inputs", "generation_config"), args, strict=False)) | kwargs
     if _wanted(model, named, "cache_implementation") != "quantized":
         return None
@@ -172,7 +171,7 @@ def find_quantised(model: Any, args: Any, kwargs: Any) -> Quantised | None:
 
 
 def _wanted(model: Any, named: Mapping[str, Any], name: str) -> Any:
-    """What a call of `generate()` asks for: itself, in the settings given with it, or in the model's."""
+    """A setting of a `generate()` call: from its arguments, its generation config, or the model's, in this order."""
     configs = [one for one in (named.get("generation_config"), model.generation_config) if one is not None]
     values = [named.get(name), *(getattr(config, name, None) for config in configs)]
     return next((value for value in values if value is not None), None)

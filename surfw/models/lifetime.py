@@ -1,10 +1,10 @@
-"""`ModelLifetime`: a model from its opening to its end, and who has it meanwhile.
+"""`ModelLifetime`: opening, exclusive use and closing of a model.
 
-A model is not open → being opened (by its first use) → open → closing → closed. Its opening, each run and its end hold
-one lock in turn, `_busy`; `close` interrupts whichever has it.
+States: not open → opening (at the first use) → open → closing → closed. Opening, each run and the teardown hold one
+lock, `_busy`; `close` interrupts whichever holds it.
 
-Runs happen in the caller's thread or, for the asynchronous calls, in one thread that belongs to the model. No
-asynchronous call blocks the event loop, and a plain one that would take long to open something refuses to.
+Runs happen in the caller's thread or, for asynchronous calls, in one thread that belongs to the model. No asynchronous
+call blocks the event loop, and a synchronous call that would open the model inside an event loop is refused.
 """
 
 import asyncio
@@ -36,10 +36,10 @@ T = TypeVar("T")
 
 
 class ModelLifetime:
-    """Opens a model over a source of weights, lends it to one run at a time, and closes it.
+    """Opens a model over a source of weights, admits one run at a time, and closes it.
 
     Attributes:
-        model_types: the configuration's `model_type`s that this class is for; empty for any.
+        model_types: the `model_type`s of the configurations that this class accepts; empty for any.
         metrics: see `StreamingBaseModel`.
     """
 
@@ -48,7 +48,7 @@ class ModelLifetime:
     def __init__(
         self, source: Source, model: str | None, settings: OpenSettings, **connection: Unpack[ConnectionOptions]
     ) -> None:
-        """Note what is wanted; see `StreamingBaseModel`."""
+        """Store the settings; see `StreamingBaseModel`."""
         self._settings = settings
         self._owns_client = not isinstance(source, WeightClient)
         given = sorted(name for name, value in connection.items() if value is not None)
@@ -59,19 +59,19 @@ class ModelLifetime:
         self.metrics = Metrics()
         self._client = source if isinstance(source, WeightClient) else WeightClient(source, **connection)
         self._wanted = model
-        self._busy = threading.RLock()  # held while it is opened, while it runs, and while it is taken apart
+        self._busy = threading.RLock()  # held while it is opened, runs, or is taken apart
         self._state = threading.Lock()  # guards what follows; never held for long
-        self._current: tuple[Run, int] | None = None  # what holds `_busy`, and its thread
+        self._current: tuple[Run, int] | None = None  # the run that holds `_busy`, and its thread
         self._parts: ModelParts | None = None
         self._compute = ThreadPoolExecutor(1, thread_name_prefix="surfw-compute")
         self._closing = threading.Event()
         self._closed = False
 
     def close(self) -> None:
-        """Stop what runs, leave the source unless it is shared, and transformers' model without weights and hooks.
+        """Stop a run, close the source unless it is shared, and remove weights and hooks from the transformers model.
 
-        A run that goes on in another thread ends with `ModelClosedError` at its next layer, and this waits for it; one
-        that calls this from within is closed at its end. Closing twice is fine.
+        A run in another thread ends with `ModelClosedError` at its next layer, and this waits for it. When called from
+        within a run, the model is closed at the end of that run. Closing twice is fine.
         """
         with self._state:
             self._closing.set()
@@ -87,7 +87,7 @@ class ModelLifetime:
         self._compute.shutdown(wait=not is_within and current_run.get() is None)
 
     async def close_async(self) -> None:
-        """As `close`, without blocking the event loop."""
+        """Like `close`, without blocking the event loop."""
         await asyncio.to_thread(contextvars.Context().run, self.close)
 
     def __enter__(self) -> Self:
@@ -101,7 +101,7 @@ class ModelLifetime:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
-        """Close."""
+        """Close the model."""
         self.close()
 
     async def __aenter__(self) -> Self:
@@ -116,11 +116,11 @@ class ModelLifetime:
     async def __aexit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> None:
-        """Close, without blocking the event loop."""
+        """Close the model, without blocking the event loop."""
         await self.close_async()
 
     def __repr__(self) -> str:
-        """The model's name, its source and its state."""
+        """Show the model's name, source and state."""
         state = "closed" if self._closing.is_set() else "open" if self._parts else "not open yet"
         return f"<{type(self).__name__} {self._wanted or 'the only model'} of {self._client.url}, {state}>"
 
@@ -131,7 +131,7 @@ class ModelLifetime:
 
     @contextmanager
     def _holding(self, run: Run) -> Iterator[None]:
-        """Have the model to oneself, for a run or its opening; `run.interrupt` or `close` ends that."""
+        """Hold the model exclusively, for a run or for opening it; `run.interrupt` or `close` ends the wait."""
         with runs.holding(self._busy, run.check):
             with self._state:
                 if self._closing.is_set():
@@ -147,7 +147,7 @@ class ModelLifetime:
                     self._take_apart()
 
     def _take_apart(self) -> None:
-        """End it; the caller holds `_busy`."""
+        """Close the parts and an owned client; the caller holds `_busy`."""
         if not self._closed:
             self._closed = True
             with ExitStack() as last:
@@ -157,16 +157,16 @@ class ModelLifetime:
                     self._parts.close()
 
     def _open(self) -> ModelParts:
-        """The parts of the open model; the first call opens it. Those of a closed one are refused."""
+        """Return the parts of the model, opening it at the first call; raise if it is closed."""
         if self._closing.is_set():
             raise self._closed_error()
         if self._parts is not None:
             return self._parts
         run = current_run.get() or Run()
         with self._holding(run):
-            if self._parts is None:  # else another thread has opened it meanwhile
+            if self._parts is None:  # else another thread has opened it
                 settings = self._opening()
-                outer = current_run.set(run)  # what the opening waits for, it waits for as this run, which can be ended
+                outer = current_run.set(run)  # so that interrupting this run also interrupts what opening waits for
                 try:
                     manifest, adapter = self._find_manifest()
                     parts = assemble(
@@ -186,15 +186,15 @@ class ModelLifetime:
                 with self._state:
                     self._parts = parts
                     if (layers := self._settings.limit.cache_layers) != settings.limit.cache_layers and layers:
-                        parts.engine.resize(layers)  # it was set meanwhile
+                        parts.engine.resize(layers)  # it was set in the meantime
             return self._parts
 
     def _take_part(self, manifest: Manifest, skeleton: Skeleton) -> tuple[Manifest, Skeleton]:
-        """The part of the model that this process runs: all of it."""
+        """Select the part of the model that this process runs; here, all of it."""
         return manifest, skeleton
 
     def _switch(self, name: str) -> None:
-        """Have another model of the source from now on; the one there was is closed.
+        """Open another model of the source in place of this one, and close the old one.
 
         Raises:
             ConfigurationError: the model runs in this thread.
@@ -206,9 +206,7 @@ class ModelLifetime:
         with self._holding(run):
             old = self._open()
             before, self._wanted = self._wanted, name
-            outer = current_run.set(
-                run
-            )  # as in `_open`: whoever closes the model does not wait for what this waits for
+            outer = current_run.set(run)  # as in `_open`: `close` can interrupt what this waits for
             try:
                 manifest, adapter = self._find_manifest()
                 self._on_switch()
@@ -222,15 +220,15 @@ class ModelLifetime:
                 self._parts = parts
 
     def _on_switch(self) -> None:
-        """Another model of the source is about to take the place of this one."""
+        """Called before another model replaces this one."""
 
     def _open_here(self) -> ModelParts:
-        """The parts, for callers in a thread where an event loop may run; those of a closed model still tell facts."""
+        """Return the parts, but refuse to open the model in an event loop; a closed model's parts stay readable."""
         self._refuse_to_block()
         return self._parts or self._open()
 
     async def _open_async(self) -> ModelParts:
-        """The parts; opened in the model's thread if need be, without waiting for what runs there if not."""
+        """Return the parts; only a model that is not open yet waits for the model's thread."""
         return await self._in_thread(self._open) if self._parts is None else self._parts
 
     def _refuse_to_block(self) -> None:
@@ -241,11 +239,12 @@ class ModelLifetime:
         return replace(self._settings, is_pinned=split_pin(self._wanted)[1] is not None)
 
     def _find_manifest(self) -> tuple[Manifest, str | None]:
-        """The manifest of the model that is wanted, if this class is for such a model; and the adapter, if it is one.
+        """Find the manifest of the wanted model, and check its type; for an adapter, its base and the adapter's name.
 
         Raises:
-            ConfigurationError: two adapters are wanted.
-            IntegrityError: it is not the one that a pin names.
+            ConfigurationError: two adapters are given.
+            IntegrityError: the model does not match its pin, or is pinned and would be read in a packed form.
+            UnsupportedModelError: this class is for other model types.
         """
         wanted, pin = split_pin(self._wanted)
         name = self._client.run(lambda source: source.resolve(wanted))
@@ -269,10 +268,10 @@ class ModelLifetime:
         return manifest, adapter
 
     def expect_open(self, model: object) -> None:
-        """See that what was prepared for transformers' model of before does not go to the one of now (`switch`).
+        """Check that `model` is still the open transformers model, and was not replaced by `switch`.
 
         Raises:
-            ModelClosedError: there is another one now.
+            ModelClosedError: it was replaced.
         """
         if self._parts is not None and self._parts.model is not model:
             raise self._closed_error("has taken the place of the model that this was asked of; ask again")
@@ -282,7 +281,7 @@ class ModelLifetime:
         return ModelClosedError(f"{name} {what}")
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
-        """Do the work in the model's own thread; when this is cancelled, interrupt it and wait for its end."""
+        """Run `work` in the model's own thread; on cancellation, interrupt it and wait for it to end."""
         if self._closing.is_set():
             raise self._closed_error()
         return await run_in_executor(self._compute, work)

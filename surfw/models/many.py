@@ -1,10 +1,9 @@
 """Many prompts through a streaming model: each pass over the layers computes a token of every sequence.
 
-Which sequences run together, what is read of a prompt in a pass, and where keys and values lie, is transformers' own
-continuous batching (`transformers.generation.continuous_batching`): a sequence that has ended makes place for the next
-prompt at once, and no sequence is filled up to the length of another. So an answer is what the resident model gives
-under the same scheduler, with the same prompts in the same order and the same most of sequences, cache, and tokens of a
-pass.
+Scheduling, prompt chunking and the paged KV cache are transformers' continuous batching
+(`transformers.generation.continuous_batching`): a finished sequence makes place for the next prompt at once, and no
+sequence is padded. An answer is therefore what the resident model gives under the same scheduler, with the same prompts
+in the same order and the same limits on sequences, cache size and tokens per pass.
 """
 
 import threading
@@ -30,53 +29,53 @@ from surfw.runtime.kv_cache import kv_cost
 from surfw.runtime.memory import find_default_budget
 
 PAGE_TOKENS = 32
-"""The KV cache grows by so many tokens of a sequence at a time."""
+"""Tokens in a page of the KV cache."""
 
 MOST_SEQUENCES = 64
-"""So many run together, unless the caller says how many: beyond, computing takes longer than reading weights."""
+"""Default limit of sequences that run together; with more, computing takes longer than reading weights."""
 
 MOST_TOKENS = 512
-"""So many tokens are computed in a pass: one of each sequence that generates, and the rest of prompts."""
+"""Most tokens in a pass: one for each generating sequence, the rest for prompts."""
 
 _LEAST_TOKENS = 32
-"""A pass has room for at least so many, however little memory there is."""
+"""The token limit of a pass is never lower than this, however little memory there is."""
 
 _MASK_SHARE = 8
-"""A pass has fewer tokens, rather than that their mask takes more than this part of what a batch has."""
+"""The attention mask takes at most 1/8 of a batch's memory; a pass has fewer tokens to stay below."""
 
 _BESIDE_BYTES = 40 * MIB
-"""What is reserved besides for compiled kernels, activations, and what the allocator keeps.
+"""Reserved in addition for compiled kernels, activations and allocator fragmentation.
 
-Each pass has another number of tokens, for which kernels are compiled: 1,000 prompts kept 36 MB of these and of free
-blocks between others. In a small room it is two thirds, or one third while weights stream: there, fewer sequences mean
-that each weight is read more often. It is less where one sequence would not fit otherwise.
+Kernels are compiled for each number of tokens in a pass: 1,000 prompts kept 36 MB of kernels and fragmented free
+blocks. In a small budget this is at most two thirds of the batch's memory, or one third while weights stream, where
+fewer sequences mean that each weight is read more often. It is less if one sequence would not fit otherwise.
 """
 
 SHARED = ("temperature", "top_p", "top_k", "seed")
-"""What is the same for all prompts of a run, as their tokens are sampled together."""
+"""Settings that all prompts of a run share, because their tokens are sampled together."""
 
 _LEAST_CACHE_BYTES = 64 * MIB
-"""A cache may have so much where no budget is given, however little memory is free."""
+"""Least memory that a batch may take if no budget is given, however little is free."""
 
 _NO_TOKEN = -1
-"""For transformers' scheduler, an end that no token is."""
+"""An end token id that no token has, for transformers' scheduler."""
 
 _PATIENCE_SECONDS = 0.1
-"""After so long without a prompt, see whether the run is to end."""
+"""How long to wait for a prompt before checking whether the run is to end."""
 
 
 OnTokens: TypeAlias = Callable[[int, list[int]], bool | None]
-"""Hears of new tokens of a prompt, and returns False if it wants no more of them."""
+"""Called with a prompt's index and its new tokens; returns False to end that answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ManyResult:
-    """The answer to one of many prompts, or why there is none.
+    """The answer to one of many prompts, or an error.
 
     Attributes:
-        index: of the prompt, counted from 0 in the order they were given.
+        index: index of the prompt, counted from 0 in input order.
         result: the answer; None if there is an error.
-        error: why this prompt was not answered; the others were.
+        error: why this prompt was not answered; other prompts are not affected.
     """
 
     index: int
@@ -85,10 +84,10 @@ class ManyResult:
 
 
 class Feed:
-    """Prompts on their way to a run, a bounded number of them; filled from other threads than the one that takes."""
+    """A bounded queue of prompts for a run; other threads fill it, the run's thread takes."""
 
     def __init__(self, most: int = 2 * MOST_SEQUENCES, on_room: Callable[[], None] = lambda: None) -> None:
-        """Hold at most so many; `on_room` is called in the run's thread whenever one was taken."""
+        """Hold at most `most` prompts; `on_room` is called in the run's thread whenever prompts were taken."""
         self._most = most
         self._on_room = on_room
         self._waiting: deque[tuple[int, InferenceRequest]] = deque()
@@ -96,7 +95,7 @@ class Feed:
         self._is_closed = False
 
     def offer(self, index: int, request: InferenceRequest) -> bool:
-        """Add a prompt, if there is room."""
+        """Add a prompt; False if the queue is full."""
         with self._changed:
             if len(self._waiting) >= self._most:
                 return False
@@ -105,25 +104,25 @@ class Feed:
             return True
 
     def put(self, index: int, request: InferenceRequest) -> bool:
-        """Add a prompt, and wait until there is room for it; False if nobody takes any more."""
+        """Add a prompt, waiting while the queue is full; False if the feed was closed."""
         with self._changed:
             self._changed.wait_for(lambda: len(self._waiting) < self._most or self._is_closed)
             return not self._is_closed and self.offer(index, request)
 
     def close(self) -> None:
-        """No prompts come after those that wait."""
+        """Accept no more prompts; those in the queue are still taken."""
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
 
     @property
     def has_ended(self) -> bool:
-        """Whether none waits, and none will come."""
+        """Whether the feed is closed and empty."""
         with self._changed:
             return self._is_closed and not self._waiting
 
     def take(self, most: int, *, wait_seconds: float) -> list[tuple[int, InferenceRequest]]:
-        """Up to so many of those that wait; if there are none, wait so long for one."""
+        """Take up to `most` prompts; if there are none, wait `wait_seconds` for one."""
         with self._changed:
             if not self._waiting:
                 self._changed.wait_for(lambda: self._waiting or self._is_closed, wait_seconds)
@@ -136,7 +135,7 @@ class Feed:
 
 @contextmanager
 def feeding(feed: Feed, requests: Iterable[InferenceRequest]) -> Iterator[None]:
-    """Fill a feed from a thread of its own, so that reading prompts keeps nobody; what reading raises, this does."""
+    """Fill a feed from a separate thread, so that reading prompts blocks nothing; re-raise what reading raises."""
     failure: list[BaseException] = []
 
     def fill() -> None:
@@ -149,7 +148,7 @@ def feeding(feed: Feed, requests: Iterable[InferenceRequest]) -> Iterator[None]:
         finally:
             feed.close()
 
-    threading.Thread(target=fill, name="surfw-prompts", daemon=True).start()  # a pipe may keep it for ever
+    threading.Thread(target=fill, name="surfw-prompts", daemon=True).start()  # a pipe may block it forever
     try:
         yield
     finally:
@@ -167,11 +166,11 @@ class _Sequence:
     ids: list[int]
     stops: Sequence[str] = ()
     stopping: tuple[TextStream, StopTexts] | None = None
-    told: int = 0  # how many of its tokens its reader has seen
+    told: int = 0  # how many of its tokens were reported
 
     @property
     def most_tokens(self) -> int:
-        """Of prompt and answer."""
+        """The most tokens of prompt and answer together."""
         return len(self.ids) + self.request.max_new_tokens
 
 
@@ -186,21 +185,21 @@ def answer_many(
     on_tokens: OnTokens | None = None,
     most_sequences: int = MOST_SEQUENCES,
 ) -> None:
-    """Answer prompts until their feed ends; the model is busy as long.
+    """Answer prompts until their feed ends; this is one run of the model.
 
     Args:
         model: an open model that generates, without an encoder.
-        parts: of it.
-        tokenizer: its tokenizer; None needs `prompt_ids`.
-        feed: of the prompts; requests differ from `shared` in what is their own.
-        shared: how tokens are sampled, which is the same for all; its prompt does not count.
-        on_result: called with each answer as it is complete.
-        on_tokens: called with the index of a prompt and its new tokens, in every pass that gave it some; returns False
+        parts: the parts of the model.
+        tokenizer: the model's tokenizer; if None, requests must have `prompt_ids`.
+        feed: the prompts; a request may differ from `shared` in all but the `SHARED` settings.
+        shared: the sampling settings for all prompts; its prompt is ignored.
+        on_result: called with each answer once it is complete.
+        on_tokens: called with a prompt's index and its new tokens after every pass that produced some; returns False
             to end that answer.
-        most_sequences: how many run together, where the memory budget has room for their KV cache.
+        most_sequences: how many sequences run together, if the memory budget allows for their KV cache.
 
     Raises:
-        UnsupportedModelError: the model does not run like this.
+        UnsupportedModelError: the model cannot be batched continuously.
         SurfwError: weights could not be read.
     """
     expect_many(model)
@@ -234,7 +233,7 @@ def answer_many(
 
 
 def expect_many(model: StreamingBaseModel) -> None:
-    """See that a model can answer many prompts together.
+    """Check that a model can answer many prompts together.
 
     Raises:
         UnsupportedModelError: it cannot.
@@ -255,13 +254,13 @@ def expect_many(model: StreamingBaseModel) -> None:
 
 @dataclass(frozen=True)
 class _Room:
-    """What of the memory budget a batch takes.
+    """The size of a batch within the memory budget.
 
     Attributes:
-        sequences: how many run together.
-        pages: of `PAGE_TOKENS` each, for all of them.
-        tokens: how many a pass has at most, one of each sequence among them.
-        most_tokens: how many a prompt and its answer may have.
+        sequences: how many sequences run together.
+        pages: KV cache pages of `PAGE_TOKENS` tokens each, for all sequences.
+        tokens: the most tokens in a pass, including one for each sequence.
+        most_tokens: the most tokens of a prompt and its answer together.
     """
 
     sequences: int
@@ -272,17 +271,17 @@ class _Room:
 
 @dataclass(frozen=True)
 class _Cost:
-    """What a batch takes beside weights, by its cache's pages and a pass's tokens, as transformers lays it out.
+    """Memory that a batch takes in addition to weights, as a function of cache pages and tokens per pass.
 
-    There is a mask for each kind of attention, for all sequences together. It has a row for each token of a pass, and
-    in it a number for each token that the cache may hold for that kind, and for each of the pass.
+    This follows transformers' layout. All sequences share one mask per kind of attention. A mask has a row for each
+    token of the pass, and a column for each token that the cache can hold for that kind and for each token of the pass.
 
     Attributes:
-        page_bytes: of a page in all layers, and of the copy that attention makes of it in one of them, for every head.
-        spare_pages: how many the cache has more than it is asked for.
-        open_pages: how many a sequence may have begun, and not filled.
-        row_page_bytes: what a page adds to the rows of a token, in all masks.
-        row_token_bytes: what a token of the pass adds to them.
+        page_bytes: size of a page in all layers, plus the copy that attention makes of it in one layer, for every head.
+        spare_pages: pages that the cache has in addition to the number requested.
+        open_pages: pages that a sequence may have started but not filled.
+        row_page_bytes: what a page adds to the mask rows of one token, in all masks.
+        row_token_bytes: what a token of the pass adds to these rows.
     """
 
     page_bytes: int
@@ -292,30 +291,32 @@ class _Cost:
     row_token_bytes: int
 
     def of_mask(self, pages: int, tokens: int) -> int:
-        """What the masks take."""
+        """Bytes of the masks."""
         return tokens * (pages * self.row_page_bytes + tokens * self.row_token_bytes)
 
     def of_all(self, pages: int, tokens: int) -> int:
-        """What cache and masks take."""
+        """Bytes of cache and masks."""
         pages += self.spare_pages
         return pages * self.page_bytes + self.of_mask(pages, tokens)
 
     def find_pages(self, free_bytes: int, tokens: int) -> int:
-        """How many there is room for."""
+        """How many pages fit into `free_bytes`, with the masks for `tokens` per pass."""
         return (free_bytes - self.of_all(0, tokens)) // (self.page_bytes + tokens * self.row_page_bytes)
 
 
 def find_room(model: StreamingBaseModel, parts: ModelParts, sequences: int, longest_tokens: int) -> _Room:
-    """Give a batch as much of the memory budget as it needs, or half of what weights do not need at least.
+    """Size a batch and reserve its memory: what it needs, up to half of the budget above the model's least budget.
+
+    It may take more than that half if the weights leave more free.
 
     Raises:
-        ConfigurationError: not even one sequence has room.
+        ConfigurationError: not even one sequence fits.
     """
     parts.kv.reserve_bytes(0)
     engine, cost = parts.engine, _find_cost(model)
     each = -(-longest_tokens // PAGE_TOKENS) + cost.open_pages
-    if (budget := engine.limit.budget_bytes) is None:  # layers are counted: what they leave of the machine's memory
-        free, beside = max(find_default_budget().budget_bytes, _LEAST_CACHE_BYTES), 0  # that has a headroom already
+    if (budget := engine.limit.budget_bytes) is None:  # `cache_size` limits layers: use what the machine has left
+        free, beside = max(find_default_budget().budget_bytes, _LEAST_CACHE_BYTES), 0  # which excludes headroom already
     else:
         half, left = (budget - engine.least_budget_bytes) // 2, budget - engine.plan.peak_bytes
         free = max(half, left)
@@ -346,7 +347,7 @@ def find_room(model: StreamingBaseModel, parts: ModelParts, sequences: int, long
 
 
 def _find_cost(model: StreamingBaseModel) -> _Cost:
-    """See `PagedAttentionCache`: all kinds of layers have their pages in sectors, and a sector may be of any kind."""
+    """Memory costs in `PagedAttentionCache`, where pages come in sectors, each usable by any kind of layer."""
     inner: Any = model.model
     dtype: torch.dtype = inner.dtype
     text = inner.config.get_text_config(decoder=True)
@@ -357,7 +358,7 @@ def _find_cost(model: StreamingBaseModel) -> _Cost:
     layers, sector = sum(kinds), lcm(*kinds)  # in pages of a layer
     return _Cost(
         page_bytes=int(PAGE_TOKENS * (kept + copied)),
-        spare_pages=2 if len(kinds) == 1 else -(-3 * sector // layers),  # two sectors, and a part of one
+        spare_pages=2 if len(kinds) == 1 else -(-3 * sector // layers),  # two sectors and part of another
         open_pages=1 if len(kinds) == 1 else 1 - (-len(kinds) * sector // layers),  # a page, and a sector of each kind
         row_page_bytes=len(kinds) * dtype.itemsize * PAGE_TOKENS * layers // min(kinds),
         row_token_bytes=len(kinds) * dtype.itemsize,
@@ -365,10 +366,10 @@ def _find_cost(model: StreamingBaseModel) -> _Cost:
 
 
 class _Batch:
-    """Sequences that run together, by transformers' scheduler; a context that leaves the model as it was."""
+    """Sequences that run together under transformers' scheduler; a context manager that restores the model."""
 
     def __init__(self, model: StreamingBaseModel, shared: InferenceRequest, room: _Room) -> None:
-        """Set up the scheduler, and the cache."""
+        """Set up the scheduler and the cache."""
         self.room = room
         self._inner = inner = cast("Any", model.model)
         self._running: dict[str, _Sequence] = {}
@@ -377,7 +378,7 @@ class _Batch:
         if config.eos_token_id is None:
             config.eos_token_id = _NO_TOKEN
         self._ends = config.eos_token_id
-        self._attention = self._inner.config._attn_implementation  # noqa: SLF001 - there is no other name for it
+        self._attention = self._inner.config._attn_implementation  # noqa: SLF001 - there is no public name for it
         manager: Any = inner.init_continuous_batching(
             generation_config=config,
             continuous_batching_config=ContinuousBatchingConfig(
@@ -391,17 +392,17 @@ class _Batch:
         )
         self._manager = manager
         try:
-            self._processor = manager._create_batch_processor()  # noqa: SLF001 - its thread would not be the model's
+            self._processor = manager._create_batch_processor()  # noqa: SLF001 - start() uses another thread
         except BaseException:
             self.__exit__()
             raise
 
     def __enter__(self) -> Self:
-        """Use it."""
+        """Return the batch."""
         return self
 
     def __exit__(self, *exc: object) -> None:
-        """Give the memory back, and the model its own attention."""
+        """Free the cache and restore the model's attention implementation."""
         self._processor = self._manager.batch_processor = None
         if self._inner.config._attn_implementation != self._attention:  # noqa: SLF001
             self._inner.set_attn_implementation(self._attention)
@@ -411,7 +412,7 @@ class _Batch:
         return len(self._running) < self.room.sequences
 
     def add(self, sequence: _Sequence, *, tells: bool) -> None:
-        """Let a sequence run; its tokens are told as they come if somebody wants to know."""
+        """Start a sequence; with `tells` or stop texts, its tokens are reported as they come."""
         request = sequence.request
         key = str(sequence.index)
         self._running[key] = sequence
@@ -424,7 +425,7 @@ class _Batch:
         )
 
     def step(self) -> Iterator[tuple[_Sequence, list[int], bool]]:
-        """One pass over the layers: sequences that have tokens to tell, all of their tokens, and whether they end."""
+        """Run one pass over the layers; yield each sequence with output, all of its tokens so far, and if it ended."""
         if not self._processor.prepare_next_batch():
             raise RuntimeError("transformers' scheduler found nothing to run among sequences that have not ended")
         self._processor._generation_step(self._inner)  # noqa: SLF001 - see above
@@ -433,7 +434,7 @@ class _Batch:
         while not outputs.empty():
             output = outputs.get_nowait()
             if (sequence := self._running.get(output.request_id)) is None:
-                continue  # it was stopped
+                continue  # stopped by `stop`
             if output.error is not None:
                 raise RuntimeError(f"transformers' scheduler gave a sequence up: {output.error}")
             if ended := output.is_finished():
@@ -441,16 +442,16 @@ class _Batch:
             yield sequence, output.generated_tokens, ended
 
     def stop(self, sequence: _Sequence) -> None:
-        """End a sequence now."""
+        """Cancel a sequence, if it still runs."""
         if self._running.pop(str(sequence.index), None) is not None:
             self._manager.cancel_request(str(sequence.index))
 
 
 def _expect_processors(model: StreamingBaseModel, config: GenerationConfig) -> None:
-    """See that nothing that the model's generation settings ask for would be left out in silence."""
+    """Check that continuous batching can apply every logits processor that the model's generation settings need."""
     inner: Any = model.model
-    with warnings.catch_warnings(action="ignore"):  # about prompts that it would be given
-        processors = inner._get_logits_processor(config)  # noqa: SLF001 - there is no public way to know
+    with warnings.catch_warnings(action="ignore"):  # warnings about the prompts it normally gets
+        processors = inner._get_logits_processor(config)  # noqa: SLF001 - there is no public way to ask
     for processor in processors:
         if not getattr(processor, "supports_continuous_batching", False):
             raise UnsupportedModelError(
@@ -472,12 +473,11 @@ class _Answering:
         on_result: Callable[[ManyResult], None],
         on_tokens: OnTokens | None,
     ) -> None:
-        """Note who gives prompts, and who wants answers."""
         self._model, self._tokenizer, self._feed, self._shared = model, tokenizer, feed, shared
         self._on_result, self._on_tokens = on_result, on_tokens
 
     def encode(self, taken: list[tuple[int, InferenceRequest]]) -> list[_Sequence]:
-        """Prompts as token ids; one that cannot be encoded is answered with its error."""
+        """Encode prompts to token ids; report an error as the result of a prompt that cannot be encoded."""
         sequences = []
         for index, request in taken:
             if wrong := self._mistake(request):
@@ -500,24 +500,24 @@ class _Answering:
         return sequences
 
     def _mistake(self, request: InferenceRequest) -> str | None:
-        """What of a request does not go with the others, or with the model."""
+        """Why a request cannot run with the others; None if it can."""
         for name in SHARED:
             if getattr(request, name) != getattr(self._shared, name):
                 return f"{name} is {getattr(request, name)}, but it is the same for all prompts of a run"
         return None
 
     def _stops(self, request: InferenceRequest) -> list[str]:
-        """The texts that end an answer, as for a prompt alone."""
+        """The stop texts of a request, as for a single prompt."""
         own = cast("Any", self._model.model).generation_config
         name = self._model.manifest.name
         return find_stops(own, request.stop, self._tokenizer, name, ignore_own=request.ignore_eos)
 
     def run(self, batch: _Batch, waiting: deque[_Sequence], check: Callable[[], None]) -> None:
-        """Answer the prompts that wait, and all that come, until there are none or the next one needs a larger cache.
+        """Answer waiting and new prompts until the feed ends or the next prompt needs a larger cache.
 
         Args:
-            batch: runs them.
-            waiting: those that come first; what does not fit stays there.
+            batch: runs the sequences.
+            waiting: sequences to run first; a sequence that does not fit stays here.
             check: raises if the run is to end.
         """
         running = 0
@@ -538,7 +538,7 @@ class _Answering:
                 check()
 
     def _tell(self, batch: _Batch, sequence: _Sequence, tokens: list[int], *, ended: bool) -> bool:
-        """Hand tokens on; returns whether this was the end of a sequence."""
+        """Report new tokens, and the result if the sequence has ended; return whether it has."""
         end = _find_end(sequence, tokens)
         tokens, is_over = tokens[:end], ended or end is not None
         new, sequence.told = tokens[sequence.told :], len(tokens)
@@ -556,7 +556,7 @@ class _Answering:
 
 
 def _find_end(sequence: _Sequence, tokens: list[int]) -> int | None:
-    """How many tokens a sequence has with the one that completes a text which ends it; None if none of the new does."""
+    """The length of a sequence up to the token that completes a stop text; None if no new token completes one."""
     if sequence.stopping is None:
         return None
     shown, stops = sequence.stopping

@@ -1,7 +1,7 @@
-"""Many texts through an encoder: batches of like length, so that one pass over the layers reads many of them.
+"""Many texts through an encoder, in batches of similar length, so that one pass over the layers reads many of them.
 
-What comes of a text is what the resident model gives in the same batch. A batch is filled up on the right only where
-padding is behind an attention mask for certain; any other model gets texts of one length, and computes no padding.
+Results are those of the resident model for the same batch. Batches are padded on the right only if padding is certain
+to be hidden by the attention mask; for any other model, all texts of a batch have the same length.
 """
 
 import logging
@@ -25,37 +25,37 @@ from surfw.models.many import Feed, ManyResult
 logger = logging.getLogger("surfw.models")
 
 Inputs: TypeAlias = dict[str, torch.Tensor]
-"""Arguments of a forward."""
+"""Keyword arguments of a model's forward."""
 
 MOST_TOKENS = 2048
-"""So many are computed in a pass, padding included, unless one text has more."""
+"""Most tokens in a pass, padding included, unless a single text has more."""
 
 MOST_BYTES = 128 * MIB
-"""So much memory a batch takes for what the model puts out and passes on, unless one text takes more."""
+"""Most memory for the activations and outputs of a batch, unless a single text takes more."""
 
 AHEAD = 1024
-"""So many texts may wait, that those of like length are found among them."""
+"""Most texts waiting at a time; batches of similar length are formed from these."""
 
 _LIKE = 0.85
-"""The shortest text of a batch has at least this part of the longest one's tokens."""
+"""The shortest text of a batch has at least this fraction of the longest one's tokens."""
 
 _PATIENCE_SECONDS = 0.1
 _GATHER_SECONDS = 0.02
-"""So long more texts are waited for once there is one: reading them takes microseconds."""
+"""How long to wait for more texts once there is one: reading them takes microseconds."""
 
 _PADDED = {"input_ids", "attention_mask", "token_type_ids"}
-"""Inputs that are filled up; a text that has others goes alone."""
+"""Inputs that can be padded; a text with other inputs runs alone."""
 
 _OF_TOKENS = {"last_hidden_state", "hidden_states", "prediction_logits", "start_logits", "end_logits"}
-"""Outputs with a row for each token, whatever the head."""
+"""Outputs with a row per token, for any head."""
 
 _OF_TEXTS = {"labels", "choice", "next"}
-"""Heads whose logits are of a whole text."""
+"""Heads whose logits are for a whole text."""
 
 
 @dataclass(frozen=True)
 class _Text:
-    """A text that waits."""
+    """An encoded text that waits for its batch."""
 
     index: int
     request: InferenceRequest
@@ -67,7 +67,7 @@ class _Text:
 
     @property
     def kind(self) -> tuple[str, ...] | None:
-        """What it has in common with those it may go together with; None if it goes alone."""
+        """The key of texts that may share a batch: their input names; None if the text must run alone."""
         padded = {name: one for name, one in self.inputs.items() if name != "prompt_tokens"}
         is_plain = set(padded) <= _PADDED and all(one.shape == (1, self.tokens) for one in padded.values())
         return tuple(sorted(padded)) if is_plain and len(self.request.pairs) < 2 else None
@@ -87,12 +87,12 @@ def encode_many(
 
     Args:
         model: an open model that generates no tokens.
-        parts: of it.
-        tokenizer: its tokenizer; None needs `prompt_ids`.
-        feed: of the texts.
-        on_result: called with each result as it is complete.
+        parts: the parts of the model.
+        tokenizer: the model's tokenizer; if None, requests must have `prompt_ids`.
+        feed: the texts.
+        on_result: called with each result once it is complete.
         check: raises if the run is to end.
-        most_texts: how many run together.
+        most_texts: the most texts in a batch.
 
     Raises:
         SurfwError: weights could not be read.
@@ -109,7 +109,7 @@ def encode_many(
                     waiting.append(_Text(index, request, encoding.encode(request)))
                 except ConfigurationError as exc:
                     on_result(ManyResult(index=index, error=str(exc)))
-            if waiting and (not taken or len(waiting) >= AHEAD):  # else more may be there by now
+            if waiting and (not taken or len(waiting) >= AHEAD):  # else more may have arrived
                 for result in encoding.take(waiting, most_texts):
                     on_result(result)
     finally:
@@ -120,21 +120,21 @@ class _Encoding:
     """A run of many texts."""
 
     def __init__(self, model: StreamingBaseModel, parts: ModelParts, tokenizer: PreTrainedTokenizerBase | None) -> None:
-        """See what the model allows, and have as much memory set aside as a batch may take."""
+        """Determine the model's batching limits, and reserve memory for a batch."""
         self._model, self._tokenizer = model, tokenizer
         self._head = find_head(model.manifest.class_name)
         config: Any = model.model.config.get_text_config()
         own = getattr(config, "pad_token_id", None)
         found = getattr(tokenizer, "pad_token_id", None) if own is None else own
         self._padding = int(found or 0)
-        self._is_single = self._head == "labels" and own is None  # such a head finds a text's end by its padding
+        self._is_single = self._head == "labels" and own is None  # such a head finds the end by the padding
         self._like = _LIKE if may_pad(model.model) else 1.0
         each = _bytes_per_token(config, model.model.dtype, puts_out_words=self._head == "mask")
         self._most_tokens = min(MOST_TOKENS, _set_aside(parts, MOST_TOKENS * each) // each)
         self._remarked: set[str] = set()
 
     def encode(self, request: InferenceRequest) -> Inputs:
-        """A text as token ids.
+        """Encode a text to the model's inputs.
 
         Raises:
             ConfigurationError: it cannot be encoded, or has no tokens.
@@ -146,7 +146,7 @@ class _Encoding:
         return inputs
 
     def take(self, waiting: deque[_Text], most: int) -> Iterator[ManyResult]:
-        """Take a batch out of the texts that wait, and encode it."""
+        """Remove a batch from the waiting texts and run it."""
         first = waiting[0]
         if first.kind is None or self._is_single:
             yield self._alone(waiting.popleft())
@@ -177,7 +177,7 @@ class _Encoding:
             yield ManyResult(index=one.index, result=InferenceResult(prompt_tokens=one.tokens, **vars(reading)))
 
     def _remark(self, one: _Text) -> None:
-        """Log what changes nothing, or goes beyond what the model was made for; the same once."""
+        """Log the warnings of `find_remarks`, each only once."""
         for remark in find_remarks(self._model, one.request, one.tokens):
             if remark not in self._remarked and len(self._remarked) < AHEAD:
                 self._remarked.add(remark)
@@ -192,10 +192,10 @@ class _Encoding:
 
 
 def may_pad(model: Any) -> bool:
-    """Whether padding on the right, behind an attention mask, changes no token of a text.
+    """Whether masked padding on the right leaves the results of a text unchanged.
 
-    So it is where each layer only attends, as those do that transformers' shared attention functions compute. A
-    convolution would read what stands beside a token, and other kinds of layers the whole length.
+    This holds if tokens interact only through attention, as in models that use transformers' shared attention
+    functions. A convolution would read neighbouring padding, and other kinds of layers the whole length.
     """
     kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ["full_attention"])
     return (
@@ -210,16 +210,16 @@ def may_pad(model: Any) -> bool:
 def choose_batch(
     lengths: Sequence[int], most: int, *, most_tokens: int = MOST_TOKENS, like: float = _LIKE
 ) -> list[int]:
-    """Which texts go with the one that has waited longest: those of like length, the nearest first.
+    """Choose a batch for the text that has waited longest, preferring texts closest to its length.
 
     Args:
-        lengths: of the texts that wait, in tokens, in the order they came.
-        most: how many texts may go together.
-        most_tokens: how many tokens they may have, padding included, unless one has more.
-        like: the shortest has at least this part of the longest one's tokens.
+        lengths: lengths of the waiting texts in tokens, in order of arrival.
+        most: the most texts in the batch.
+        most_tokens: the most tokens in the batch, padding included, unless a single text has more.
+        like: the shortest text has at least this fraction of the longest one's tokens.
 
     Returns:
-        Their places, the first one's included, in the order they came.
+        Indices of the batch's texts, including the first, in order of arrival.
     """
     first = lengths[0]
     by_distance = sorted(range(len(lengths)), key=lambda place: abs(lengths[place] - first))
@@ -235,7 +235,7 @@ def choose_batch(
 
 
 def pad(inputs: Sequence[Inputs], padding: int) -> Inputs:
-    """One batch of several, each of shape (1, tokens): filled up on the right, to shape (texts, longest)."""
+    """Pad inputs of shape (1, tokens) on the right and join them into one batch of shape (texts, longest)."""
     longest = max(one["input_ids"].shape[1] for one in inputs)
     filled: dict[str, torch.Tensor] = {}
     for name in _PADDED.intersection(inputs[0]):
@@ -246,14 +246,14 @@ def pad(inputs: Sequence[Inputs], padding: int) -> Inputs:
 
 
 def cut_row(output: Any, row: int, tokens: int, *, longest: int, head: str | None) -> SimpleNamespace:
-    """What a model puts out for one text of a batch, without padding.
+    """The outputs for one text of a batch, without padding.
 
     Args:
-        output: of the batch.
-        row: of the text.
-        tokens: of the text.
-        longest: tokens of the longest one.
-        head: of the model.
+        output: the model's output for the batch.
+        row: the text's row in the batch.
+        tokens: number of tokens in the text.
+        longest: number of tokens in the batch's longest text.
+        head: the model's head; see `heads.find_head`.
     """
 
     def cut(name: str, value: Any) -> Any:
@@ -273,7 +273,7 @@ def _fields(output: Any) -> Mapping[str, Any]:
 
 
 def _bytes_per_token(config: Any, dtype: torch.dtype, *, puts_out_words: bool) -> int:
-    """About what a token takes while a batch is computed: in a layer, and, with a head for words, at the end of all."""
+    """Estimate memory per token of a batch: activations of a layer, and the output of a vocabulary head."""
     width = getattr(config, "hidden_size", None) or getattr(config, "dim", None) or 1024
     numbers = 8 * width + 2 * (getattr(config, "intermediate_size", None) or 4 * width)
     if puts_out_words:
@@ -283,7 +283,7 @@ def _bytes_per_token(config: Any, dtype: torch.dtype, *, puts_out_words: bool) -
 
 
 def _set_aside(parts: ModelParts, wanted_bytes: int) -> int:
-    """Leave memory of the budget for a batch, at most half of what weights do not need at least; returns how much."""
+    """Reserve memory for a batch and return how much: at most `MOST_BYTES`, and what weights can spare."""
     parts.kv.reserve_bytes(0)
     engine, wanted = parts.engine, min(wanted_bytes, MOST_BYTES)
     if (budget := engine.limit.budget_bytes) is None:

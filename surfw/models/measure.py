@@ -1,6 +1,6 @@
-"""How fast a model's weights can be read, and how fast it computes: measured on the spot, in a few seconds.
+"""Measures how fast a model's weights can be read and how fast it computes, in a few seconds.
 
-Both measure what a run does: reads come through the model's own source and are verified; passes are forwards of the
+Both measure what a run does: reads go through the model's own source and are verified; passes are forwards of the
 model itself. Both are bounded in time and bytes.
 """
 
@@ -30,35 +30,35 @@ from surfw.source import ChunkSource, Read
 from surfw.storage.local_reader import FileRange, LocalReader
 
 RunModel = Callable[[Callable[[PreTrainedModel], None]], None]
-"""Calls a function with transformers' model, while nobody else runs it."""
+"""Calls a function with the transformers model, with exclusive use of it."""
 
 READ_SECONDS, READ_BYTES = 1.5, 256 * MB
-"""After this long, or this much, no further piece is read."""
+"""Once either is reached, no further piece is read."""
 
 PASS_SECONDS = 5.0
-"""After this long a pass is interrupted, and scaled up from what it did until then."""
+"""After this time a pass is interrupted, and its result scaled up from the part that ran."""
 
 _LEAST_BYTES = 32 * MB
-"""Less is read too quickly to tell how fast a disk is."""
+"""Smaller reads are too short to measure a disk's speed."""
 
 _PASSES = 8
 _QUICK_PASSES_SECONDS = 2.0
-"""After this long, no further pass is begun."""
+"""After this time, no further pass is started."""
 
 _READERS = 2
 _LARGEST_PIECE = 32 * MIB
 _QUICK_SECONDS = 0.1
 SPARE_POSITIONS = 2
-"""Positions that some families, such as RoBERTa, keep for themselves."""
+"""Positions that some families, such as RoBERTa, reserve."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Computing:
-    """What passes of the model took.
+    """Compute time of the model.
 
     Attributes:
-        seconds: computing in one pass: the modules with weights alone, when nothing else is to be done meanwhile.
-        share: how much of the weights took part in the measurement; below 1, `seconds` is scaled up from it.
+        seconds: compute time of one pass: the modules with weights alone, without any waiting.
+        share: the fraction of the weights that was measured; below 1, `seconds` is scaled up from it.
     """
 
     seconds: float
@@ -67,11 +67,11 @@ class Computing:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reading:
-    """What reading took.
+    """Amount and time of a measured read.
 
     Attributes:
-        stored_bytes: how much was read, as it is stored.
-        seconds: for how long.
+        stored_bytes: stored bytes read.
+        seconds: time taken.
     """
 
     stored_bytes: int
@@ -84,11 +84,11 @@ class Reading:
 
 
 class _Enough(Exception):  # noqa: N818 - not an error: it ends a pass that takes too long
-    """The time for a pass is over."""
+    """The time limit for a pass was reached."""
 
 
 Fetch = Callable[[int, int, memoryview], Awaitable[object]]
-"""Reads some of what is stored: from a byte, to a byte, into memory of that size."""
+"""Reads a range of stored bytes, given by start and stop, into memory of that size."""
 
 
 def measure_reading(parts: ModelParts) -> Reading | None:
@@ -114,7 +114,7 @@ def measure_reading(parts: ModelParts) -> Reading | None:
 
 
 def _joined(tiers: Sequence[tuple[Sequence[tuple[int, Fetch]], Reading]]) -> Reading:
-    """What reading takes that is near for one part, and far for the other: each part by its own rate."""
+    """Combine measurements of local and remote chunks, each tier at its own rate."""
     if len(tiers) == 1:
         return tiers[0][1]
     sizes = [sum(size for size, _ in tier) for tier, _ in tiers]
@@ -123,17 +123,17 @@ def _joined(tiers: Sequence[tuple[Sequence[tuple[int, Fetch]], Reading]]) -> Rea
 
 
 def measure_copying(parts: ModelParts) -> float | None:
-    """Bytes per second from host memory to the device; None if nothing is copied there in a pass."""
+    """Bytes per second from host memory to the device; None if a pass copies nothing."""
     engine = parts.engine
     copies = isinstance(engine, DeviceEngine) and engine.plan.bytes_per_pass
     return engine.device.measure_copying() if copies and isinstance(engine, DeviceEngine) else None
 
 
 def measure_files(files: Sequence[Path]) -> Reading | None:
-    """Read local files for a while, past the page cache, as weights are read; None if there is too little to tell.
+    """Read local files for a while, bypassing the page cache as for weights; None if there is too little to measure.
 
     Raises:
-        StorageError: one cannot be read.
+        StorageError: a file cannot be read.
     """
     sizes = {path: path.stat().st_size for path in files}
     if sum(sizes.values()) < _LEAST_BYTES:
@@ -150,17 +150,17 @@ def measure_files(files: Sequence[Path]) -> Reading | None:
 
 
 async def _read_for_a_while(stored: Sequence[tuple[int, Fetch]]) -> Reading:
-    """Two reads at a time, as in a run; pieces grow while they arrive quickly.
+    """Read two pieces at a time, as in a run; pieces grow while they arrive quickly.
 
     Args:
-        stored: the size of each thing to read, and what reads it.
+        stored: the size of each object to read, and its reader.
     """
-    left = deque((size, fetch, 0) for size, fetch in stored)  # and where to go on in each
+    left = deque((size, fetch, 0) for size, fetch in stored)  # with the next offset in each
     allowed = READ_BYTES
     largest = min(_LARGEST_PIECE, max(size for size, _ in stored))
     views = [Buffer(largest).view for _ in range(_READERS)]
     for view in views:
-        view[:] = bytes(len(view))  # touched once, so that the pages are there
+        view[:] = bytes(len(view))  # touched once, to fault in the pages
     began = time.perf_counter()
 
     async def read(view: memoryview) -> None:
@@ -181,11 +181,11 @@ async def _read_for_a_while(stored: Sequence[tuple[int, Fetch]]) -> Reading:
 
 
 def measure_computing(parts: ModelParts, run: RunModel, prompt_tokens: int) -> Computing | None:
-    """Run passes that read nothing ahead, and add up the least time that each module with weights took.
+    """Run passes without prefetch, and add up the least time of each module with weights.
 
-    A pass of a model that generates has one token, as in decoding; other models get the whole prompt. If not even the
-    first pass ends in time, the result is scaled up from the part that ran. None for a model that takes no token ids,
-    and where not even one layer ran in time.
+    A pass of a model that generates has one token, as in decoding; other models get the whole prompt. If the first pass
+    does not end in time, the result is scaled up from the part that ran. None for a model that takes no token ids, or
+    if not even one layer ran in time.
     """
     if parts.model.main_input_name != "input_ids":
         return None
@@ -216,7 +216,7 @@ def measure_computing(parts: ModelParts, run: RunModel, prompt_tokens: int) -> C
 
 
 class _Stopwatch:
-    """Times the modules that have weights and contain no others with weights; waiting is left out."""
+    """Times the innermost modules with weights, without the time spent waiting."""
 
     def __init__(self, parts: ModelParts) -> None:
         uses = {use.module: use.chunks for use in parts.manifest.order}
@@ -238,14 +238,14 @@ class _Stopwatch:
             ]
 
     def end_pass(self) -> None:
-        """Note that a pass has ended; the modules that ran in the last one are those that recur."""
+        """Record the end of a pass; the modules that ran in the latest pass are the recurring ones."""
         for name, seconds in self._took.items():
             self._least[name] = min(seconds, self._least.get(name, seconds))
         self._recurring = frozenset(self._took)
         self._took.clear()
 
     def result(self) -> Computing | None:
-        """Of the passes that have ended, or else of the one that was interrupted."""
+        """The result of completed passes, or if there are none, of the interrupted one."""
         seconds = sum(self._least[name] for name in self._recurring)
         share = 1.0
         if not self._recurring:
@@ -271,13 +271,13 @@ class _Stopwatch:
 
 
 def most_positions(config: Any) -> int | None:
-    """How many tokens a model was made for; None for any number, which some configurations call -1."""
+    """The number of tokens that a model has positions for; None if unlimited, which some configurations write as -1."""
     positions = getattr(config, "max_position_embeddings", None)
     return positions if isinstance(positions, int) and positions > 0 else None
 
 
 def _passes(model: Any, prompt_tokens: int) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """A first forward, and one that can be repeated: without the encoder, where a decoder follows it."""
+    """A first forward, and a repeatable one; with an encoder and a decoder, the latter skips the encoder."""
     config = model.config.get_text_config()
     positions = most_positions(config) or prompt_tokens + SPARE_POSITIONS
     tokens = 1 if model.can_generate() else max(1, min(prompt_tokens, positions - SPARE_POSITIONS))

@@ -1,4 +1,4 @@
-"""What models are opened with: the keywords, and the checks that they go through."""
+"""The options for opening a model, and their validation."""
 
 import math
 import os
@@ -33,7 +33,7 @@ from surfw.skeleton.build import check_model_class
 
 
 class ConnectionOptions(TypedDict, total=False):
-    """How a server or a storage is reached; see `WeightClient`."""
+    """Connection options for a server or storage; see `WeightClient`."""
 
     token: str | None
     ssl: SSLContext | TlsFiles | None
@@ -51,7 +51,7 @@ class ConnectionOptions(TypedDict, total=False):
 
 
 class ModelOptions(ConnectionOptions, total=False):
-    """How a model is opened, except for how much memory it takes; see `StreamingBaseModel`."""
+    """Options for opening a model, without its memory limits; see `StreamingBaseModel`."""
 
     prefetch: bool
     device: str | torch.device
@@ -63,7 +63,7 @@ class ModelOptions(ConnectionOptions, total=False):
 
 
 class OpenOptions(ModelOptions, total=False):
-    """How a model is opened; see `StreamingBaseModel`."""
+    """Options for opening a model; see `StreamingBaseModel`."""
 
     cache_size: int | None
     memory_budget: int | str | None
@@ -72,12 +72,12 @@ class OpenOptions(ModelOptions, total=False):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OpenSettings:
-    """The checked settings that a model is opened with; see `StreamingBaseModel` for what each means.
+    """Validated settings for opening a model; see `StreamingBaseModel` for their meaning.
 
     Attributes:
-        limit: of the weights in memory; one with neither bytes nor layers stands for the default.
-        device_budget_bytes: of the weights on the device; None for the default.
-        is_pinned: whether the model is known by its identity alone; see `Loader`.
+        limit: limit of the weights in memory; with neither bytes nor layers, the default applies.
+        device_budget_bytes: budget on the device; None for the default.
+        is_pinned: whether the model is identified by a pin; see `Loader`.
     """
 
     limit: Limit
@@ -92,7 +92,7 @@ class OpenSettings:
     model_class: type[PreTrainedModel] | None
 
     def __post_init__(self) -> None:
-        """Raise ConfigurationError for one that cannot be used."""
+        """Raise ConfigurationError for an invalid setting."""
         expect("dtype", self.dtype, str | None, "a dtype's name or None")
         expect("adapter", self.adapter, str | None, "an adapter's name or None")
         check_model_class(self.model_class)
@@ -103,7 +103,7 @@ class OpenSettings:
 
 
 def expect_number(name: str, value: Any, least: int, most: float = math.inf, *, kind: type | UnionType = int) -> None:
-    """Raise ConfigurationError unless an argument is of this kind, and a finite number within these bounds or None."""
+    """Raise ConfigurationError unless an argument is of type `kind`, and None or a finite number within the bounds."""
     bounds = f"{least} or more" if most == math.inf else f"from {least} to {most}"
     expect(name, value, kind, f"a number, {bounds}")
     if value is not None and not (least <= value <= most and value < math.inf):

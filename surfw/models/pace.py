@@ -1,9 +1,9 @@
-"""When guessing tokens ahead pays: a rule over measured passes. Pure: seconds and tokens in, a decision out.
+"""Decides from measured passes whether speculation pays. Pure: seconds and tokens in, a decision out.
 
-A pass that checks guesses may give several tokens, and takes longer than a plain one. What it lost or won against as
-many plain passes adds up. Once more is lost than half a pass, or what else may be lost, guessing rests: for so long
-that what was lost is a small share of the time, as the text may become easier to guess. A gain makes up for losses, but
-not for ever.
+A pass that checks guesses may produce several tokens, and takes longer than a plain one. Its gain or loss against as
+many plain passes is added up. Once the loss exceeds a limit (half a plain pass by default), guessing pauses, long
+enough that the loss is a small share of the time; then it is tried again, as the text may have become easier to guess.
+Gains offset losses, but only up to a limit.
 """
 
 from collections import deque
@@ -13,21 +13,21 @@ _PLAIN_FIRST = 2
 _RECENT = 5
 MOST_LOST = 0.5
 _MOST_WON = 4.0
-"""Passes that may be lost before guessing rests, and that a gain counts for at most."""
+"""Plain passes that may be lost before guessing pauses (`MOST_LOST`), and the most that a gain can offset."""
 
 _LOST_SHARE = 0.015
-"""What guessing may cost where it does not pay: this part of the time, after the first trial."""
+"""The share of the time that guessing may cost if it does not pay, after the first trial."""
 
 _LEAST_REST = 16
 _FRESH = 64
-"""So many passes with guesses in a row, and the next one is plain, to see what those take by now."""
+"""After this many passes with guesses in a row, the next one is plain, to measure plain passes again."""
 
 
 class Pace:
-    """Says before each pass of a generation whether it is to check guesses, from how long the others took."""
+    """Decides before each pass of a generation whether it should check guesses, from the times of earlier passes."""
 
     def __init__(self, *, most_lost: float = MOST_LOST) -> None:
-        """Begin with plain passes; guessing rests once so many of them are lost."""
+        """Start with plain passes; guessing pauses once `most_lost` plain passes are lost."""
         self._most_lost = most_lost
         self._plain: deque[float] = deque(maxlen=_RECENT)
         self._rest = _PLAIN_FIRST
@@ -37,21 +37,21 @@ class Pace:
 
     @property
     def wants_guesses(self) -> bool:
-        """Whether the next pass is to check guesses."""
+        """Whether the next pass should check guesses."""
         return self._rest == 0
 
     @property
     def has_switched_off(self) -> bool:
-        """Whether guessing rests now because it did not pay."""
+        """Whether guessing is paused because it did not pay."""
         return self._rest > 0 and self._has_rested
 
     def note(self, seconds: float, *, tokens: int, guesses: int) -> None:
-        """Note a pass.
+        """Record a pass.
 
         Args:
-            seconds: what it took, making its guesses included.
-            tokens: that it gave, 1 or more.
-            guesses: that it checked; 0 for a plain pass.
+            seconds: time of the pass, including making its guesses.
+            tokens: number of tokens produced, 1 or more.
+            guesses: number of guesses checked; 0 for a plain pass.
         """
         if guesses == 0:
             self._plain.append(seconds)

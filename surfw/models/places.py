@@ -1,4 +1,4 @@
-"""Places that weights come from, and how each becomes a source: opened, put behind others, put behind a disk cache."""
+"""Places that weights come from, and how to open them as a source, with failover, disk cache and decryption."""
 
 import os
 from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -28,10 +28,10 @@ Place = str | os.PathLike[str] | StorageBackend
 
 @dataclass(frozen=True, kw_only=True)
 class Connection:
-    """How places are reached; see `WeightClient` for each argument.
+    """Connection settings; see `WeightClient` for each.
 
     Raises:
-        ConfigurationError: one cannot be used.
+        ConfigurationError: a setting is invalid.
     """
 
     token: str | None
@@ -64,10 +64,10 @@ class Connection:
                 raise ConfigurationError(f"{name} is {seconds}; expected a number of seconds over 0")
 
     def locate(self, source: object) -> tuple[str, OpenSource]:
-        """Where a source is, for people, and how to open it; or several, in a list.
+        """Return the display URL of a source, or of a list of sources, and a function that opens it.
 
         Raises:
-            ConfigurationError: it is none, or takes no token, certificates or options.
+            ConfigurationError: it is not a source, or takes no token, certificates or options.
         """
         places = list(source) if isinstance(source, list | tuple) else [source]
         if not places:
@@ -86,18 +86,18 @@ class Connection:
         url, open_source = found[0] if is_alone else (found[0][0], partial(self._open_all, found))
         if all(isinstance(place, str | os.PathLike | StorageBackend) for place in places):
             open_source = self.disk.wrap([one for one, _ in found], open_source)
-        if self.encryption_key_file is not None:  # in front of the disk, where everything stays encrypted
+        if self.encryption_key_file is not None:  # outside the disk cache, whose data stays encrypted
             open_source = partial(_open_encrypted, open_source, read_key(self.encryption_key_file))
-        if self.verify_key is not None:  # in front of all, for what a disk cache was told may be wrong, too
+        if self.verify_key is not None:  # outermost, as a disk cache's data may be wrong, too
             open_source = partial(_open_verified, open_source, read_verify_keys(self.verify_key))
         return url, open_source
 
     def _tls_for(self, place: object, places: Sequence[object]) -> SSLContext | TlsFiles | None:
-        """The certificates for a place: of several, those without TLS get none."""
+        """The certificates for a place; among several places, those without TLS get none."""
         return self.ssl if len(places) == 1 or str(place).startswith("wss://") else None
 
     async def _open(self, retry: RetryPolicy | None, tls: SSLContext | TlsFiles | None, place: str) -> ChunkSource:
-        """A source over a server, or a store."""
+        """Open a server or a store."""
         if not is_server_url(place):
             return await _open_store(self.storage_options, self.silence_timeout, place)
         return await open_wire_source(
@@ -110,7 +110,7 @@ class Connection:
         )
 
     async def _open_all(self, found: Sequence[tuple[str, OpenSource]]) -> ChunkSource:
-        """Several sources as one; none is contacted yet."""
+        """Combine several sources into one; none is contacted yet."""
         return Failover(found, retry=self.retry, deadline_seconds=self.deadline, by_speed=self.source_order == "speed")
 
 
@@ -123,7 +123,7 @@ async def _open_verified(open_source: OpenSource, keys: VerifyKeys) -> ChunkSour
 
 
 def _locate(source: object, open_place: Callable[[str], Coroutine[Any, Any, ChunkSource]]) -> tuple[str, OpenSource]:
-    """Where a source is, for people, and how to open it; a function that opens one is taken as it is."""
+    """Return the display URL of one source and a function that opens it; a callable is used as that function."""
     if isinstance(source, StorageBackend):
         return display_url(source.url), partial(open_storage_source, source, owned=False)
     if isinstance(source, str | os.PathLike):
@@ -145,13 +145,13 @@ def _locate(source: object, open_place: Callable[[str], Coroutine[Any, Any, Chun
 
 
 async def _open_store(options: Mapping[str, Any] | None, silence_timeout: float, place: str) -> ChunkSource:
-    """A source over a store; or over a plain checkpoint, which is read from where it is."""
+    """Open a store, or a plain checkpoint, which is read in place."""
     refuse_file(place)
     backend = open_backend(place, options, silence_timeout=silence_timeout)
     is_plain = await is_checkpoint(backend)
     if is_plain:
         await backend.close()
-        from surfw.chunking.in_place import publish_place  # which a start from a server does not wait for
+        from surfw.chunking.in_place import publish_place  # slow; not needed for servers
 
         private = await publish_place(place, options, silence_timeout=silence_timeout)
         backend = open_backend(private, silence_timeout=silence_timeout)

@@ -1,6 +1,6 @@
-"""What a model that is still to be chunked will need: memory, and how fast a pass can be read, in each form.
+"""What a model will need once it is chunked: memory, and the read speed of a pass, in each form.
 
-Nothing is written. What weights are read shows how well they compress, and how fast the disk is.
+Nothing is written. Some weights are read to measure how well they compress and how fast the disk is.
 """
 
 from collections.abc import Sequence
@@ -29,15 +29,15 @@ from surfw.storage.store import MARKER
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FormNeeds:
-    """A model in the forms of one codec alone, and what it needs to be run so.
+    """What a model needs if it is stored in the forms of one codec alone.
 
     Attributes:
-        codec: of the forms; chunks that have none of it are as they are.
-        bytes: what is stored; of `lossless`, about.
-        least_budget_bytes: the smallest budget that the model runs with from any source.
-        bytes_per_pass: stored bytes that a pass reads with that budget, once everything that stays is in memory.
-        reading_ceiling: the most passes per second, or tokens, that reading and decoding allow with that budget; None
-            if nothing is read, or if it is not known how fast.
+        codec: the codec; chunks without a form of it are stored as they are.
+        bytes: stored size; for `lossless`, an estimate.
+        least_budget_bytes: the smallest budget that the model runs with, from any source.
+        bytes_per_pass: stored bytes read per pass with that budget, once all resident chunks are in memory.
+        reading_ceiling: the most units per second (see `PlannedForms.unit`) that reading and decoding allow with that
+            budget; None if nothing is read or the speed is unknown.
     """
 
     codec: str
@@ -49,14 +49,14 @@ class FormNeeds:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlannedForms:
-    """The forms that a model may be stored in, side by side.
+    """A comparison of the forms that a model may be stored in.
 
     Attributes:
-        needs: of each.
+        needs: the needs of each form.
         unit: what a pass yields: `tokens`, or `passes` for models that do not generate.
-        coded: what `lossless` comes to; None if it was not tried.
-        disk: how fast the disk reads; None if that could not be measured.
-        unknown: why not.
+        coded: the estimate for `lossless`; None if it was not tried.
+        disk: measured read speed of the disk; None if it could not be measured.
+        unknown: why it could not be measured.
     """
 
     needs: tuple[FormNeeds, ...]
@@ -67,25 +67,24 @@ class PlannedForms:
 
 
 class PlannedModel:
-    """What a prepared model will need.
+    """The needs of a prepared model.
 
     Attributes:
         prepared: the model.
     """
 
     def __init__(self, prepared: PreparedModel) -> None:
-        """Nothing is read yet."""
         self.prepared = prepared
         self._dtype = parse_dtype(prepared.dtype)
 
     @property
     def token_bytes(self) -> int:
-        """What each token of a generation adds for the KV cache."""
+        """KV cache memory per token of a generation."""
         model = self._skeleton.model
         return kv_cost(model.config, self._dtype).new_token_bytes if model.can_generate() else 0
 
     def manifest(self, codecs: Sequence[str]) -> Manifest:
-        """The manifest that chunking will write, as far as it is known: without digests, coded forms uncoded."""
+        """The manifest that chunking will write, as far as known: without digests, and with coded forms uncoded."""
         return self.prepared.manifest(
             [
                 one.chunk("", *(planned_form(one, codec) for codec in codecs_of(one, codecs)))
@@ -94,24 +93,24 @@ class PlannedModel:
         )
 
     def least_budget_bytes(self, codecs: Sequence[str]) -> int:
-        """The smallest budget that the model runs with, stored in these forms."""
+        """The smallest budget that the model runs with if it is stored in these forms."""
         return least_bytes(self._needs(self.manifest(codecs)).from_anywhere())
 
     def compare(self, codecs: Sequence[str], *, store: StorageBackend | None) -> PlannedForms:
-        """What the forms of each codec need, each alone.
+        """Compare the needs of each codec's forms, each stored alone.
 
-        Some weights are read for that: to see how well they compress, and how fast the disk is.
+        This reads some weights, to measure how well they compress and how fast the disk is.
 
         Args:
-            codecs: of `CODECS`.
-            store: where the model is to be written; None if it stays in its checkpoint.
+            codecs: codecs from `CODECS`.
+            store: where the model will be written; None if it stays in its checkpoint.
 
         Raises:
             CheckpointError, StorageError: the checkpoint cannot be read.
         """
         coded = estimate_coded(self.prepared.plan, PayloadReader(self.prepared)) if "lossless" in codecs else None
         disk, unknown = _measure_disk(self.prepared, store)
-        buffered_bytes = 0 if disk and store else IN_FLIGHT_BYTES  # a store's files are read to where they belong
+        buffered_bytes = 0 if disk and store else IN_FLIGHT_BYTES  # a store is read directly into place
         needs = tuple(
             self._form_needs(codec, coded if codec == "lossless" else None, disk, buffered_bytes) for codec in codecs
         )
@@ -129,10 +128,10 @@ class PlannedModel:
         in_memory = plan_residency(needs, Limit(budget_bytes=least)).bytes_per_pass
         read_bytes = (
             in_memory * stored_bytes / max(1, sum(needs.sizes.values()) + needs.expert_bytes)
-        )  # memory is in whole pages
+        )  # memory is rounded up to whole pages
         seconds = read_bytes * share / disk.bytes_per_second if disk else 0.0
         if coded:
-            seconds += read_bytes / coded.decoded_per_second  # as `runtime.forms` reckons, it overlaps with nothing
+            seconds += read_bytes / coded.decoded_per_second  # as `runtime.forms` assumes, without overlap
         return FormNeeds(
             codec=codec,
             bytes=round(stored_bytes * share),
@@ -142,7 +141,7 @@ class PlannedModel:
         )
 
     def _needs(self, manifest: Manifest, buffered_bytes: int = IN_FLIGHT_BYTES) -> Needs:
-        """In the forms that a run takes by itself, from a source that holds so much."""
+        """Needs with the forms that a run chooses by default, from a source that buffers `buffered_bytes`."""
         manifest = for_run(manifest, "auto", where=manifest.name)
         tables = tables_of(self._skeleton, manifest)
         dtypes = cast_dtypes(manifest, self._skeleton)
@@ -159,7 +158,7 @@ class PlannedModel:
 
 
 def _measure_disk(prepared: PreparedModel, store: StorageBackend | None) -> tuple[Reading | None, str]:
-    """How fast the disk of a model reads, by the files of its checkpoint; or why that cannot be told."""
+    """Measure the disk by reading the checkpoint's files; or return why that is impossible."""
     files = [shard.path for shard in prepared.checkpoint.shards]
     if prepared.checkpoint.pins is not None:
         return None, "the checkpoint is not on this machine"
@@ -174,5 +173,5 @@ def _measure_disk(prepared: PreparedModel, store: StorageBackend | None) -> tupl
 
 
 def _device(place: Path) -> int:
-    """The device of a file that need not be there yet."""
+    """The device of a path that need not exist yet."""
     return next(folder for folder in (place, *place.absolute().parents) if folder.exists()).stat().st_dev

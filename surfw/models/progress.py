@@ -1,6 +1,6 @@
-"""Where a run is, and how fast it goes: what a view follows while it lasts. Pure, and without torch.
+"""Progress and speed of a run, for a live display. Pure, and does not import torch.
 
-`Progress` is what a model says of itself at a moment. `Pace` puts moments together.
+`Progress` is a snapshot of a model. `Pace` combines snapshots into rates.
 """
 
 from collections import deque
@@ -8,18 +8,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 _KEPT_SECONDS = 30.0
-"""How far back the rate of reading looks; chunks that take longer than that count from the last one on."""
+"""Window of the read rate; if chunks take longer than this, the rate is measured between the last two."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outage:
-    """A source is away, and everything waits for it.
+    """A source that is down.
 
     Attributes:
-        seconds: for how long.
-        trying: the address that is tried next.
-        in_seconds: when; 0 where that goes on now.
-        buffered_seconds: how long computing can go on with what was read ahead.
+        seconds: how long it has been down.
+        trying: the address of the next attempt.
+        in_seconds: seconds until that attempt; 0 if it is in progress.
+        buffered_seconds: how long computing can continue with what was prefetched.
     """
 
     seconds: float
@@ -30,16 +30,16 @@ class Outage:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Progress:
-    """Where a run is.
+    """A snapshot of a run.
 
     Attributes:
-        layer: the layer that runs, or is waited for, counted from 1; 0 before the first one.
-        layers: how many there are.
-        kept_layers: how many of them stay in memory; None if all of them do.
-        fetched_bytes: stored bytes that were read so far.
-        stall_seconds: how long all runs so far have waited for weights.
-        run_seconds: how long all runs so far took.
-        outage: what everything waits for, if a source is away.
+        layer: the layer that runs or is waited for, counted from 1; 0 before the first one.
+        layers: number of layers.
+        kept_layers: number of resident layers; None if nothing is streamed.
+        fetched_bytes: stored bytes read so far.
+        stall_seconds: time that all runs so far waited for weights.
+        run_seconds: total time of all runs so far.
+        outage: the outage, if a source is down.
     """
 
     layer: int
@@ -53,18 +53,18 @@ class Progress:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunFigures:
-    """How a run goes; None for what is not known, or not worth a word.
+    """Figures of a run to display; None for what is unknown or not applicable.
 
     Attributes:
-        tokens: how many new ones there are.
-        most_tokens: how many there will be at most.
-        tokens_per_second: after the first one.
-        bytes_per_second: stored bytes read, lately.
-        layer: as in `Progress`; the last one, where something else runs.
+        tokens: number of new tokens so far.
+        most_tokens: the most tokens that there will be.
+        tokens_per_second: rate after the first token.
+        bytes_per_second: recent rate of stored bytes read.
+        layer: as in `Progress`; between layers, the last one.
         layers: as in `Progress`.
-        stall_share: the part of the time that was spent waiting for weights.
+        stall_share: fraction of the time spent waiting for weights.
         kept_layers: as in `Progress`.
-        eta_seconds: the time that is left for `most_tokens`.
+        eta_seconds: estimated time left until `most_tokens`.
         outage: as in `Progress`.
     """
 
@@ -81,10 +81,10 @@ class RunFigures:
 
 
 class Pace:
-    """How fast a run goes."""
+    """Measures the speed of a run."""
 
     def __init__(self, most_tokens: int) -> None:
-        """Begin a run that makes so many tokens at most."""
+        """Start a run of at most `most_tokens` tokens."""
         self._most_tokens = most_tokens
         self._times: list[float] = []
         self._read: deque[tuple[float, int]] = deque()
@@ -92,25 +92,25 @@ class Pace:
 
     @property
     def times(self) -> Sequence[float]:
-        """When each token came, in seconds."""
+        """When each token came, in seconds since the start."""
         return self._times
 
     def add_token(self, seconds: float) -> None:
-        """Note a token that came so many seconds after the start."""
+        """Record a token that came this many seconds after the start."""
         self._times.append(seconds)
 
     @property
     def seconds_per_token(self) -> float | None:
-        """The mean time of every token after the first; None before there are two."""
+        """Mean time per token after the first; None before there are two."""
         times = self._times
         return (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else None
 
     def figures(self, progress: Progress, now: float) -> RunFigures:
-        """Return the figures at a moment.
+        """Return the current figures.
 
         Args:
-            progress: of the model at this moment.
-            now: in seconds, by a clock that never goes back.
+            progress: the model's current progress.
+            now: current time in seconds, from a monotonic clock.
         """
         self._layer = progress.layer or self._layer
         self._note_read(now, progress.fetched_bytes)
@@ -129,7 +129,7 @@ class Pace:
         )
 
     def _note_read(self, now: float, count: int) -> None:
-        """Bytes are counted when a whole chunk has arrived: moments at which nothing has do not matter."""
+        """Record the bytes read, only if they changed: they are counted when a whole chunk has arrived."""
         read = self._read
         if not read or read[-1][1] != count:
             read.append((now, count))

@@ -1,11 +1,10 @@
-"""How much a form of the weights changes what a model says: the model with it, beside the model without, on one text.
+"""Measures how much a quantised form changes a model's outputs, by comparing it with the unquantised model on one text.
 
-A model that generates reads each passage, and says after each token what may come next: compared are the logits. Of any
-other model the last hidden states are compared, and their mean over a passage. Numbers of different models say little
-beside each other, and random weights say nothing at all.
+For models that generate, the logits after each token are compared. For other models, the last hidden states are, and
+their mean over a passage. Results of different models are hardly comparable, and those of random weights mean nothing.
 
-The unquantised model runs first. What it gives lies in a folder, and is read again a batch at a time; so one model is
-open at a time, and the memory beside its weights is that of one batch.
+The unquantised model runs first. Its outputs are written to a folder and read back a batch at a time, so only one model
+is open at a time, and the memory in addition to its weights is that of one batch.
 """
 
 import math
@@ -28,10 +27,10 @@ from surfw.skeleton.guards import foreign_errors
 _PASSAGE_TOKENS = 512
 _BATCH_TOKENS = 2048
 _BATCH_BYTES = 64 * MIB
-"""What the outputs of a batch take at most, in float32; one passage is a batch whatever it takes."""
+"""Most memory for the outputs of a batch, in float32; a batch has at least one passage, whatever its size."""
 
 _ROWS = 64
-"""So many outputs are compared at a time."""
+"""Outputs compared at a time."""
 
 _ROUNDING = 1e-6
 
@@ -40,23 +39,24 @@ _SPARE_POSITIONS = 2
 
 
 def held_out_text() -> str:
-    """Plain English about this subject, in paragraphs, that the demo model has never seen."""
+    """English paragraphs about this subject that the demo model was not trained on."""
     return Path(__file__).with_suffix(".txt").read_text("utf-8")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Quality:
-    """How far a form is from the unquantised model, and how well it knows the text.
+    """How far a form is from the unquantised model, and its perplexity on the text.
 
     Attributes:
-        tokens: how many outputs were compared.
-        perplexity: of the text: exp of the mean negative log-likelihood of each next token; None for models that do not
-            generate, and for those with an encoder, which has read the token already.
-        kl: the mean Kullback-Leibler divergence of the next token's distribution from the unquantised model's, in nats.
-        agreement: the share of tokens after which both find the same next token the likeliest.
-        cosine: of models that do not generate: the mean cosine between the embeddings of a passage, each the mean of
-            its last hidden states.
-        relative_error: of those: the norm of the last hidden states' difference ÷ the norm of the unquantised ones.
+        tokens: number of outputs compared.
+        perplexity: perplexity of the text: exp of the mean negative log-likelihood of each next token; None for models
+            that do not generate, and for those with an encoder, which has read the token already.
+        kl: mean Kullback-Leibler divergence of the next token's distribution from the unquantised model's, in nats.
+        agreement: fraction of tokens after which both models have the same likeliest next token.
+        cosine: for models that do not generate: mean cosine between both models' embeddings of a passage, each the
+            mean of its last hidden states.
+        relative_error: for models that do not generate: norm of the difference of the last hidden states ÷ norm of the
+            unquantised ones.
     """
 
     tokens: int
@@ -81,7 +81,7 @@ class Batch:
 
     @classmethod
     def of(cls, passages: Sequence[Sequence[int]]) -> "Batch":
-        """These passages side by side."""
+        """Pad passages to one length."""
         longest = max(map(len, passages))
         rows = [[*one, *[0] * (longest - len(one))] for one in passages]
         kept = [[1] * len(one) + [0] * (longest - len(one)) for one in passages]
@@ -89,16 +89,16 @@ class Batch:
 
     @property
     def continued(self) -> torch.Tensor:
-        """Which tokens have a next one: bool of shape (passages, tokens - 1)."""
+        """Mask of the tokens that have a next one: bool of shape (passages, tokens - 1)."""
         return self.mask[:, 1:].bool()
 
 
 class Reference:
-    """What the unquantised model gives on a text, to compare others with.
+    """The unquantised model's outputs on a text, to compare other forms with.
 
     Attributes:
-        passages: the token ids that were read, a list for each passage.
-        quality: the model's own perplexity, if it has one; everything else is None.
+        passages: the token ids of each passage.
+        quality: the number of tokens, and the model's own perplexity if it has one; everything else is None.
     """
 
     def __init__(
@@ -113,16 +113,16 @@ class Reference:
         """Run the model over the text.
 
         Args:
-            model: an open one, with weights as they were.
-            text: in paragraphs, each of which is read by itself.
-            folder: where the outputs are kept, which is the caller's to remove.
-            most_tokens: stop after so many.
+            model: an open model with unquantised weights.
+            text: paragraphs, each of which is a separate passage.
+            folder: where to store the outputs; the caller removes it.
+            most_tokens: stop after this many tokens.
             on_step: called before each batch, with `batch 1 of 4`.
 
         Raises:
             ConfigurationError: the text is empty.
             UnsupportedModelError: the model has no tokenizer, or takes no text.
-            ModelError: the model gave numbers that are not finite.
+            ModelError: the outputs are not finite.
             SurfwError: weights could not be read.
         """
         if model.model.main_input_name != "input_ids":
@@ -144,26 +144,26 @@ class Reference:
     def outputs_of(
         self, model: StreamingModel, on_step: Callable[[str], None] = lambda _: None
     ) -> Iterator[torch.Tensor]:
-        """What a model gives on each batch, for `compare`.
+        """A model's outputs on each batch, for `compare`.
 
         Yields:
             The logits of each token that has a next one, of shape (tokens, vocabulary), or the last hidden state of
-            each token, of shape (tokens, width); passage by passage, in the dtype that the model computes with.
+            each token, of shape (tokens, width); passage by passage, in the model's compute dtype.
         """
         for number, batch in enumerate(self._batches, 1):
             on_step(f"batch {number} of {len(self._batches)}")
             yield _run(model, batch, generates=self._generates)
 
     def split(self, outputs: torch.Tensor) -> Sequence[torch.Tensor]:
-        """Cut what another program gave on all passages, one after another, for `compare`."""
+        """Split another program's concatenated outputs on all passages into batches, for `compare`."""
         of_batch = [int((batch.continued if self._generates else batch.mask).sum()) for batch in self._batches]
         return torch.split(outputs, of_batch)
 
     def compare(self, outputs: Iterable[torch.Tensor]) -> Quality:
-        """Compare what another model gave on each batch; see `outputs_of`.
+        """Compare another model's outputs on each batch with the reference; see `outputs_of`.
 
         Raises:
-            ModelError: it gave numbers that are not finite.
+            ModelError: the outputs are not finite.
         """
         compare = self._compare_logits if self._generates else self._compare_states
         found = compare(outputs)
@@ -230,15 +230,15 @@ def measure_forms(
     """Measure quantised forms on the text that comes with surfw.
 
     Args:
-        reference: the unquantised model, not open yet; closed again before the others are opened.
-        open_form: makes the model with the form of a codec, not open yet.
-        codecs: of the forms to measure.
-        most_tokens: stop after so many of the text.
-        on_step: called with what goes on.
+        reference: the unquantised model, not open yet; it is closed before the others are opened.
+        open_form: creates the model in the form of a codec, not open yet.
+        codecs: the codecs to measure.
+        most_tokens: stop after this many tokens of the text.
+        on_step: called with a description of each step.
 
     Raises:
         UnsupportedModelError: the model has no tokenizer, or takes no text.
-        SurfwError: it could not be run.
+        SurfwError: a model could not be run.
     """
     found = {}
     with tempfile.TemporaryDirectory(prefix="surfw-quality-") as folder:
@@ -260,7 +260,7 @@ def _passage_tokens(config: Any) -> int:
 def _read_passages(
     tokenizer: PreTrainedTokenizerBase, text: str, longest: int, most_tokens: int | None
 ) -> list[list[int]]:
-    """The token ids of each paragraph; long ones are cut, and what has no token that follows another is left out."""
+    """The token ids of each paragraph; long paragraphs are split, and passages of a single token left out."""
     passages: list[list[int]] = []
     left = most_tokens or len(text)
     for paragraph in text.split("\n\n"):
@@ -277,7 +277,7 @@ def _read_passages(
 
 
 def _make_batches(passages: Sequence[Sequence[int]], row_bytes: int) -> list[Batch]:
-    """Passages in their order, so many together as `_BATCH_TOKENS` and `_BATCH_BYTES` allow."""
+    """Group passages in order into batches, as large as `_BATCH_TOKENS` and `_BATCH_BYTES` allow."""
     most = min(_BATCH_TOKENS, _BATCH_BYTES // row_bytes)
     groups: list[list[Sequence[int]]] = []
     for passage in passages:
@@ -289,7 +289,7 @@ def _make_batches(passages: Sequence[Sequence[int]], row_bytes: int) -> list[Bat
 
 
 def _run(model: StreamingModel, batch: Batch, *, generates: bool) -> torch.Tensor:
-    """The outputs that count, row by row."""
+    """Run a batch and return the outputs to compare, one row per token."""
     inputs: dict[str, Any] = {"input_ids": batch.ids, "attention_mask": batch.mask, "return_dict": True}
     if model.model.config.is_encoder_decoder:
         inputs |= {"decoder_input_ids": batch.ids, "decoder_attention_mask": batch.mask}

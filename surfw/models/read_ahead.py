@@ -1,16 +1,19 @@
-"""What is read of a model while torch and transformers are being imported, which takes seconds. Without torch.
+"""Reads a model ahead while torch and transformers are being imported, which takes seconds. Does not import torch.
 
-`ReadAheadClient` opens its source and reads the manifest, so that whatever is wrong there is said before anything is
-imported. Then it reads on: the files of the tokenizer, and, where the whole model will fit, its chunks, in the order
-they run. `ReadAhead` is the source with what was read; it hands each chunk out once, as a view.
+`ReadAheadClient` opens its source and reads the manifest, so that errors there are reported before anything is
+imported. Then it reads the tokenizer files, and if the whole model will fit into memory, its chunks in the order they
+run. `ReadAhead` is the source with what was read; it hands out each chunk once, as a view.
 
-Invariants: what is kept is verified, and bounded: mapped chunks are page cache, all others take a small part of the
-memory that there is. Chunks are read in the order they run, two at a time, so that the first are there early; what was
-brought to a disk cache is verified beside that, so that the run has its first layers while later ones arrive.
-Coded chunks of another machine are begun while the model waits for nothing; one that it asks for before that is left
-to it, and is decoded as it arrives. Nothing is kept twice: a chunk that was handed out belongs to the one who asked.
-The first `fetch` of a chunk that nobody asked a view of lets go of all that is kept in memory: whoever has chunks
-fetched at once does not want them as views. What is on its way to a disk cache goes on, where there is memory for that.
+Invariants:
+
+- What is kept is verified and bounded: mapped chunks are page cache, all others take a small part of the memory.
+- Chunks are read in the order they run, two at a time, so that the first arrive early. Chunks in the disk cache are
+  verified concurrently, so that the run has its first layers while later ones arrive.
+- Reads of coded chunks from another machine start only while the model waits for nothing. A chunk that the model asks
+  for before its read has started is left to the model, and is decoded as it arrives.
+- Nothing is kept twice: a chunk that was handed out belongs to the caller.
+- The first `fetch` of a chunk that was not requested as a view discards everything kept in memory: a caller that
+  fetches chunks directly does not use views. Transfers to a disk cache continue if there is memory for them.
 """
 
 import asyncio
@@ -49,21 +52,21 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _MODEL_SHARE = 2
-"""A model has its chunks read ahead if it takes at most this part of the memory: then it will surely fit as a whole."""
+"""Chunks are read ahead if the model takes at most 1/2 of the memory: then it will certainly fit as a whole."""
 
 _AMPLE_BYTES = 512 * MB
-"""A budget that has room for what a disk cache is filled through while the model runs."""
+"""A budget of at least this has memory to fill a disk cache while the model runs."""
 
 _LEAST_STREAMED = 1.1
 """Weights are streamed if they take so many times the budget; of a little less, rows of embeddings may be all."""
 
 _AT_A_TIME = 2
 _KEPT_SHARE = 8
-"""What is read into memory of our own counts as in use when the model's budget is calculated: a small part of it."""
+"""At most 1/8 of the memory is used for chunks that are not mapped: it counts as used when the budget is calculated."""
 
 
 class ReadAhead(SourceInFront):
-    """A source, and what was read ahead of one of its models."""
+    """A source, with what was read ahead of one of its models."""
 
     def __init__(
         self,
@@ -75,15 +78,15 @@ class ReadAhead(SourceInFront):
         adapter: str | None = None,
         goes_on: bool = False,
     ) -> None:
-        """Nothing is read yet.
+        """Wrap a source; `begin` starts reading.
 
         Args:
-            source: where weights come from; closed with this.
-            manifest: of the model.
-            wanted: the name it was asked for by.
-            codec: which forms are read; `auto` takes coded ones from another machine, and others from this one.
-            adapter: the full name of the adapter that was wanted, whose base the model is.
-            goes_on: whether chunks are brought to a disk cache also while the model runs.
+            source: the source of weights; closed with this.
+            manifest: the model's manifest.
+            wanted: the name by which the model was requested.
+            codec: which forms to read; `auto` reads coded ones from another machine, uncoded ones from this one.
+            adapter: the full name of the requested adapter, if the model is its base.
+            goes_on: whether transfers to a disk cache continue while the model runs.
         """
         self.url = source.url
         super().__init__(source)
@@ -96,18 +99,18 @@ class ReadAhead(SourceInFront):
         self._is_free = codec == "auto"
         self._codec = codec if codec != "auto" else "none" if is_local_url(source.url) else "lossless"
         self._chunks: dict[str, tuple[str, asyncio.Task[View | None]]] = {}  # each in one form, by its codec
-        self._begun: dict[str, bool] = {}  # chunks that had a turn, and whether they are on their way from far away
-        self._asked: set[str] = set()  # of `_chunks`: what the model wanted as a view; it fetches what it did not get
-        self._waiting = 0  # how much the model waits for
+        self._begun: dict[str, bool] = {}  # chunks whose read has started, and whether it is from a remote source
+        self._asked: set[str] = set()  # chunks of `_chunks` requested as views; the model fetches those it did not get
+        self._waiting = 0  # number of reads that the model waits for
         self._is_idle = asyncio.Event()
-        self._kept: list[asyncio.Task[bool]] = []  # what is on its way to a place near by
+        self._kept: list[asyncio.Task[bool]] = []  # transfers to a disk cache
         self._free_bytes = 0
         self._turns = asyncio.Semaphore(_AT_A_TIME)
-        self._keep_turns = asyncio.Semaphore(_AT_A_TIME)  # others: what is near is verified while the rest arrives
-        self._order = asyncio.Lock()  # of what is far away, for its turns
+        self._keep_turns = asyncio.Semaphore(_AT_A_TIME)  # separate, to verify cached chunks while others arrive
+        self._order = asyncio.Lock()  # keeps remote reads in order
 
     async def begin(self, *, memory_bytes: int, check: Callable[[Manifest], None] = lambda _: None) -> None:
-        """Have `check` look at the manifest. Then begin to read the files, and the chunks if they fit into memory."""
+        """Call `check` with the manifest, then start reading the files, and the chunks if they fit into memory."""
         check(self._stored)
         for file in self._manifest.files:
             self._files[file.path] = _start(self._source.file(self._manifest, file.path))
@@ -123,26 +126,26 @@ class ReadAhead(SourceInFront):
                 self._kept.append(_start(self._keep(chunk, form, priority)))
 
     def _choose_form(self, chunk: Chunk) -> Form:
-        """The form that a run will ask for first."""
+        """The form that a run will request first."""
         near = self._source.near(self._manifest, chunk) if self._is_free else ()
         if near and self._codec not in {form.codec for form in near}:
             return near[0]
         return choose_form(chunk, self._codec)
 
     async def _keep(self, chunk: Chunk, form: Form, priority: int) -> bool:
-        """Have the form near by, where the source has such a place; it takes little memory."""
+        """Bring the form into the source's disk cache, if it has one; this takes little memory."""
         async with self._turn(self._keep_turns, chunk, form):
             return await self._source.keep(self._manifest, chunk, form, priority=priority)
 
     def _is_far(self, chunk: Chunk, form: Form) -> bool:
-        """Whether a form can be decoded in parts, and none of it is on this machine."""
+        """Whether a form can be decoded in parts and is not on this machine."""
         if form.codec != "lossless" or is_local_url(self.url):
             return False
         return form.codec not in {one.codec for one in self._source.near(self._manifest, chunk)}
 
     @contextlib.asynccontextmanager
     async def _turn(self, turns: asyncio.Semaphore, chunk: Chunk, form: Form) -> AsyncIterator[None]:
-        """A turn; what is far away has its turns in order, and only while the model waits for nothing else."""
+        """Hold a slot for a read; remote reads get theirs in order, and only while the model waits for nothing."""
         may_wait = chunk.name in self._chunks and self._is_far(chunk, form)
         async with self._order if may_wait else contextlib.nullcontext():
             await turns.acquire()
@@ -158,7 +161,7 @@ class ReadAhead(SourceInFront):
 
     @contextlib.contextmanager
     def _wait(self) -> Iterator[None]:
-        """The model waits for weights meanwhile."""
+        """Mark the model as waiting for weights during the body."""
         self._waiting += 1
         self._is_idle.clear()
         try:
@@ -171,7 +174,7 @@ class ReadAhead(SourceInFront):
     async def _read(self, chunk: Chunk, form: Form, priority: int) -> View | None:
         """The stored bytes of a chunk; None if there is no memory for them."""
         await self._keep(chunk, form, priority)
-        if self._is_far(chunk, form):  # it has no place near by
+        if self._is_far(chunk, form):  # there is no disk cache, or it did not take the chunk
             del self._begun[chunk.name]
         async with self._turn(self._turns, chunk, form):
             view = await self._source.view(self._manifest, chunk, form)
@@ -194,19 +197,19 @@ class ReadAhead(SourceInFront):
         return self._name if name == self._wanted else await self._source.resolve(name)
 
     async def manifest(self, model: str) -> Manifest:
-        """The manifest of a model: for the first who asks, what the chunks are read ahead by; else as it is stored."""
+        """The manifest of a model: at the first call the one that chunks are read ahead by, later the stored one."""
         if model != self._manifest.name:
             return await self._source.manifest(model)
         found, self._next = self._next, self._stored
         return found
 
     async def file(self, manifest: Manifest, path: str) -> bytes:
-        """A tokenizer file, which may have been read."""
+        """A tokenizer file, read ahead if possible."""
         task = self._files.pop(path, None) if manifest is self._manifest else None
         return await (task or self._source.file(manifest, path))
 
     async def view(self, manifest: Manifest, chunk: Chunk, form: Form) -> View | None:
-        """The form's bytes, which may have been read."""
+        """The form's bytes, read ahead if possible."""
         codec, task = self._chunks.pop(chunk.name, ("", None)) if manifest is self._manifest else ("", None)
         if task is None:
             return await self._source.view(manifest, chunk, form)
@@ -220,7 +223,7 @@ class ReadAhead(SourceInFront):
         return await self._source.view(manifest, chunk, form)
 
     def near(self, manifest: Manifest, chunk: Chunk) -> tuple[Form, ...]:
-        """The forms of a chunk that are nearer than others of it; if there are none, what is on its way here."""
+        """The forms of a chunk that are local; if there are none, the form that is being read from a remote source."""
         near = self._source.near(manifest, chunk)
         if near or manifest is not self._manifest or not self._begun.get(chunk.name):
             return near
@@ -229,12 +232,12 @@ class ReadAhead(SourceInFront):
         return tuple(form for form in chunk.forms if is_kept and form.codec == codec)
 
     async def fetch(self, manifest: Manifest, reads: Sequence[Read], *, priority: int = 0) -> None:
-        """Fill every read's destination; unless it was asked for as a view, what is kept in memory is not wanted."""
+        """Fill every read's destination; a chunk that was not requested as a view discards what is kept in memory."""
         if manifest is self._manifest and all(read.chunk.name in self._asked for read in reads):
             with self._wait():
                 await self._source.fetch(manifest, reads, priority=priority)
             return
-        if manifest.base is None:  # an adapter's come beside those of its base
+        if manifest.base is None:  # an adapter's chunks come in addition to its base's
             await self._let_go(on_disk=not self._goes_on)
         await self._source.fetch(manifest, reads, priority=priority)
 
@@ -256,10 +259,10 @@ class ReadAhead(SourceInFront):
 
 
 class ReadAheadClient(WeightClient):
-    """A client for one model, of which much is read before the model is opened; otherwise as any `WeightClient`.
+    """A `WeightClient` for one model that reads ahead before the model is opened.
 
     Attributes:
-        manifest: of the model, or of the base of the adapter that it is, from `begin` on.
+        manifest: the model's manifest, or for an adapter that of its base; set by `begin`.
     """
 
     manifest: Manifest
@@ -275,16 +278,16 @@ class ReadAheadClient(WeightClient):
         adapter: str | None = None,
         **connection: "Unpack[ConnectionOptions]",
     ) -> None:
-        """Note where the weights are; nothing is contacted before `begin`.
+        """Store where the weights are; nothing is contacted before `begin`.
 
         Args:
-            source: as of `WeightClient`.
-            model: its name there, in full or a unique last part; None for the only one.
-            memory_bytes: what its weights may take; None for what is there, 0 to read no chunks ahead.
-            codec: as of `StreamingBaseModel`.
-            budget_bytes: of the model, if it has one: with a small one, a disk cache is not filled while it runs.
-            adapter: the name of one that will be applied: it has to be there, and to belong to the model.
-            **connection: as of `WeightClient`.
+            source: see `WeightClient`.
+            model: the model's name in the source, in full or a unique last part; None if there is only one.
+            memory_bytes: memory for the model's weights; None for the available memory, 0 to read no chunks ahead.
+            codec: see `StreamingBaseModel`.
+            budget_bytes: the model's memory budget, if any; with a small one, a disk cache is not filled during runs.
+            adapter: the name of an adapter that will be applied; `begin` checks that it exists and fits the model.
+            **connection: see `WeightClient`.
         """
         super().__init__(source, **connection)
         open_source = self._open_source
@@ -313,10 +316,10 @@ class ReadAheadClient(WeightClient):
         self._codec = codec
 
     def begin(self, check: Callable[[Manifest], None] = lambda _: None) -> None:
-        """Open the source, read the manifest, and begin to read the rest, if `check` does not refuse the manifest.
+        """Open the source, read the manifest, and unless `check` raises, start reading the rest.
 
         Raises:
-            SurfwError: the source cannot be reached, or has no such model; or what `check` raises.
+            SurfwError: the source cannot be reached or has no such model, or `check` refused the manifest.
         """
         memory = find_default_budget().budget_bytes if self._memory_bytes is None else self._memory_bytes
 
@@ -356,10 +359,10 @@ def expect_ids(ids: Sequence[int], vocabulary: int, name: str) -> None:
 
 
 def expect_vocabularies(name: str, size: int, draft: str, draft_size: int) -> None:
-    """Check that the vocabularies of a model and of its draft are of one size.
+    """Check that a model and its draft have vocabularies of the same size.
 
     Raises:
-        ConfigurationError: they are not.
+        ConfigurationError: they do not.
     """
     if size != draft_size:
         raise ConfigurationError(
@@ -369,10 +372,10 @@ def expect_vocabularies(name: str, size: int, draft: str, draft_size: int) -> No
 
 
 def expect_prompt(manifest: Manifest, ids: Sequence[int] | None) -> None:
-    """Check a prompt against a manifest, as far as that tells: what is refused here needs no torch to be refused.
+    """Check a prompt against a manifest as far as possible without torch, to refuse it early.
 
     Args:
-        manifest: of a model. If that takes no text, nothing is known here.
+        manifest: a model's manifest; without a single vocabulary size, nothing is checked.
         ids: the prompt as token ids; None if it is a text.
 
     Raises:
@@ -388,19 +391,19 @@ def expect_prompt(manifest: Manifest, ids: Sequence[int] | None) -> None:
 
 
 def vocabulary_size(manifest: Manifest) -> int | None:
-    """The size of a model's vocabulary, in tokens; None where it has none, or several."""
+    """The size of a model's vocabulary in tokens; None if it has none or several."""
     parts = [one for one in manifest.config.values() if isinstance(one, Mapping)]
     vocabulary = manifest.config.get("vocab_size")
     return vocabulary if isinstance(vocabulary, int) and not any("vocab_size" in one for one in parts) else None
 
 
 def no_tokenizer(name: str) -> ConfigurationError:
-    """The error for a text that a model cannot read."""
+    """The error for a text prompt to a model without a tokenizer."""
     return ConfigurationError(f"{name} has no tokenizer; give the prompt as token ids (--prompt-ids 1,2,3)")
 
 
 def _start(work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-    """Begin to work ahead; a failure is raised to whoever wants the result, and forgotten if nobody does."""
+    """Start a background task; its failure is raised to whoever awaits it, and ignored if nobody does."""
     task = asyncio.create_task(work)
     task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
     return task

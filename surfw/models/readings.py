@@ -1,7 +1,7 @@
-"""What the output of a head says, read in a form for people; each reader knows one head by its class and its fields.
+"""Readers that turn a head's output into readable form; each recognises one head by its class and output fields.
 
-Probabilities are those that transformers' pipelines give: softmax over labels, the logistic function of each where
-several may be right, and the score itself where there is one label.
+Probabilities are those of transformers' pipelines: softmax over labels, the logistic function of each label if several
+may apply, and the score itself if there is one label.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,12 +16,12 @@ from surfw.models.sentences import SentenceSettings, pool
 
 _TOP = 5
 _MOST_ANSWER_TOKENS = 15
-"""As transformers' question answering had it."""
+"""As in transformers' question answering pipeline."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """What a head says: an embedding and how it was made, or predictions; see `InferenceResult`."""
+    """A head's result: an embedding and how it was made, or predictions; see `InferenceResult`."""
 
     embedding: list[float] | None = None
     pooling: dict[str, Any] | None = None
@@ -30,7 +30,7 @@ class Reading:
 
 @dataclass(frozen=True, kw_only=True)
 class Seen:
-    """A forward that was done: its inputs, as `heads.encode_texts` made them, and its output."""
+    """A completed forward: its inputs, from `heads.encode_texts`, and its output."""
 
     streaming: StreamingBaseModel
     tokenizer: PreTrainedTokenizerBase | None
@@ -46,18 +46,18 @@ class Seen:
 
     @property
     def logits(self) -> torch.Tensor:
-        """What the head gives, in float32."""
+        """The head's logits, in float32."""
         found: torch.Tensor = self.output.logits.float()
         return found
 
     def word(self, at: int) -> dict[str, Any]:
-        """A token of the first text: its place, and its own text."""
+        """The position and text of a token of the first text."""
         text = {} if self.tokenizer is None else {"token": str(self.tokenizer.decode([int(self.ids[0, at])])).strip()}
         return {"position": at} | text
 
 
 def _read_mask(seen: Seen) -> Reading | None:
-    """The likeliest tokens at each mask; where there is no mask, the head has nothing to say."""
+    """The likeliest tokens at each mask; without a mask, the mean of the hidden states."""
     if seen.head != "mask":
         return None
     masks = find_masks(seen.tokenizer, seen.ids)
@@ -67,7 +67,7 @@ def _read_mask(seen: Seen) -> Reading | None:
 
 
 def _read_labels(seen: Seen) -> Reading | None:
-    """The likeliest labels of each text: probabilities, or the raw score where there is one label."""
+    """The likeliest labels of each text: probabilities, or the raw score if there is one label."""
     if seen.head != "labels" or seen.logits.dim() != 2:
         return None
     return Reading(
@@ -84,7 +84,7 @@ def _read_tokens(seen: Seen) -> Reading | None:
 
 
 def _read_span(seen: Seen) -> Reading | None:
-    """The likeliest answers in the second text: both ends by themselves, of which pairs are made in the right order."""
+    """The likeliest answers in the second text: start and end probabilities multiplied, for ends not before starts."""
     start, end = getattr(seen.output, "start_logits", None), getattr(seen.output, "end_logits", None)
     if seen.head != "span" or start is None or end is None or "in_second" not in seen.inputs:
         return None
@@ -119,7 +119,7 @@ def _read_next(seen: Seen) -> Reading | None:
 
 
 def _read_pretraining(seen: Seen) -> Reading | None:
-    """Both heads that BERT and its like are trained with: masks, and whether the second part follows the first."""
+    """Both pretraining heads of BERT and similar models: masks, and whether the second text follows the first."""
     words, follows = (getattr(seen.output, name, None) for name in ("prediction_logits", "seq_relationship_logits"))
     if words is None:
         return None
@@ -132,7 +132,7 @@ def _read_pretraining(seen: Seen) -> Reading | None:
 
 
 def _read_replaced(seen: Seen) -> Reading | None:
-    """For each token, how likely it was put there instead of another, as ELECTRA is trained to see."""
+    """For each token, the probability that it was replaced, as ELECTRA is trained to detect."""
     logits = getattr(seen.output, "logits", None)
     if (
         not seen.streaming.manifest.class_name.endswith("ForPreTraining")
@@ -150,7 +150,7 @@ def _read_replaced(seen: Seen) -> Reading | None:
 
 
 def _read_vector(seen: Seen) -> Reading | None:
-    """A vector that the model makes of a text itself: a projection, or DPR's."""
+    """A vector that the model itself computes for a text: a projection, or DPR's pooler output."""
     vector, how = getattr(seen.output, "text_embeds", None), "projection"
     if vector is None and getattr(seen.output, "last_hidden_state", None) is None:
         vector, how = getattr(seen.output, "pooler_output", None), "pooler"
@@ -160,7 +160,7 @@ def _read_vector(seen: Seen) -> Reading | None:
 
 
 def _read_states(seen: Seen) -> Reading | None:
-    """The mean of the last hidden states, of a model without a head."""
+    """The mean of the last hidden states, for a model without a head."""
     states = getattr(seen.output, "last_hidden_state", None)
     has_head = seen.head is not None or getattr(seen.output, "logits", None) is not None
     return None if has_head or states is None or states.dim() != 3 else _mean(seen, states, "there is no modules.json")
@@ -179,7 +179,7 @@ def _mean(seen: Seen, states: torch.Tensor, why: str) -> Reading:
 
 
 def find_masks(tokenizer: PreTrainedTokenizerBase | None, ids: torch.Tensor) -> list[int]:
-    """The places of masks in a text."""
+    """The positions of masks in a text."""
     mask = tokenizer.mask_token_id if tokenizer is not None else None
     return (ids[0] == mask).nonzero()[:, 0].tolist() if mask is not None and ids.dim() == 2 else []
 
@@ -219,5 +219,5 @@ def _best(chances: torch.Tensor, name: Callable[[int], Any], most: int = _TOP) -
 
 
 def _numbered(seen: Seen, at: int) -> dict[str, Any]:
-    """Which second text a prediction is for, where there are several."""
+    """Which second text a prediction is for, if there are several."""
     return {"pair": at} if len(seen.pairs) > 1 else {}

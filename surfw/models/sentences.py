@@ -1,8 +1,8 @@
-"""Embeddings of sentences, as sentence-transformers makes them: one vector of the hidden states of a text's tokens.
+"""Sentence embeddings, as sentence-transformers makes them: one vector from the hidden states of a text's tokens.
 
-`modules.json` says what a text goes through: transformers' model, a pooling, and perhaps a normalisation; a folder each
-has their settings. Their arithmetic is that of sentence-transformers 6.2 (`modules/pooling.py`), in the same order, so
-that the bits are the same.
+`modules.json` lists the modules that a text passes through: the transformers model, a pooling, and optionally a
+normalisation; each has a folder with its settings. The arithmetic is that of sentence-transformers 6.2
+(`modules/pooling.py`), in the same order, so that results are equal bit for bit.
 """
 
 import copy
@@ -29,7 +29,7 @@ _OLD_MODES = {
     "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "lasttoken",
 }
-"""How older files name them, in the order in which several are put together."""
+"""Names of the modes in older files, in the order in which several are concatenated."""
 
 _LEAST = 1e-9
 
@@ -39,14 +39,14 @@ class SentenceSettings:
     """How a model embeds sentences.
 
     Attributes:
-        modes: the poolings, of `MODES`; several are put one after another.
-        normalises: whether the vector gets the length 1.
-        pools_prompt: whether tokens of the prompt count.
-        prompts: what may be put before a text, by name.
-        default_prompt: the name of the one that is, unless another is asked for.
-        most_tokens: of a text; more are cut off. None for what the model has.
-        lower_case: whether a text is read in lower case.
-        values: how many of the vector's first values are kept; None for all.
+        modes: the poolings, from `MODES`; several are concatenated.
+        normalises: whether the vector is normalised to length 1.
+        pools_prompt: whether the tokens of the prompt are pooled, too.
+        prompts: texts that may be put before a text, by name.
+        default_prompt: name of the prompt used by default.
+        most_tokens: longer texts are truncated to this many tokens; None for the model's own limit.
+        lower_case: whether texts are lower-cased.
+        values: how many leading values of the vector are kept; None for all.
     """
 
     modes: tuple[str, ...]
@@ -60,11 +60,11 @@ class SentenceSettings:
 
 
 def read_sentences(manifest: Manifest, read_file: Callable[[str], bytes]) -> SentenceSettings | None:
-    """How a model embeds sentences; None if its files do not say that it does.
+    """Read a model's sentence embedding settings; None if its files have none.
 
     Raises:
-        UnsupportedModelError: it does so in a way that surfw does not know.
-        IntegrityError: a file is not what the manifest promises.
+        UnsupportedModelError: they use something that surfw does not support.
+        IntegrityError: a file does not match the manifest.
     """
     there = {file.path for file in manifest.files}
     if MODULES_FILE not in there:
@@ -116,9 +116,9 @@ def encode_sentence(
     *,
     where: str,
 ) -> tuple[dict[str, torch.Tensor], int]:
-    """The model's inputs for a text, and how many tokens of it are left out.
+    """The model's inputs for a text, and how many of its tokens were truncated.
 
-    `prompt_tokens` among the inputs says how many tokens of a prompt before the text do not count.
+    `prompt_tokens` among the inputs is the number of prompt tokens to exclude from pooling.
 
     Raises:
         ConfigurationError: there is no such prompt.
@@ -140,10 +140,10 @@ def encode_sentence(
 
 
 def find_prompt(settings: SentenceSettings, name: str | None, *, where: str) -> str:
-    """What is put before a text: the prompt of that name, or the default one.
+    """The prompt of that name, or the default one.
 
     Raises:
-        ConfigurationError: there is none of that name.
+        ConfigurationError: there is no such prompt.
     """
     if name is None:
         return settings.prompts.get(settings.default_prompt or "", "")
@@ -154,13 +154,13 @@ def find_prompt(settings: SentenceSettings, name: str | None, *, where: str) -> 
 
 
 def pool(states: torch.Tensor, mask: torch.Tensor, settings: SentenceSettings, prompt_tokens: int = 0) -> torch.Tensor:
-    """One vector for each text.
+    """Pool hidden states to one vector for each text.
 
     Args:
         states: hidden states of the last layer, of shape (texts, tokens, width), floating-point.
         mask: 1 for tokens of a text and 0 for padding, of shape (texts, tokens), int64.
-        settings: how.
-        prompt_tokens: tokens at the beginning of each text that do not count.
+        settings: the poolings and other settings.
+        prompt_tokens: number of tokens at the beginning of each text to exclude.
 
     Returns:
         A tensor of shape (texts, width × poolings), of the states' dtype.
@@ -209,7 +209,7 @@ def _poolings(settings: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _modules(data: bytes, where: str) -> list[tuple[str, str]]:
-    """Kind and folder of each module."""
+    """The kind and folder of each module."""
     try:
         found = [(one["type"].rpartition(".")[2], one["path"]) for one in json.loads(data)]
     except (ValueError, RecursionError, TypeError, KeyError, AttributeError) as exc:
@@ -234,7 +234,7 @@ def _count(value: Any) -> int | None:
 
 
 def _in_lower_case(tokenizer: PreTrainedTokenizerBase) -> Any:
-    """A tokenizer of its own that reads lower case, as sentence-transformers makes it."""
+    """A copy of the tokenizer that lower-cases texts, as sentence-transformers makes it."""
     lower: Any = copy.deepcopy(tokenizer)
     if not lower.is_fast:
         lower.do_lower_case = True

@@ -1,10 +1,11 @@
-"""Sessions: several users of one open model, who share its resident layers, its stream of the others, and each pass.
+"""Sessions: several users of one open model share its resident layers, its streamed layers and each pass.
 
-What sessions ask for goes into one line. What samples in the same way runs together, by `generate_many`: one request
-joins while others run, and one pass over the layers computes a token of each. So a token is what the resident model
-gives under transformers' continuous batching of the requests that ran together; alone, it may round otherwise.
+Requests of all sessions go into one queue. Those with the same sampling settings run together through `generate_many`:
+a request can join while others run, and one pass over the layers computes a token of each. Tokens are therefore those
+of the resident model under transformers' continuous batching of the same requests; a request that runs alone may round
+differently.
 
-All of this belongs to one event loop; only the model's own thread is another.
+Everything here runs in one event loop, except the model itself, which runs in its own thread.
 """
 
 import asyncio
@@ -22,39 +23,38 @@ if TYPE_CHECKING:
     from surfw.models.streaming import StreamingModel
 
 TURN_SECONDS = 10.0
-"""After so long, those who sample in another way get their turn."""
+"""After this time, no new requests join while others with other sampling settings wait."""
 
 
 class Asked:
-    """A request, and what has come of it: new tokens, until there is a result or an error."""
+    """A request with its progress: new tokens, then a result or an error."""
 
     def __init__(self, request: InferenceRequest) -> None:
-        """Nothing has come yet."""
         self.request = request
         self.result: InferenceResult | None = None
         self.error: BaseException | None = None
         self.is_wanted = True
-        self._tokens: asyncio.Queue[list[int] | None] = asyncio.Queue()  # as long as the answer at most
+        self._tokens: asyncio.Queue[list[int] | None] = asyncio.Queue()  # at most as long as the answer
 
     @property
     def sampling(self) -> tuple[Any, ...]:
-        """What has to be the same for requests that run together."""
+        """The settings that must be equal for requests that run together."""
         return tuple(getattr(self.request, name) for name in SHARED)
 
     def tell(self, tokens: list[int]) -> None:
-        """New tokens have come."""
+        """Add new tokens."""
         self._tokens.put_nowait(tokens)
 
     def end(self, result: InferenceResult | None, error: BaseException | None = None) -> None:
-        """The answer is complete, or there is none."""
+        """Complete the request with a result or an error."""
         self.result, self.error = result, error
         self._tokens.put_nowait(None)
 
     async def tokens(self) -> AsyncIterator[list[int]]:
-        """The tokens of each pass, as they come.
+        """Yield the tokens of each pass as they come.
 
         Raises:
-            SurfwError: what the request failed with.
+            SurfwError: the request failed.
         """
         while (found := await self._tokens.get()) is not None:
             yield found
@@ -63,10 +63,10 @@ class Asked:
 
 
 class Line:
-    """What sessions wait for, and what runs it while there is anything."""
+    """The queue of requests, and the task that runs them while there are any."""
 
     def __init__(self, model: "StreamingModel") -> None:
-        """Run requests on this model, in the event loop of the caller."""
+        """Run requests on this model, in the caller's event loop."""
         self._model = model
         self._waiting: list[Asked] = []
         self._running: dict[int, Asked] = {}
@@ -74,7 +74,7 @@ class Line:
         self._work: asyncio.Task[None] | None = None
 
     def add(self, asked: Asked) -> None:
-        """Put a request into the line."""
+        """Queue a request."""
         self._waiting.append(asked)
         self._changed.set()
         if self._work is None:
@@ -88,7 +88,7 @@ class Line:
             self._work = None
 
     async def _turn(self, sampling: tuple[Any, ...]) -> None:
-        """Answer all that sample in one way, until there are none, or others have waited for long."""
+        """Answer requests with the same sampling until there are none, or after `TURN_SECONDS` others wait."""
         loop, until = asyncio.get_running_loop(), time.monotonic() + TURN_SECONDS
         self._running = {}
         shared: Any = dict(zip(SHARED, sampling, strict=True))
@@ -113,7 +113,7 @@ class Line:
                 raise
 
     async def _requests(self, sampling: tuple[Any, ...], until: float) -> AsyncIterator[InferenceRequest]:
-        """What waits and may run together, as long as there is any, or some of it runs."""
+        """Yield queued requests with this sampling, as long as any are queued or running."""
         index = 0
         while time.monotonic() < until or all(one.sampling == sampling for one in self._waiting):
             mine = [one for one in self._waiting if one.sampling == sampling]
@@ -136,14 +136,13 @@ class Line:
 
 
 class _Text:
-    """Tokens into text, of which the last is held back where it may be the beginning of a stop text.
+    """Turns tokens into text, holding back the end where it may be the beginning of a stop text.
 
     Attributes:
-        shown: how much of the text was given.
+        shown: number of characters returned so far.
     """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str]) -> None:
-        """Begin with no token."""
         self.shown = 0
         self._text = ""
         self._stream = TextStream(tokenizer, self._take)
@@ -154,7 +153,7 @@ class _Text:
         self._text += piece
 
     def add(self, tokens: Sequence[int]) -> str:
-        """The text that is certain with these tokens, as far as it was not given."""
+        """Add tokens, and return the text that is certain now and was not returned yet."""
         for token in tokens:
             self._stream.put(token)
         ends = [place for one in self._stop if (place := self._text.find(one)) >= 0]
@@ -164,23 +163,22 @@ class _Text:
 
 
 class Session:
-    """A user of a model, beside others: made by `StreamingModel.session`."""
+    """One of several users of a model; create it with `StreamingModel.session`."""
 
     def __init__(self, model: Any, add: Callable[[Any], None], options: Any) -> None:
-        """See `StreamingModel.session`, which makes it."""
         self._model: StreamingModel = model
         self._add = add
         self._options: GenerationOptions = options
 
     async def answer(self, prompt: str | list[int], **options: Unpack[GenerationOptions]) -> InferenceResult:
-        """The whole answer to a text, or to token ids.
+        """Return the whole answer to a text or to token ids.
 
         Args:
-            prompt: what is asked.
-            **options: as of `StreamingModel.stream`, instead of the session's own.
+            prompt: a text or token ids.
+            **options: see `StreamingModel.stream`; they override the session's own.
 
         Raises:
-            ConfigurationError: the request does not fit the model, or an option cannot be used.
+            ConfigurationError: the request does not fit the model, or an option is invalid.
             SurfwError: weights could not be read.
         """
         asked = self._ask(prompt, options)
@@ -198,23 +196,23 @@ class Session:
     def stream(self, prompt: list[int], **options: Unpack[GenerationOptions]) -> AsyncGenerator[int, None]: ...
 
     async def stream(self, prompt: str | list[int], **options: Unpack[GenerationOptions]) -> AsyncGenerator[Any, None]:
-        """The answer as it comes: text for a text, token ids for token ids.
+        """Yield the answer as it comes: text for a text, token ids for token ids.
 
-        A reader that is slow, or stops, keeps nobody else.
+        A reader that is slow or stops does not block other sessions.
 
         Args:
-            prompt: what is asked.
-            **options: as of `StreamingModel.stream`, instead of the session's own.
+            prompt: a text or token ids.
+            **options: see `StreamingModel.stream`; they override the session's own.
 
         Raises:
-            ConfigurationError: the request does not fit the model, or an option cannot be used.
+            ConfigurationError: the request does not fit the model, or an option is invalid.
             SurfwError: weights could not be read.
         """
         asked = self._ask(prompt, options)
         text: _Text | None = None
         try:
             async for tokens in asked.tokens():
-                if text is None and isinstance(prompt, str):  # not before: the model may be switched while this waits
+                if text is None and isinstance(prompt, str):  # not earlier: a switch may happen first
                     text = self._text(asked.request)
                 for piece in tokens if text is None else [text.add(tokens)]:
                     if piece != "":
@@ -225,7 +223,7 @@ class Session:
             asked.is_wanted = False
 
     def _text(self, request: InferenceRequest) -> _Text:
-        """What shows an answer, up to the texts that end it: those asked for, or the model's own."""
+        """The text of an answer up to its stop texts: the request's, or the model's own."""
         own, tokenizer = self._model.model.generation_config, self._model.find_tokenizer()
         name = self._model.manifest.name
         return _Text(tokenizer, find_stops(own, request.stop, tokenizer, name, ignore_own=request.ignore_eos))

@@ -1,13 +1,12 @@
-"""Speculation: guesses at the next tokens, which one pass over the layers checks together.
+"""Speculative decoding: guesses at the next tokens, which one pass over the layers checks together.
 
-While weights stream, a pass costs nearly the same for eight tokens as for one. The guesses, and how they are checked,
-are transformers' own assisted generation: what came before in the text (prompt lookup), or a smaller model, the draft.
-A guess that is not what the model would have said is dropped, so a greedy answer is the plain one wherever
-transformers' assisted generation gives that.
+While weights stream, a pass costs nearly the same for eight tokens as for one. Guessing and checking are transformers'
+assisted generation; guesses come from earlier text (prompt lookup) or from a smaller model, the draft. A guess that the
+model would not have made is dropped, so greedy answers match plain decoding wherever transformers' own do.
 
-Here, it is measured, and guessing rests where it does not pay (`pace`). The memory of a draft that the model opened is
-part of the model's budget. So such a draft has to win against plain passes of a model that has all of the budget; where
-it does not, it gives its memory back, and there are no more guesses until `speculate` is called again.
+This module measures the passes, and pauses guessing if it does not pay (`pace`). The memory of a draft that the model
+opened is part of the model's budget, so such a draft must beat plain passes of a model that has the whole budget. If it
+does not, it frees its memory, and guessing is off until `speculate` is called again.
 """
 
 import time
@@ -31,10 +30,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _MOST_LOST_BY_DRAFT = 2.0
-"""Plain passes that a draft may lose before it gives its memory back, which is for good."""
+"""Plain passes that a draft may lose before it frees its memory, which is final."""
 
 DRAFT_TOKENS = 5
-"""How many tokens a draft guesses at first; transformers' own schedule makes it more while all of them are right."""
+"""How many tokens a draft guesses at first; transformers' schedule increases it while all of them are right."""
 
 _OTHER_WAYS = frozenset(
     {
@@ -43,18 +42,17 @@ _OTHER_WAYS = frozenset(
         "assistant_ensemble_weight",
     }
 )  # fmt: skip
-"""Arguments of `generate()` that guesses do not go with."""
+"""Arguments of `generate()` that exclude speculation."""
 
 _MAKER = "_get_candidate_generator"
 
 
 class SpeculationFacts(TypedDict):
-    """What guessing came to, over all generations of a model, the first pass and the last of each left out.
+    """Results of speculation over all generations of a model, without the first and last pass of each.
 
-    `acceptance` is the part of the guesses that were right; None without guesses. The seconds per token are of passes
-    with guesses and of plain ones; None where there were none.
-    `switched_off` says whether the last generation ended without guessing because that did not pay. So it stays once a
-    draft has given its memory back.
+    `acceptance` is the fraction of right guesses; None without guesses. The seconds per token are for passes with
+    guesses and for plain ones; None if there were none. `switched_off` says whether the last generation ended without
+    guessing because it did not pay; it stays True once a draft has freed its memory.
     """
 
     kind: Literal["prompt_lookup", "draft"]
@@ -71,7 +69,7 @@ class SpeculationFacts(TypedDict):
 
 @dataclass
 class _Counts:
-    """What passes of one kind came to."""
+    """Totals of passes of one kind."""
 
     passes: int = 0
     tokens: int = 0
@@ -88,10 +86,10 @@ class _Counts:
 
 
 class Speculation:
-    """How the generations of a model guess.
+    """Speculation in the generations of a model.
 
     Attributes:
-        is_over: whether the draft did not pay for its memory, and there are no guesses any more.
+        is_over: whether the draft did not pay for its memory, which ends speculation.
     """
 
     def __init__(
@@ -102,13 +100,13 @@ class Speculation:
         draft: "StreamingBaseModel | None" = None,
         own: "OwnDraft | None" = None,
     ) -> None:
-        """Guess so many tokens from the text so far, or with a draft.
+        """Guess tokens from the text so far, or with a draft.
 
         Args:
-            metrics: of the model; its span `stall` says how long it waited for weights.
-            prompt_lookup: how many tokens.
-            draft: the model that guesses.
-            own: its memory, if that is part of the model's budget.
+            metrics: the model's metrics; the span `stall` is the time it waited for weights.
+            prompt_lookup: the most tokens to guess from the text so far.
+            draft: the draft model.
+            own: the draft's share of the memory, if it is part of the model's budget.
         """
         self.is_over = False
         self._metrics, self._prompt_lookup, self._draft, self._own = metrics, prompt_lookup, draft, own
@@ -120,7 +118,7 @@ class Speculation:
         self._pace = Pace()
 
     def begin(self, prompt_tokens: int, new_tokens: int) -> bool:
-        """Make ready for a generation of one sequence; False if there are to be no guesses in it.
+        """Prepare for a generation of one sequence; return False if it is to run without guesses.
 
         Raises:
             ConfigurationError: the budget is too small for the model and its draft.
@@ -134,7 +132,7 @@ class Speculation:
         return True
 
     def run(self, model: Any, work: "Callable[[Mapping[str, Any]], T]") -> T:
-        """Generate: `work` gets what `generate()` is given besides, and calls it once."""
+        """Generate: call `work` with the extra arguments for `generate()`, which it must call once."""
         self._costs_memory = self._own is not None and self._own.reading_without() < 1
         self._pace = Pace(most_lost=_MOST_LOST_BY_DRAFT if self._costs_memory else MOST_LOST)
         self._stalled = self._metrics.seconds("stall")
@@ -145,7 +143,7 @@ class Speculation:
                 return self._draft.run(lambda assistant: work({"assistant_model": assistant}))
 
     def facts(self) -> SpeculationFacts:
-        """What it came to so far."""
+        """The results so far."""
         return {
             "kind": "draft" if self._draft_name is not None else "prompt_lookup",
             "draft": self._draft_name,
@@ -160,15 +158,15 @@ class Speculation:
         }
 
     def wants_guesses(self) -> bool:
-        """Whether the next pass is to check guesses."""
+        """Whether the next pass should check guesses."""
         return not self.is_over and self._pace.wants_guesses
 
     def note(self, seconds: float, *, tokens: int, guesses: int) -> None:
-        """Note a pass that gave so many tokens, all but one of them guessed."""
+        """Record a pass that produced this many tokens, all but one of them guessed."""
         stalled = self._metrics.seconds("stall")
         counted = seconds
         if self._own is not None and self._costs_memory and not guesses and not self.is_over:
-            # The model waits for weights, or computes: what it would read less, it waits less, but computes as long.
+            # With the draft's memory the model would read, and so wait, less, but compute as long.
             counted = max(seconds - (stalled - self._stalled), seconds * self._own.reading_without())
         self._stalled = stalled
         self._pace.note(counted, tokens=tokens, guesses=guesses)
@@ -181,13 +179,13 @@ class Speculation:
 
     @contextmanager
     def _watching(self, model: Any) -> Iterator[None]:
-        """Stand between transformers' loop and what makes its guesses."""
+        """Wrap the candidate generator that transformers' loop creates."""
         make = getattr(model, _MAKER)
 
         def watched(*args: Any, **kwargs: Any) -> _Watched:
             return _Watched(make(*args, **kwargs), self)
 
-        setattr(model, _MAKER, watched)  # of this object alone
+        setattr(model, _MAKER, watched)  # on this object only
         try:
             yield
         finally:
@@ -195,20 +193,19 @@ class Speculation:
 
 
 class _Watched(CandidateGenerator):
-    """Asks another generator of guesses where that pays, and measures the passes.
+    """Forwards to another candidate generator when guessing pays, and measures the passes.
 
-    A pass lasts from one question for guesses to the next, so that the last one of a generation is not counted. Nor is
-    the first, which reads the prompt; it is always asked for guesses, as a draft reads the prompt then, too.
+    A pass lasts from one request for candidates to the next, so the last pass of a generation is not counted. Neither
+    is the first, which reads the prompt; it always gets guesses, because the draft reads the prompt then, too.
     """
 
     def __init__(self, inner: Any, speculation: Speculation) -> None:
-        """Stand before `inner`."""
         self._inner, self._speculation = inner, speculation
         self._begun: float | None = None
         self._guesses = self._matched = self._asked = 0
 
     def get_candidates(self, input_ids: torch.LongTensor, **kwargs: Any) -> Any:
-        """The text so far with guesses after it, or as it is; of shape (1, tokens)."""
+        """Return the text so far, with or without guesses appended; of shape (1, tokens)."""
         now = time.perf_counter()
         if self._begun is not None and self._asked > 1:
             self._speculation.note(now - self._begun, tokens=self._matched + 1, guesses=self._guesses)
@@ -221,19 +218,19 @@ class _Watched(CandidateGenerator):
         return ids, logits
 
     def update_candidate_strategy(self, input_ids: torch.LongTensor, scores: torch.Tensor, num_matches: int) -> None:
-        """Hear how many guesses were right."""
+        """Record how many guesses were right, and pass it on."""
         self._matched = int(num_matches)
         if self._guesses:
             self._inner.update_candidate_strategy(input_ids, scores, num_matches)
 
 
 def may_guess(named: Mapping[str, Any], own: Any) -> bool:
-    """Whether a call of `generate()` may be given guesses: one that asks for no other way to generate.
+    """Whether a call of `generate()` may speculate: it must not ask for another way to generate.
 
-    Nor where something else than the model's end token may end it: that is only looked for after all tokens of a pass.
+    Only the model's end token may end it, as other stopping criteria are checked only after all tokens of a pass.
 
     Args:
-        named: its arguments.
+        named: the call's arguments.
         own: the model's own generation settings.
     """
     given = {name for name, value in named.items() if value is not None and value is not False}
@@ -246,7 +243,7 @@ def may_guess(named: Mapping[str, Any], own: Any) -> bool:
 
 
 def expect_draft(model: "StreamingBaseModel", draft: "StreamingBaseModel") -> None:
-    """See that a draft can guess what a model says.
+    """Check that a draft can be used with a model.
 
     Raises:
         ConfigurationError: it cannot.
@@ -270,7 +267,7 @@ def expect_draft(model: "StreamingBaseModel", draft: "StreamingBaseModel") -> No
 
 @contextmanager
 def _short_drafts(draft: Any) -> Iterator[None]:
-    """Let a draft guess few tokens at first, unless its own settings say how many."""
+    """Make a draft start with `DRAFT_TOKENS` guesses, unless its own settings specify the number."""
     config = draft.generation_config
     before = config.num_assistant_tokens, config.num_assistant_tokens_schedule
     if before == (None, None):

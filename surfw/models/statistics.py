@@ -1,4 +1,4 @@
-"""How long a model's runs took and what is kept in memory, as plain data."""
+"""Statistics of a model's runs and its memory, as plain data."""
 
 import time
 from typing import TypedDict
@@ -12,11 +12,11 @@ from surfw.models.speculation import Speculation, SpeculationFacts
 
 
 class CacheInfo(TypedDict):
-    """What is kept in memory.
+    """The weight cache.
 
-    A *hit* is a layer that was resident when execution reached it; `misses` had to be fetched for this very use.
-    `cached_components` are the names of the chunks in memory, least recently used first; `memory_usage_mb` is what
-    their buffers take, in millions of bytes.
+    A *hit* is a layer that was resident when execution reached it; a *miss* had to be fetched for that use.
+    `cached_components` are the names of the chunks in memory, least recently used first; `memory_usage_mb` is the
+    memory of their buffers, in millions of bytes.
     """
 
     hits: int
@@ -28,11 +28,11 @@ class CacheInfo(TypedDict):
 
 
 class InferenceStats(TypedDict):
-    """What the runs so far took, in seconds.
+    """Times of the runs so far, in seconds.
 
-    `avg_inference_time` is the mean over completed runs: calls of the model, and generations as a whole.
-    `stall_seconds` were spent waiting for weights, `compute_seconds` are the rest of all runs; `fetch_seconds` add up
-    all fetches, most of which overlap with computing.
+    `avg_inference_time` is the mean over completed runs; a generation counts as one run. `stall_seconds` were spent
+    waiting for weights, `compute_seconds` are the rest of all runs; `fetch_seconds` is the sum of all fetches, most of
+    which overlap with computing.
     """
 
     cache_hit_rate: float
@@ -44,10 +44,10 @@ class InferenceStats(TypedDict):
 
 
 class CacheCounts(TypedDict):
-    """What was found in memory, as `CacheInfo` has it, and what is there, in bytes.
+    """Hits and misses, as in `CacheInfo`, and sizes in bytes.
 
-    `fetched_bytes` are stored bytes; `decoded_bytes` are the payload of those that came in coded forms, and
-    `copied_bytes` what was copied to a device.
+    `fetched_bytes` are stored bytes; `decoded_bytes` are the payload bytes decoded from coded forms, and `copied_bytes`
+    the bytes copied to a device.
     """
 
     hits: int
@@ -64,9 +64,9 @@ class CacheCounts(TypedDict):
 
 
 class RunTimes(TypedDict):
-    """How long all runs waited for weights, and the rest of their time.
+    """How long all runs waited for weights (`stall_seconds`), and the rest of their time (`compute_seconds`).
 
-    In that rest, weights were decoded for `decode_seconds`, and copied to a device for `copy_seconds`.
+    During `compute_seconds`, weights were decoded for `decode_seconds`, and copied to a device for `copy_seconds`.
     """
 
     stall_seconds: float
@@ -76,9 +76,9 @@ class RunTimes(TypedDict):
 
 
 class PlanFacts(TypedDict):
-    """The facts of the plan that decide how fast a run is.
+    """The parts of the plan that determine the speed of a run.
 
-    `codec` is `int8` or `int4` where weights are not exact; else `lossless` if any were decoded, or `none`.
+    `codec` is `int8` or `int4` if weights are quantised; else `lossless` if any were decoded, or `none`.
     """
 
     codec: str
@@ -91,11 +91,11 @@ class PlanFacts(TypedDict):
 
 
 class ExpertCounts(TypedDict):
-    """What was found in memory of the experts of a mixture, when a router had chosen them.
+    """Cache hits and loads of the experts that routers of a mixture chose.
 
-    Each module counts an expert once in a forward, however many tokens it computes. `fetched_bytes` are those of
-    `CacheCounts` that were read for experts. Of `guesses` at the experts that the next layer would use, `foreseen` were
-    right.
+    Each module counts an expert once per forward, however many tokens it computes. `fetched_bytes` is the part of
+    `CacheCounts`' that was read for experts. `guesses` counts predictions of the next layer's experts, `foreseen` the
+    right ones.
     """
 
     hits: int
@@ -108,9 +108,10 @@ class ExpertCounts(TypedDict):
 
 
 class Statistics(TypedDict):
-    """All statistics; `plan` is None for a model that is not open.
+    """All statistics.
 
-    `experts` is None for one that is no mixture, `speculation` for one that does not guess.
+    `plan` is None for a model that is not open, `experts` for one that is not a mixture, and `speculation` if
+    speculation is off.
     """
 
     cache: CacheCounts
@@ -122,7 +123,7 @@ class Statistics(TypedDict):
 
 
 def cache_info(metrics: Metrics, parts: ModelParts | None, cache_size: int) -> CacheInfo:
-    """What is kept in memory: nothing, for a model that is not open."""
+    """What the weight cache holds; nothing for a model that is not open."""
     hits, misses = _counts(metrics)
     return {
         "hits": hits,
@@ -135,7 +136,7 @@ def cache_info(metrics: Metrics, parts: ModelParts | None, cache_size: int) -> C
 
 
 def inference_stats(metrics: Metrics) -> InferenceStats:
-    """What the runs so far took."""
+    """Timings of the runs so far."""
     runs = metrics.latency("inference")
     return {
         "cache_hit_rate": hit_rate(*_counts(metrics)),
@@ -180,7 +181,7 @@ def full_statistics(
 
 
 def find_progress(metrics: Metrics, parts: ModelParts | None) -> Progress:
-    """Where a run is just now."""
+    """How far the current run has got."""
     layers: tuple[str, ...] = parts.layers if parts else ()
     reached = parts.engine.reached if parts else ()
     plan = parts.engine.plan if parts else None
@@ -196,7 +197,7 @@ def find_progress(metrics: Metrics, parts: ModelParts | None) -> Progress:
 
 
 def _find_outage(metrics: Metrics, parts: ModelParts) -> Outage | None:
-    """What the source waits for, if it is away; see `Outage`."""
+    """The source's outage, if it is down; see `Outage`."""
     waiting = parts.client.waiting
     if waiting is None:
         return None
@@ -211,13 +212,13 @@ def _find_outage(metrics: Metrics, parts: ModelParts) -> Outage | None:
 
 
 def stall_share(time: RunTimes) -> float:
-    """The part of the time of all runs that they waited for weights."""
+    """The fraction of the time of all runs spent waiting for weights."""
     seconds = time["stall_seconds"] + time["compute_seconds"]
     return time["stall_seconds"] / seconds if seconds else 0.0
 
 
 def copy_share(time: RunTimes) -> float:
-    """The part of the time of all runs in which weights were copied to a device."""
+    """The fraction of the time of all runs spent copying weights to a device."""
     seconds = time["stall_seconds"] + time["compute_seconds"]
     return min(1.0, time.get("copy_seconds", 0.0) / seconds) if seconds else 0.0
 

@@ -1,8 +1,8 @@
-"""Texts that end a generation: whose they are, and which token completes one.
+"""Stop texts: which ones apply, and which token completes one.
 
-A token ends it as with transformers' `StopStringCriteria`: special tokens are text too, and what the prompt began
-counts. That class goes through the whole vocabulary first, a second for 100,000 tokens; here, the last few tokens are
-made into text, with and without the newest.
+A token ends a generation as with transformers' `StopStringCriteria`: special tokens count as text, and a stop text may
+begin in the prompt. That class scans the whole vocabulary first, which takes a second for 100,000 tokens; here, the
+last few tokens are decoded instead, with and without the newest.
 """
 
 import logging
@@ -18,26 +18,26 @@ from surfw.models.text_stream import INCOMPLETE, TextStream
 logger = logging.getLogger("surfw.models")
 
 _CHARACTER_BYTES = 4
-"""A character has no more, and each may be a token."""
+"""The most bytes of a character, each of which may be a token."""
 
 
 class StopTexts(StoppingCriteria):
-    """Ends a generation with the token that completes one of some texts."""
+    """Ends a generation at the token that completes a stop text."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], shown: TextStream) -> None:
-        """Watch for `texts`, also in what is `shown`, from which the tokenizer may have cleaned spaces."""
+        """Look for `texts`, also in the text of `shown`, where the tokenizer may have removed spaces."""
         self._tokenizer: Any = tokenizer
         self._texts = texts
         self._shown = shown
         self._window = max(len(text.encode()) for text in texts) + 2 * _CHARACTER_BYTES
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        """Say of each sequence whether it ends; `input_ids` has the shape (1, tokens)."""
+        """Return whether each sequence ends; `input_ids` has the shape (1, tokens)."""
         is_over = self.is_over(input_ids[0, -self._window :].tolist())
         return torch.full((input_ids.shape[0],), is_over, device=input_ids.device)
 
     def is_over(self, tokens: Sequence[int]) -> bool:
-        """Whether the last token of prompt and answer, which `shown` has seen, completes one of the texts."""
+        """Whether the last token of prompt and answer completes a stop text; `shown` must have received it already."""
         recent = list(tokens[-self._window :])
         after = self._decode(recent)
         if self._shown.is_stopped:
@@ -57,10 +57,10 @@ def find_stops(
     *,
     ignore_own: bool,
 ) -> list[str]:
-    """The texts that end a generation: those asked for, or else those of the model's own settings (`stop_strings`).
+    """The stop texts of a generation: the requested ones, or else the model's own (`stop_strings`).
 
     Raises:
-        ConfigurationError: some are asked for, but there is no tokenizer to see them.
+        ConfigurationError: stop texts are requested, but there is no tokenizer.
     """
     if asked and tokenizer is None:
         raise ConfigurationError(f"{name} has no tokenizer, so no text can end its generation")

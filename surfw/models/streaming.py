@@ -1,6 +1,6 @@
 """`StreamingModel`: any transformers model over a source of weights, with its tokenizer and streams of text or tokens.
 
-And its four families: the same, with the model's name first and a server's address as the default.
+The four family classes are the same, but take the model's name first and have a default server address.
 """
 
 import asyncio
@@ -29,20 +29,20 @@ from surfw.runtime.run import Run, current_run
 from surfw.threads import refuse_event_loop
 
 _AHEAD = 16
-"""How many pieces of text a generation may be ahead of its reader."""
+"""How many pieces of output a generation may be ahead of its reader."""
 
 DEFAULT_URI = f"ws://localhost:{DEFAULT_PORT}"
 DEFAULT_CACHE_SIZE = 5
 
 Prompt: TypeAlias = str | Sequence[int] | InferenceRequest
-"""What may be asked: a text, token ids, or either with settings of its own."""
+"""A text, token ids, or either with its own settings."""
 
 _OPTIONS = set(GenerationOptions.__annotations__)
 
 
 @dataclass(frozen=True)
 class _KnownTokenizer:
-    """What reading a tokenizer came to, for which model, and the files that it is made of."""
+    """The tokenizer that was read or the error, the parts of the model it was read for, and its files."""
 
     parts: ModelParts
     tokenizer: PreTrainedTokenizerBase | SurfwError | None
@@ -50,18 +50,18 @@ class _KnownTokenizer:
 
 
 class StreamingModel(StreamingBaseModel):
-    """Any model of transformers over a source of weights; see `StreamingBaseModel` for opening and running it."""
+    """Any transformers model over a source of weights; see `StreamingBaseModel` for opening and running it."""
 
     _known_tokenizer: _KnownTokenizer | None = None
     _lines: "WeakKeyDictionary[asyncio.AbstractEventLoop, Line] | None" = None
 
     @property
     def tokenizer(self) -> Any:
-        """The model's tokenizer, transformers' own; read at the first use, or when the model is opened asynchronously.
+        """The model's transformers tokenizer; read at the first use, or when the model is opened asynchronously.
 
         Raises:
-            UnsupportedModelError: the model has none, or transformers cannot make one of its files.
-            IntegrityError: a file is not what the manifest promises.
+            UnsupportedModelError: the model has none, or transformers cannot build one from its files.
+            IntegrityError: a file does not match the manifest.
             ConfigurationError: reading it here would block an event loop.
         """
         found = self.find_tokenizer()
@@ -72,7 +72,7 @@ class StreamingModel(StreamingBaseModel):
         return found
 
     def find_tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """As `tokenizer`, or None if the model has none."""
+        """Like `tokenizer`, but return None if the model has none."""
         known = self._known_tokenizer
         if known is None or known.parts is not self._parts:
             refuse_event_loop("reading the tokenizer", "'async with' or 'open_async' to open the model, which read it")
@@ -82,7 +82,7 @@ class StreamingModel(StreamingBaseModel):
         return known.tokenizer
 
     def _read_tokenizer(self) -> _KnownTokenizer:
-        """Read it: the adapter's own, where one is applied that has one."""
+        """Read the tokenizer: that of the applied adapter if it has one, else the model's."""
         parts = self._open()
         base, adapter = parts.manifest, parts.adapters.manifest
         owner = adapter if adapter is not None and adapter.files else base
@@ -92,12 +92,12 @@ class StreamingModel(StreamingBaseModel):
         except SurfwError as exc:
             found = exc
         known = _KnownTokenizer(parts, found, owner.files)
-        if parts is self._parts:  # else another model has taken its place meanwhile
+        if parts is self._parts:  # else the model was switched in the meantime
             self._known_tokenizer = known
         return known
 
     def _on_adapter(self) -> None:
-        """Read another tokenizer, if the adapter that is applied now has one."""
+        """Read the tokenizer again if its files differ with the current adapter."""
         adapter, known = self._open().adapters.manifest, self._known_tokenizer
         files = adapter.files if adapter is not None and adapter.files else self.manifest.files
         if known is not None and files != known.files:
@@ -122,14 +122,14 @@ class StreamingModel(StreamingBaseModel):
     def stream(self, prompt: str | Sequence[int], **options: Unpack[GenerationOptions]) -> AsyncGenerator[Any, None]:
         """Generate without blocking the event loop, and yield the answer as it comes.
 
-        When the reader falls behind, the generation waits, and so does every other run of this model, until the stream
-        has ended or is closed (`aclose`).
+        If the reader falls behind, the generation waits for it, and every other run of this model waits until the
+        stream has ended or is closed (`aclose`).
 
         Args:
-            prompt: a text, for text; or token ids, for token ids.
-            **options: `max_new_tokens` (128); `temperature`, `top_p`, `top_k`, any of which makes it sample instead of
-                taking the likeliest token, and `seed`; `stop`, texts that end it; `ignore_eos`, to go on after the
-                model's end token; `system`, a system message, and `raw`, for models with a chat template.
+            prompt: a text, to yield text; or token ids, to yield token ids.
+            **options: `max_new_tokens` (128); `temperature`, `top_p`, `top_k`, any of which enables sampling, and
+                `seed`; `stop`, texts that end the answer; `ignore_eos`, to continue after the model's end token;
+                `system`, a system message, and `raw`, for models with a chat template.
 
         Raises:
             ConfigurationError: the model does not generate, or an option does not fit it.
@@ -150,21 +150,22 @@ class StreamingModel(StreamingBaseModel):
         """Answer many prompts together, and yield each answer once it is complete, without blocking the event loop.
 
         Each pass over the layers computes a token for every sequence, so while weights stream, many answers take hardly
-        longer than one; a sequence that has ended makes place for the next prompt. Token ids are those that the
-        resident model gives under transformers' continuous batching of the same prompts. An encoder reads texts of
-        like length in one pass, and gives what the resident model gives for the same batch.
+        longer than one; a finished sequence makes place for the next prompt. Token ids are those of the resident model
+        under transformers' continuous batching of the same prompts. An encoder reads texts of similar length in one
+        pass, and gives what the resident model gives for the same batch.
 
         Args:
-            prompts: texts, lists of token ids, or `InferenceRequest`s with a `max_new_tokens`, `stop`, `ignore_eos`,
-                `system` and `raw` of their own; may come as they please, and are taken as there is room.
-            sequences: how many run together at most; fewer where the memory budget has no room for their KV cache.
+            prompts: texts, lists of token ids, or `InferenceRequest`s with their own `max_new_tokens`, `stop`,
+                `ignore_eos`, `system` and `raw`; consumed as sequences finish.
+            sequences: the most sequences that run together; fewer if the memory budget is too small for their KV
+                cache.
             on_tokens: called in the model's thread with a prompt's index and its new tokens, as they come; returns
                 False to end that answer.
-            **options: as of `stream`, for every prompt that brings none of its own.
+            **options: see `stream`; used for every prompt that is not an `InferenceRequest`.
 
         Raises:
             UnsupportedModelError: the model generates from an encoder, or transformers cannot batch it.
-            ConfigurationError: an option cannot be used. What is wrong with one prompt is its result.
+            ConfigurationError: an option is invalid. An error in one prompt is reported as its result.
             SurfwError: weights could not be read.
         """
         expect_number("sequences", sequences, 1)
@@ -198,7 +199,7 @@ class StreamingModel(StreamingBaseModel):
             while (result := await _next(queue, work)) is not None:
                 yield result
             await work
-            await filling  # which may have met a mistake among the prompts
+            await filling  # raises if `prompts` failed
         finally:
             filling.cancel()
             work.cancel()
@@ -208,16 +209,16 @@ class StreamingModel(StreamingBaseModel):
                     task.exception()
 
     def session(self, **options: Unpack[GenerationOptions]) -> Session:
-        """A session of this model: what its sessions ask for at the same time runs together, in each pass.
+        """Return a session of this model; concurrent requests of its sessions run together in each pass.
 
-        They share the layers in memory, and the stream of the others. Token ids are those of `generate_many`. All
-        sessions that run together belong to one event loop, in which this is called.
+        Sessions share resident layers and the passes over streamed ones. Token ids are those of `generate_many`. Call
+        this in an event loop; sessions share passes only within the same loop.
 
         Args:
-            **options: as of `stream`, for every request that brings none of its own.
+            **options: see `stream`; defaults for the session's requests.
 
         Raises:
-            ConfigurationError: an option cannot be used, or no event loop runs here.
+            ConfigurationError: an option is invalid, or no event loop runs here.
         """
         InferenceRequest(prompt_ids=(0,), **options)  # or say what of them is wrong
         try:
@@ -239,14 +240,14 @@ class StreamingModel(StreamingBaseModel):
         on_tokens: Callable[[int, list[int]], bool | None] | None = None,
         **options: Unpack[GenerationOptions],
     ) -> None:
-        """As `generate_many`, in this thread; prompts are read in another one.
+        """Like `generate_many`, but in this thread; prompts are read in another one.
 
         Args:
-            prompts: as of `generate_many`.
+            prompts: see `generate_many`.
             on_result: called with each answer once it is complete.
-            sequences: as of `generate_many`.
-            on_tokens: as of `generate_many`.
-            **options: as of `generate_many`.
+            sequences: see `generate_many`.
+            on_tokens: see `generate_many`.
+            **options: see `generate_many`.
         """
         expect_number("sequences", sequences, 1)
         feed = Feed(2 * sequences)
@@ -273,7 +274,7 @@ class StreamingModel(StreamingBaseModel):
 
     def _encode_many(self, feed: Feed, on_result: Callable[[ManyResult], None], most_texts: int) -> None:
         run = current_run.get() or Run()
-        outer = current_run.set(run)  # of each pass, too
+        outer = current_run.set(run)  # each pass uses this run, too
         try:
             with self._holding(run):
                 encode_many(
@@ -284,7 +285,6 @@ class StreamingModel(StreamingBaseModel):
             current_run.reset(outer)
 
     async def _stream(self, request: InferenceRequest) -> AsyncGenerator[Any, None]:
-        """The pieces of a generation: of text for a text, token ids for token ids."""
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[Any](_AHEAD)
         give = _giver(loop, queue)
         work = asyncio.create_task(self._in_thread(lambda: self._generate_for(request, give)))
@@ -296,7 +296,7 @@ class StreamingModel(StreamingBaseModel):
             work.cancel()
             await asyncio.wait([work])
             if not work.cancelled():
-                work.exception()  # a reader that has stopped does not want it
+                work.exception()  # mark it as retrieved: the reader has stopped
 
     def _generate_for(self, request: InferenceRequest, give: Callable[[Any], None]) -> None:
         self._expect_generation()
@@ -310,7 +310,7 @@ class StreamingModel(StreamingBaseModel):
 
 
 def _request(prompt: Prompt, options: GenerationOptions) -> InferenceRequest:
-    """A request for a text, or for token ids; one that is made already stays as it is."""
+    """Make a request from a prompt and options; return an `InferenceRequest` unchanged."""
     if isinstance(prompt, InferenceRequest):
         return prompt
     if not isinstance(prompt, str | Sequence):
@@ -321,7 +321,7 @@ def _request(prompt: Prompt, options: GenerationOptions) -> InferenceRequest:
 
 
 async def _each(prompts: Iterable[Prompt] | AsyncIterable[Prompt]) -> AsyncIterator[Prompt]:
-    """What an iterable gives, whatever kind it is."""
+    """Iterate over a plain or an asynchronous iterable."""
     if isinstance(prompts, AsyncIterable):
         async for prompt in prompts:
             yield prompt
@@ -331,12 +331,12 @@ async def _each(prompts: Iterable[Prompt] | AsyncIterable[Prompt]) -> AsyncItera
 
 
 def _giver(loop: asyncio.AbstractEventLoop, queue: "asyncio.Queue[Any]") -> Callable[[Any], None]:
-    """Put things into a queue of an event loop, from the model's thread; it is short, so that waits for the reader."""
+    """Return a function that puts items into the queue from the model's thread, waiting while the queue is full."""
 
     def give(piece: Any) -> None:
         run = current_run.get()
         assert run is not None, "generations of a stream run in the model's thread"
-        # This waits as the run, which closing the stream interrupts.
+        # Wait as part of the run, which closing the stream interrupts.
         handed_over = asyncio.run_coroutine_threadsafe(queue.put(piece), loop)
         try:
             run.wait_for(handed_over)
@@ -348,7 +348,7 @@ def _giver(loop: asyncio.AbstractEventLoop, queue: "asyncio.Queue[Any]") -> Call
 
 
 async def _next(queue: "asyncio.Queue[Any]", work: "asyncio.Task[None]") -> Any:
-    """The next piece; None once there are no more."""
+    """Wait for the next piece; None once there are no more."""
     getting = asyncio.create_task(queue.get())
     try:
         await asyncio.wait([getting, work], return_when=asyncio.FIRST_COMPLETED)
@@ -358,7 +358,7 @@ async def _next(queue: "asyncio.Queue[Any]", work: "asyncio.Task[None]") -> Any:
 
 
 class _Family(StreamingModel):
-    """How the families are constructed. They run nothing of their own, and refuse models of other families by name."""
+    """Constructor of the family classes, which only refuse models of other families and otherwise change nothing."""
 
     def __init__(
         self,
@@ -370,14 +370,14 @@ class _Family(StreamingModel):
         device_memory: int | str | None = None,
         **options: Unpack[ModelOptions],
     ) -> None:
-        """Note what is wanted; the first use opens it.
+        """Store the settings; the first use opens the model.
 
         Args:
-            model_name: the model's name at the server; None for the only one there.
+            model_name: the model's name at the source; None if it has only one.
             websocket_uri: the server, or any other source that `StreamingModel` takes.
-            cache_size: how many layers are kept in memory; 5, unless there is a budget.
-            memory_budget: instead of `cache_size`, what weights in memory may take.
-            device_memory: instead of `cache_size`, what weights may take on the device.
+            cache_size: number of layers to keep in memory; default 5, unless a budget is given.
+            memory_budget: instead of `cache_size`, the most memory for weights.
+            device_memory: instead of `cache_size`, the most device memory for weights and KV cache.
             **options: see `StreamingBaseModel`.
         """
         if cache_size is None and memory_budget is None and device_memory is None:
@@ -393,7 +393,7 @@ class _Family(StreamingModel):
 
 
 class StreamingBertModel(_Family):
-    """A model of the BERT family over a server: BERT, RoBERTa, DistilBERT, ALBERT, ELECTRA and their like."""
+    """A model of the BERT family: BERT, RoBERTa, DistilBERT, ALBERT, ELECTRA and similar models."""
 
     model_types = frozenset(
         {"bert", "roberta", "xlm-roberta", "distilbert", "albert", "electra", "camembert", "mobilebert", "modernbert"}
@@ -401,18 +401,18 @@ class StreamingBertModel(_Family):
 
 
 class StreamingGPTModel(_Family):
-    """A model of the GPT family over a server: GPT-2, GPT-Neo, GPT-J, GPT-NeoX and their like."""
+    """A model of the GPT family: GPT-2, GPT-Neo, GPT-J, GPT-NeoX and similar models."""
 
     model_types = frozenset({"openai-gpt", "gpt2", "gpt_neo", "gptj", "gpt_neox", "gpt_bigcode", "gpt_oss"})
 
 
 class StreamingT5Model(_Family):
-    """A model of the T5 family over a server: T5, mT5, UMT5."""
+    """A model of the T5 family: T5, mT5, UMT5."""
 
     model_types = frozenset({"t5", "mt5", "umt5"})
 
 
 class StreamingLlamaModel(_Family):
-    """A model of the LLaMA family over a server: LLaMA and its close relatives Mistral and Qwen."""
+    """A model of the LLaMA family: LLaMA, and its close relatives Mistral and Qwen."""
 
     model_types = frozenset({"llama", "mistral", "ministral", "qwen2", "qwen3"})

@@ -1,8 +1,7 @@
-"""From one open model to another of the same source: layers that both have stay where they are.
+"""Switching from one open model to another of the same source, keeping the layers that both have.
 
-First the old model lets go of what the new one has no use for, so that both together never hold more than the budget.
-Then the new one is put together; what it pins and the old one holds is the same memory (`runtime/shared`). Only then is
-the old one taken apart.
+First the old model evicts what the new one cannot use, so that both together never exceed the budget. Then the new
+one is assembled; chunks that it pins and the old one holds share memory (`runtime/shared`). Then the old one is closed.
 """
 
 from dataclasses import replace
@@ -18,13 +17,13 @@ from surfw.runtime.run import Run, current_run
 def switch_parts(
     old: ModelParts, manifest: Manifest, settings: OpenSettings, metrics: Metrics, *, adapter: str | None = None
 ) -> ModelParts:
-    """Open the model of a manifest in the place of another one, which nothing runs, and close that.
+    """Open the model of a manifest in place of an idle one, and close the old one.
 
-    `adapter` names the adapter over it that is wanted; one that the old model had is not taken over.
+    `adapter` names the adapter to apply to the new model; the old model's adapter is not kept.
 
     Raises:
-        ConfigurationError: the limit is too small for the new model, or it computes on a device.
-        SurfwError: the new model cannot be opened. The old one goes on, with less of it in memory.
+        ConfigurationError: the limit is too small for the new model, or the old one computes on a device.
+        SurfwError: the new model cannot be opened. The old one stays open, with less of it in memory.
     """
     if old.below is not None:
         raise ConfigurationError(
@@ -32,18 +31,18 @@ def switch_parts(
         )
     wanted = {chunk.id for chunk in manifest.chunks}
     common = {chunk.id for chunk in old.manifest.chunks if chunk.id in wanted}
-    kept = old.engine.plan.pinned  # the others are in buffers of a ring, which no other model can have
+    kept = old.engine.plan.pinned  # the others are in ring buffers, which are not shared
     old.engine.keep_only([chunk.name for chunk in old.manifest.chunks if chunk.id in common and chunk.name in kept])
     old.tables.clear()
-    limit = replace(old.engine.limit, reserved_bytes=0)  # not what is free now: the old one takes a part of that
+    limit = replace(old.engine.limit, reserved_bytes=0)  # a new default would miss what the old one holds
     parts = assemble(old.client, manifest, replace(settings, limit=limit), metrics, adapter=adapter)
     run = current_run.get() or Run()
     try:
         for chunk in parts.manifest.chunks:
             if chunk.id in common and chunk.name in parts.engine.plan.pinned:
                 for _, load in parts.engine.fetch([chunk.name]):
-                    run.wait_for(load)  # whoever needs it hears of how it ended
-        parts.engine.warm()  # with what differs
+                    run.wait_for(load)  # an error is raised where the chunk is used
+        parts.engine.warm()  # loads the chunks that differ
     except BaseException:
         parts.close()
         raise

@@ -1,13 +1,13 @@
-"""Tokens into text, as they come: whatever can no longer change is given at once.
+"""Turns tokens into text as they come: text that can no longer change is passed on at once.
 
-A token may end within a character: that has up to four bytes, and each of them may be a token. Until it is complete,
-tokenizers show U+FFFD at the end of the text, and that is held back. A few old tokenizers remove spaces before
-punctuation (`clean_up_tokenization_spaces`): with those, all that follows the last space is held back.
+A token may end within a character, which has up to four bytes, each possibly a token. Until the character is complete,
+tokenizers put U+FFFD at the end of the text, and this is held back. A few old tokenizers remove spaces before
+punctuation (`clean_up_tokenization_spaces`): with those, everything after the last space is held back.
 
-A text that ends the generation is withheld, and with it the rest of its token: what may be its beginning waits for the
-next tokens.
+A stop text and the rest of its last token are withheld; text that may be the beginning of a stop text is held back
+until the next tokens decide.
 
-Invariant: the pieces put together are what the tokenizer makes of all tokens at once, up to the first such text.
+Invariant: the concatenated pieces equal the decoded text of all tokens, up to the first stop text.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,21 +16,21 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 INCOMPLETE = "\ufffd"
-"""What a tokenizer shows of a character that is not complete."""
+"""What a tokenizer outputs for an incomplete character."""
 
 _CONTEXT_TOKENS = 8
 
 
 class TextStream:
-    """Gives the text of tokens to a function, piece by piece."""
+    """Passes the text of tokens to a function, piece by piece."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None], stops: Sequence[str] = ()
     ) -> None:
-        """Begin with no token; `stops` are texts that end the generation.
+        """Start without tokens; `stops` are texts that end the generation.
 
         Attributes:
-            is_stopped: whether one of them came.
+            is_stopped: whether a stop text came.
         """
         self.is_stopped = False
         self._stops = stops
@@ -40,7 +40,7 @@ class TextStream:
         self._given = 0
 
     def put(self, token: int) -> None:
-        """Take one more token, and give the text that is complete with it."""
+        """Add a token, and pass on the text that it completes."""
         self._tokens.append(token)
         text = self._decode()
         kept = cut_at_stop(text, self._stops)
@@ -52,14 +52,14 @@ class TextStream:
             self._give(complete[: len(complete) - _beginning_of_stop(complete, self._stops)])
 
     def end(self) -> None:
-        """Give what was held back; no more tokens come."""
+        """Pass on what was held back; no more tokens come."""
         self._give(cut_at_stop(self._decode(), self._stops))
 
     def _decode(self) -> str:
         return str(self._tokenizer.decode(self._tokens, skip_special_tokens=True))
 
     def _complete(self, text: str) -> int:
-        """Return how much of a text cannot change any more."""
+        """The length of the part of a text that cannot change any more."""
         if getattr(self._tokenizer, "clean_up_tokenization_spaces", False):
             return text.rfind(" ") + 1
         return len(text.rstrip(INCOMPLETE))
@@ -71,21 +71,21 @@ class TextStream:
 
 
 def cut_at_stop(text: str, stops: Sequence[str]) -> str:
-    """The text before the first of those that end it."""
+    """Cut a text before the first stop text in it."""
     found = [at for stop in stops if (at := text.find(stop)) >= 0]
     return text[: min(found)] if found else text
 
 
 def _beginning_of_stop(text: str, stops: Sequence[str]) -> int:
-    """How many characters at the end of a text may be the beginning of one that ends it."""
+    """How many characters at the end of a text may be the beginning of a stop text."""
     lengths = (size for stop in stops for size in range(1, len(stop)) if text.endswith(stop[:size]))
     return max(lengths, default=0)
 
 
 def space_before(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], token: int) -> str:
-    """Return the space between a prompt and the token that continues it, where the token's own text lacks it.
+    """Return the space between a prompt and the token that continues it, if the token's own text lacks it.
 
-    Tokenizers of the SentencePiece kind leave out the space before the first word of a text.
+    SentencePiece tokenizers omit the space before the first word of a text.
     """
     untyped: Any = tokenizer
     context = list(prompt[-_CONTEXT_TOKENS:])

@@ -13,11 +13,11 @@ logger = logging.getLogger("surfw.models")
 
 
 def open_tokenizer(manifest: Manifest, read_file: Callable[[str], bytes]) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a model, made of the files that its manifest lists; None if it lists none.
+    """Build a model's tokenizer from the files that its manifest lists; None if it lists none.
 
     Raises:
-        IntegrityError: a file is not what the manifest promises.
-        UnsupportedModelError: transformers cannot make a tokenizer of the files.
+        IntegrityError: a file does not match the manifest.
+        UnsupportedModelError: transformers cannot build a tokenizer from the files.
     """
     files = {}
     for file in manifest.files:

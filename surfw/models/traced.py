@@ -1,4 +1,4 @@
-"""What a run adds to a trace: a span for each layer that computes, and one for what transformers does between them."""
+"""Tracing of a run: a span for each layer that computes, and one for the time between layers."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -12,9 +12,9 @@ from surfw.manifest import Manifest
 
 @contextmanager
 def traced(model: torch.nn.Module, manifest: Manifest) -> Iterator[None]:
-    """Have the model's modules that run, in the order of the manifest, traced during the body, if there is a trace.
+    """Trace the modules in the manifest's order during the body, if a trace is active.
 
-    The weights of a layer are in place by the time its span begins: the hooks that put them there come first.
+    A layer's weights are in place when its span begins, because the hooks that load them run first.
     """
     trace = tracing.current()
     if trace is None or not trace.is_here:
@@ -31,7 +31,7 @@ def traced(model: torch.nn.Module, manifest: Manifest) -> Iterator[None]:
 
 
 class _Running:
-    """A layer's spans; a layer that calls itself has them nested."""
+    """The spans of a layer; they nest if the layer calls itself."""
 
     def __init__(self, name: str, chunks: Sequence[str]) -> None:
         self._name = name
@@ -43,5 +43,5 @@ class _Running:
         self._open[-1].__enter__()
 
     def end(self, *_: Any) -> None:
-        if self._open:  # else it failed before it began
+        if self._open:  # else the layer failed before `begin`
             self._open.pop().__exit__(None, None, None)

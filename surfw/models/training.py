@@ -1,8 +1,8 @@
-"""Training over streamed weights: what learns lies beside them in memory, and counts in the budget as it grows.
+"""Training over streamed weights: the memory that training takes counts in the budget as it grows.
 
-The base is frozen. What learns, such as peft's LoRA, was put into transformers' model before. The memory of it, of its
-gradients and of an optimiser's state is known when the training begins; that of activations is measured in every
-forward pass, before its backward pass needs it (`surfw.runtime.recompute`).
+The base is frozen. The trainable parameters, such as peft's LoRA, were added to the transformers model before. Their
+memory, and that of gradients and optimiser state, is known when training starts; that of activations is measured in
+every forward pass, before its backward pass needs it (`surfw.runtime.recompute`).
 """
 
 from collections.abc import Iterator
@@ -21,15 +21,15 @@ _STEP_BYTES = 4 * MIB
 """Activations reserve memory in steps, since each growth makes a new plan."""
 
 _FOR_GRADIENTS = 2
-"""Beside what autograd keeps of a unit there are gradients of as much at most, while it goes through it."""
+"""During a unit's backward pass, gradients take at most as much memory as what autograd keeps of the unit."""
 
 
 @contextmanager
 def training(parts: ModelParts, optimizer_states: int) -> Iterator[None]:
-    """Have a model's gradients computed during the body; afterwards it is as it was, in evaluation mode.
+    """Enable training of a model during the body; afterwards it is in evaluation mode again.
 
     Raises:
-        ConfigurationError: nothing learns, or the memory budget is too small for what does.
+        ConfigurationError: there are no trainable parameters, or the memory budget is too small for them.
         ModelError: the weights are quantised.
     """
     if packed := packed_codec(parts.manifest):
@@ -66,7 +66,7 @@ def training(parts: ModelParts, optimizer_states: int) -> Iterator[None]:
 
 
 def _order(parts: ModelParts) -> list[str]:
-    """The paths of the units as a step of training runs them: forwards, and in reverse from the first that learns."""
+    """The paths of the units in the order of a training step: forward, then in reverse to the first trainable one."""
     forwards = [use.module for use in parts.manifest.order]
     learns = {path for path, module in parts.hooks.units if any(one.requires_grad for one in module.parameters())}
     first = next((index for index, path in enumerate(forwards) if path in learns), 1)
@@ -75,7 +75,7 @@ def _order(parts: ModelParts) -> list[str]:
 
 @contextmanager
 def _without_kv_cache(model: PreTrainedModel) -> Iterator[None]:
-    """Have no KV cache made during the body, unless it is asked for: encoder and decoder have configurations of own."""
+    """Turn off KV caches by default during the body, also in the separate configurations of encoder and decoder."""
     configs = {id(one): one for module in model.modules() if (one := getattr(module, "config", None)) is not None}
     before = [(one, one.use_cache) for one in configs.values() if hasattr(one, "use_cache")]
     for config, _ in before:

@@ -1,6 +1,7 @@
 """Executes a model while its weights arrive.
 
-The way of a chunk to a layer: `plan` decides what stays and what is streamed, `schedule` what comes next, `slots` which
-slot it gets (all pure). `engine` carries that out over `host` memory, which `loader` fills. `hooks` put a layer's
-tensors in place before it runs and take them away afterwards; `rows` reads single rows of tables that are not there.
+How a chunk gets to a layer: `plan` decides what is pinned and what is streamed, `schedule` predicts what is used next,
+and `slots` decides which slot it gets (all pure). `engine` carries the decisions out over `host` memory, which `loader`
+fills. `hooks` puts a layer's tensors in place before it runs and removes them afterwards; `rows` reads single rows of
+tables that are not in memory.
 """

@@ -1,10 +1,9 @@
-"""Stands in a module while a weight is away: an absent tensor.
+"""Absent tensors, which stand in for weights that are not in place.
 
-It knows its shape and dtype and holds nothing. Asking for its facts is free. Computing with it, which happens where a
-model uses a weight outside of the forward of the module that owns it, loads the weight first, unless a part of it is
-enough for the result. So no model ever computes with weights that are missing. Below, it lies on the meta device, where
-torch itself refuses to compute. Changing it in place is refused: the change would be lost with the memory that it was
-made in.
+An absent tensor has a shape and a dtype but no values. Reading its metadata is free. Computing with it, which happens
+if a model uses a weight outside of the forward of the module that owns it, loads the weight first, unless a part of it
+suffices for the result. So a model never computes with missing weights. The underlying tensor is on the meta device,
+where torch itself refuses to compute. In-place changes are refused, as they would be lost when the weight is evicted.
 """
 
 import copy
@@ -26,10 +25,10 @@ _READS = {"__index__", "__int__", "__invert__"}
 _CONVERSIONS = {"to", "cpu", "float", "double", "half", "bfloat16"}
 
 Load = Callable[[], torch.Tensor]
-"""Brings the whole weight."""
+"""Loads the whole weight."""
 Apply = Callable[[Callable[..., Any], Sequence[Any], Mapping[str, Any]], Any]
-"""The result of a function of torch whose second argument, or whose `weight`, is the absent tensor; NotImplemented if
-the whole weight has to be brought for it."""
+"""The result of a torch function whose second argument, or whose `weight`, is the absent tensor; NotImplemented if it
+needs the whole weight."""
 
 
 class _Absent(torch.Tensor):
@@ -40,7 +39,7 @@ class _Absent(torch.Tensor):
     _surfw_device: torch.device
 
     def __new__(cls, like: torch.Tensor, load: Load, apply: Apply | None = None, device: torch.device = _CPU) -> Self:
-        """Take the facts from a tensor on the meta device; it comes to another device when it is loaded."""
+        """Take the metadata from a tensor on the meta device; `device` is where the weight is once it is loaded."""
         absent: Self = torch.Tensor._make_subclass(cls, like.detach(), like.requires_grad)  # noqa: SLF001 - as Parameter's
         absent._surfw_load, absent._surfw_apply, absent._surfw_device = load, apply, device
         return absent
@@ -49,7 +48,7 @@ class _Absent(torch.Tensor):
     def __torch_function__(
         cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Answer for the facts; for everything else, put the real tensors where the absent ones are."""
+        """Answer for the metadata; for everything else, substitute the loaded weights for the absent ones."""
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if name in {"__get__", "__set__", "__delete__"}:
@@ -73,30 +72,30 @@ class _Absent(torch.Tensor):
             return func(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
-        """A copy has its values, and is a parameter where this stands for one."""
+        """A copy has the values, and is a parameter if this stands in for one."""
         values = copy.deepcopy(self._surfw_load().detach(), memo)
         return torch.nn.Parameter(values, self.requires_grad) if isinstance(self, torch.nn.Parameter) else values
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # torch's has no types
-        """Its facts, as there are no values."""
+        """Dtype and shape, as there are no values."""
         return f"<absent weight, {self.dtype}, {tuple(self.shape)}>"
 
 
 class AbsentParameter(_Absent, torch.nn.Parameter):
-    """Stands for a parameter."""
+    """Stands in for a parameter."""
 
 
 class AbsentBuffer(_Absent):
-    """Stands for a buffer that is part of the checkpoint."""
+    """Stands in for a buffer that is part of the checkpoint."""
 
 
 def _without_values(function: Callable[..., Any], name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """What can be answered without the values of an absent tensor; NotImplemented if it cannot.
+    """The result of a function that does not need an absent tensor's values; NotImplemented if it needs them.
 
     Raises:
-        ModelError: the values would be changed.
+        ModelError: the function would change the values.
     """
-    if name == "share_memory_":  # there are no values to be shared: each process reads its own
+    if name == "share_memory_":  # there are no values to share: each process reads its own
         return args[0]
     if _changes_absent(name, args, kwargs):
         raise ModelError(
@@ -104,9 +103,9 @@ def _without_values(function: Callable[..., Any], name: str, args: Sequence[Any]
             "own in its place (module.weight = torch.nn.Parameter(...)), and for another dtype open the model with "
             "dtype=..."
         )
-    if name == "_has_compatible_shallow_copy_type":  # asked by `Module.to`, which sets `data` if it is so
+    if name == "_has_compatible_shallow_copy_type":  # `Module.to` asks this, and sets `data` if it is true
         return True
-    if name == "__set__":  # its own data once more, as `Module.to` does where there is nothing to convert
+    if name == "__set__":  # setting its own data, as `Module.to` does if there is nothing to convert
         return None
     if name in _CONVERSIONS and _converts_to_itself(function, args, kwargs):
         return args[0]
@@ -122,13 +121,13 @@ def _changes_absent(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -
     is_in_place = (name.endswith("_") and not name.endswith("__")) or (name.startswith("__i") and name not in _READS)
     written = [kwargs.get("out")]
     if is_in_place or name == "__setitem__":
-        first = next(iter([*args, *kwargs.values()]), None)  # of `torch.nn.init`, it has a name
+        first = next(iter([*args, *kwargs.values()]), None)  # functions of `torch.nn.init` pass it by keyword
         written += first if isinstance(first, tuple | list) else [first]
     return any(isinstance(one, _Absent) for one in written)
 
 
 def _converts_to_itself(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a conversion, such as `to`, gives back the very tensor: it has that dtype, and lies on that device."""
+    """Whether a conversion, such as `to`, returns the tensor itself: it already has that dtype and device."""
     like = torch.empty(0, dtype=args[0].dtype, device=args[0]._surfw_device)  # noqa: SLF001 - ours
     return function(like, *args[1:], **kwargs) is like
 

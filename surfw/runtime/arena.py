@@ -1,7 +1,8 @@
-"""Address space for all experts of a module, of which only those in memory take any.
+"""Address space for all experts of a module, in which only resident experts take memory.
 
-A kernel that computes with a stack of experts finds each at its place, although most are not there: their pages are
-anonymous memory that was never written to, or that was given back. It takes nothing, and would read as zeros.
+A kernel that computes with a stack of experts finds each at its place, although most are absent. The pages of absent
+experts are anonymous memory that was never written, or was given back to the kernel: they take no memory and read as
+zeros.
 """
 
 import mmap
@@ -20,15 +21,15 @@ class Arena:
 
     Attributes:
         stride: bytes from one place to the next.
-        size_bytes: what an expert that is there takes.
-        view: all of it.
+        size_bytes: memory of a resident expert.
+        view: the whole arena.
     """
 
     def __init__(self, count: int, size_bytes: int) -> None:
         """Reserve addresses for `count` experts of `size_bytes`.
 
         Raises:
-            SurfwError: the process may not have so many.
+            SurfwError: the process may not have that much address space.
         """
         self.size_bytes = buffer_capacity(size_bytes)
         huge_bytes = size_bytes // _HUGE * _HUGE
@@ -43,7 +44,7 @@ class Arena:
             ) from exc
         self.view = memoryview(self._map)
         for start in range(0, count * self.stride if huge_bytes else 0, self.stride):
-            with suppress(OSError):  # a kernel without huge pages: ordinary ones do
+            with suppress(OSError):  # a kernel without huge pages uses ordinary ones
                 self._map.madvise(mmap.MADV_HUGEPAGE, start, huge_bytes)
                 if self.stride > huge_bytes:
                     self._map.madvise(mmap.MADV_NOHUGEPAGE, start + huge_bytes, self.stride - huge_bytes)
@@ -53,11 +54,11 @@ class Arena:
         return Buffer.over(self.view[index * self.stride :][: self.size_bytes])
 
     def give_back(self, index: int) -> None:
-        """Let the memory of one expert go."""
+        """Give the memory of one expert back to the kernel."""
         self._map.madvise(mmap.MADV_DONTNEED, index * self.stride, self.size_bytes)
 
 
 def arena_stride(size_bytes: int) -> int:
-    """How far places for experts of this size lie apart: whole pages, huge ones for experts that fill one."""
+    """The distance between places for experts of this size: whole pages, huge ones if an expert fills one."""
     page_bytes = _HUGE if size_bytes >= _HUGE else buffer_capacity(1)
     return -(-size_bytes // page_bytes) * page_bytes

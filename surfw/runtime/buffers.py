@@ -1,9 +1,9 @@
-"""Memory for chunks: buffers of private anonymous pages, and where the tensors of a chunk lie in them. Without torch.
+"""Memory for chunks: buffers of private anonymous pages, and the layout of a chunk's tensors in them. Without torch.
 
-Buffers use huge pages where there are any. In a buffer every tensor lies at a
-multiple of 64 bytes. Stored payloads have no gaps: their tensors are ordered so that the aligned ones come first and
-stay where they are; the few others are moved apart after the payload has been verified, from the last to the first,
-within the same buffer. Alignment is not only speed: some kernels give other bits for weights at odd addresses.
+Buffers use huge pages if the kernel has them. Every tensor in a buffer begins at a multiple of 64 bytes. Stored
+payloads have no gaps: their tensors are ordered so that the aligned ones come first and need not move; the few others
+are moved to aligned places within the same buffer, from the last to the first, once the payload is verified. Alignment
+matters not only for speed: some kernels give other bits for unaligned weights.
 """
 
 import mmap
@@ -17,7 +17,7 @@ _HUGE = 2 << 20
 
 
 def plan_layout(sizes_bytes: Sequence[int]) -> tuple[list[int], int]:
-    """Where tensors of these sizes lie, each at a multiple of 64, and the bytes that all of them take."""
+    """The offsets of tensors of these sizes, each a multiple of 64, and the bytes that they take together."""
     offsets, end = [], 0
     for size in sizes_bytes:
         offsets.append(aligned(end))
@@ -28,7 +28,7 @@ def plan_layout(sizes_bytes: Sequence[int]) -> tuple[list[int], int]:
 def spread(payload: memoryview, sizes_bytes: Sequence[int]) -> None:
     """Move the tensors of a payload without gaps to their places, within the same memory.
 
-    Places lie at or behind where a tensor is stored, so going from the last to the first overwrites nothing.
+    Every place is at or after the tensor's stored offset, so moving from the last to the first overwrites nothing.
     """
     stored = sum(sizes_bytes)
     for size, place in zip(reversed(sizes_bytes), reversed(plan_layout(sizes_bytes)[0]), strict=True):
@@ -38,16 +38,16 @@ def spread(payload: memoryview, sizes_bytes: Sequence[int]) -> None:
 
 
 def buffer_capacity(size_bytes: int) -> int:
-    """What a buffer of this size really takes: whole pages."""
+    """The size of a buffer for `size_bytes`: whole pages, at least one."""
     return max(mmap.PAGESIZE, -(-size_bytes // mmap.PAGESIZE) * mmap.PAGESIZE)
 
 
 class Buffer:
-    """A piece of page-aligned memory; huge pages, as far as it fills them, because devices write faster into those.
+    """Page-aligned memory, in huge pages as far as it fills them, since devices write to those faster.
 
     Attributes:
-        is_locked: whether a device has locked its pages, so that it can read them itself.
-        is_shared: whether several models may hold it, so that nobody writes to it again.
+        is_locked: whether its pages are locked, so that a device can read them directly.
+        is_shared: whether several models may hold it, so that it must not be written again.
     """
 
     def __init__(self, size_bytes: int) -> None:
@@ -61,7 +61,7 @@ class Buffer:
         except OSError as exc:
             raise SurfwError(f"there is no memory for a chunk of {size_bytes} bytes: {exc.strerror}") from exc
         if huge_bytes:
-            with suppress(OSError):  # a kernel without huge pages: ordinary ones do
+            with suppress(OSError):  # a kernel without huge pages uses ordinary ones
                 self._map.madvise(mmap.MADV_HUGEPAGE, 0, huge_bytes)
                 if mapped_bytes > huge_bytes:
                     self._map.madvise(mmap.MADV_NOHUGEPAGE, huge_bytes, mapped_bytes - huge_bytes)
@@ -69,7 +69,7 @@ class Buffer:
 
     @classmethod
     def over(cls, view: memoryview) -> "Buffer":
-        """Memory that another object maps: page-aligned, and of whole pages."""
+        """A buffer over memory that another object maps, which must be page-aligned and consist of whole pages."""
         buffer = cls.__new__(cls)
         buffer.capacity_bytes, buffer.view = view.nbytes, view
         buffer.is_locked = buffer.is_shared = False

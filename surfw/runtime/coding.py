@@ -1,11 +1,11 @@
-"""Chunks that wait in host memory with their exponents coded, so that fewer bytes are copied, and more of them fit.
+"""Codes the exponents of chunks in host memory, so that fewer bytes are copied and more chunks fit.
 
-A chunk arrives as it is, whatever form its source has, and is copied to the device as it is. There it is coded, and
-decoded again: only what comes to the same bits is used. The coded pieces go back to page-locked host memory, the one
-place where data goes back, and once. From then on they are copied, through two pieces of memory on the device, and each
-is decoded into its place while the next one is copied.
+A chunk arrives uncoded, whatever form its source has, and is copied to the device uncoded. There it is coded and
+decoded again; the coded form is used only if the same bits result. The coded pieces are copied back once to page-locked
+host memory; no other data ever goes from the device to the host. From then on the pieces are copied through two staging
+buffers on the device, and each is decoded into its place while the next one is copied.
 
-It pays, or it is not used: a chunk that hardly gets smaller stays as it is, and so do all of them where decoding the
+Coding is used only where it pays: a chunk that hardly gets smaller stays uncoded, and so do all chunks if decoding the
 first one takes the device longer than it saves in copying.
 """
 
@@ -28,20 +28,20 @@ logger = logging.getLogger("surfw.runtime")
 
 _LEAST_BYTES = 64 << 10
 _LEAST_SHARE = 0.875
-"""Of a chunk that is coded, at least this part is bfloat16."""
+"""A chunk is coded only if at least this share of it is bfloat16."""
 
 _STAGES = 2
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Coded:
-    """A chunk in host memory, its exponents coded: its pieces, and the buffer of each."""
+    """A chunk in host memory with coded exponents: its pieces, each with its buffer."""
 
     pieces: tuple[tuple[Piece, Buffer], ...]
 
     @property
     def nbytes(self) -> int:
-        """What is copied of it."""
+        """How many bytes are copied."""
         return sum(piece.nbytes for piece, _ in self.pieces)
 
     @property
@@ -51,7 +51,7 @@ class Coded:
 
 
 def usual_bytes(chunk: Chunk, dtypes: Mapping[str, torch.dtype]) -> int | None:
-    """What a chunk is expected to take, coded; None if it is not to be coded."""
+    """The expected coded size of a chunk; None if it is not to be coded."""
     size = held_bytes(chunk, dtypes)
     if packed_form(chunk) or size < _LEAST_BYTES:
         return None
@@ -64,29 +64,29 @@ def usual_bytes(chunk: Chunk, dtypes: Mapping[str, torch.dtype]) -> int | None:
 
 
 def most_bytes(size_bytes: int) -> int:
-    """The most host memory that a chunk of this size takes, coded."""
+    """The most host memory that a chunk of this size takes in coded form."""
     pieces = len(cut(size_bytes // 2))
     return buffer_capacity(int(MOST_SHARE * size_bytes)) + pieces * buffer_capacity(1)
 
 
 def coding_bytes(size_bytes: int) -> int:
-    """Memory of a device, besides slots, with which chunks up to this size are coded and decoded."""
+    """Device memory, besides slots, for coding and decoding chunks up to this size."""
     words = size_bytes // 2
     stage, largest = _up(room_bytes(words)), max(size for _, size in cut(words))
     return _STAGES * stage + _up(scratch_bytes(words)) + _up(2 * largest)
 
 
 class Coder:
-    """Codes chunks on a device, and brings coded ones there.
+    """Codes chunks on a device, and copies coded ones there.
 
-    The caller sees to it that one thread at a time copies, and one at a time codes.
+    The caller has to ensure that one thread at a time copies, and one at a time codes.
 
     Attributes:
-        pays: whether decoding takes less time than it saves; None before that was measured.
+        pays: whether decoding takes less time than it saves; None before it was measured.
     """
 
     def __init__(self, device: Device) -> None:
-        """Take no memory yet."""
+        """Allocate no memory yet."""
         self.pays: bool | None = None
         self._device = device
         self._stages: list[tuple[torch.Tensor, Copy | None]] = []
@@ -95,18 +95,18 @@ class Coder:
         """Issue the copies of a coded chunk, and its decoding.
 
         Args:
-            coded: what `encode` made.
+            coded: from `encode`.
             into: memory of the device: uint8, of the chunk's size.
 
         Returns:
-            The copies; and the last decoding, which is what to wait for.
+            The copies, and the last decoding, which is the one to wait for.
         """
         device = self._device
         with torch.inference_mode(mode=False):  # or other threads could not write to it
             words = into.view(torch.int16)
         room = _up(room_bytes(len(words)))
         if not self._stages or len(self._stages[0][0]) < room:
-            self._stages.clear()  # the old ones are used again only by later copies
+            self._stages.clear()  # only later copies reuse the memory of the old ones
             self._stages = [(device.allocate(room), None) for _ in range(_STAGES)]
         copies, decoded = [], None
         for piece, buffer in coded.pieces:
@@ -117,19 +117,19 @@ class Coder:
             decoded = device.decode(stage, piece, words[piece.start : piece.start + piece.words])
             self._stages.append((stage, decoded))
         assert decoded is not None, "a coded chunk has pieces"
-        device.wait_for_decoding(decoded)  # whoever is copied to this memory next, or to the memory of the stages
+        device.wait_for_decoding(decoded)  # before the next copy to this memory, or to that of the stages
         return copies, decoded
 
     def encode(self, memory: torch.Tensor, copied: Copy, is_gone: Callable[[], bool]) -> Coded | None:
         """Code a chunk that was copied.
 
         Args:
-            memory: where it is on the device: uint8, of the chunk's size.
+            memory: of the chunk on the device: uint8, of its size.
             copied: its copy, which is done.
-            is_gone: whether its slot is another chunk's by now; what was coded then is nothing.
+            is_gone: whether its slot was evicted, in which case the coded bytes are worthless.
 
         Returns:
-            The chunk; None where that does not pay.
+            The coded chunk; None if coding failed or does not pay.
         """
         device, words = self._device, memory.view(torch.int16)
         cuts = cut(len(words))
@@ -151,10 +151,10 @@ class Coder:
                 if not self.pays:
                     return None
                 pieces.append((piece, self._write_back(out, piece, again)))
-        except Exception as exc:  # noqa: BLE001 - no memory, no compiler for Triton: the chunk is there, and exact
+        except Exception as exc:  # noqa: BLE001 - no memory, or no compiler for Triton: the uncoded chunk is usable
             if not is_gone():
                 self.pays = False
-                said = str(exc)[:300]  # not the error itself, which holds memory
+                said = str(exc)[:300]  # not the error itself, which keeps memory alive
                 logger.warning(
                     "weights are copied to %s as they are, since they cannot be coded there: %s", device.name, said
                 )
@@ -162,15 +162,15 @@ class Coder:
         return Coded(tuple(pieces))
 
     def gave_up(self) -> bool:
-        """Whether it was found not to pay."""
+        """Whether coding was found not to pay."""
         return self.pays is False
 
     def drop(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         self._stages.clear()
 
     def _write_back(self, out: torch.Tensor, piece: Piece, again: torch.Tensor) -> Buffer:
-        """Copy a piece to host memory, and back into some memory of the device, where it is to be the same."""
+        """Copy a piece to host memory, and back to the device to check that it is the same."""
         buffer = Buffer(piece.nbytes)
         self._device.page_lock(buffer)
         there, here, back = (memory[: piece.nbytes] for memory in (out, flat_view(buffer), again))

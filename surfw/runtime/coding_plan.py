@@ -1,4 +1,4 @@
-"""What is coded on the way to a device. Pure: needs, limits and sizes in, a decision out."""
+"""Which chunks are coded for copies to a device. Pure: needs, limits and sizes in, a decision out."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -15,16 +15,16 @@ from surfw.runtime.plan import (
 )
 
 USUAL_SHARE = 0.71
-"""What is expected of a chunk that was not coded yet: with 2 % of escapes, `exponents` come to 0.703."""
+"""The expected coded size of a chunk, as a share of its size; with 2 % of escapes, `exponents` reaches 0.703."""
 
 
 def plan_device(needs: Needs, limit: Limit, coding_bytes: int) -> ResidencyPlan:
-    """The plan of a device: with memory for coding, where chunks are copied in every pass and fewer bytes are with it.
+    """The plan of a device: with memory for coding if that reduces the bytes copied in every pass.
 
     Args:
-        needs: the model on the device.
-        limit: of its memory.
-        coding_bytes: memory for coding; 0 where that is not offered.
+        needs: of the model on the device.
+        limit: of device memory.
+        coding_bytes: memory for coding; 0 to disable it.
 
     Raises:
         ConfigurationError: the limit is too small for the model.
@@ -42,12 +42,12 @@ def plan_device(needs: Needs, limit: Limit, coding_bytes: int) -> ResidencyPlan:
 
 
 def choose_coded(needs: Needs, limit: Limit, coded: Mapping[str, int]) -> frozenset[str]:
-    """Which chunks are to wait in coded form: as many as fit beside a ring for the others, spread over the depth.
+    """Which chunks to keep in coded form: as many as fit beside a ring for the others, spread over the depth.
 
     Args:
-        needs: of host memory, see `plan.needs_behind`; its `passing` are those that stay on the device.
+        needs: of host memory, see `plan.needs_behind`; its `passing` chunks are resident on the device.
         limit: of host memory.
-        coded: what each chunk takes that can be coded.
+        coded: the coded size of each chunk that can be coded.
     """
     names = [one for one in dict.fromkeys(needs.cycle) if one in coded and one not in needs.passing | needs.tables]
     if limit.budget_bytes is None:
@@ -58,16 +58,16 @@ def choose_coded(needs: Needs, limit: Limit, coded: Mapping[str, int]) -> frozen
 
 
 def with_coded(needs: Needs, coded: Mapping[str, int]) -> Needs:
-    """The same needs of host memory where these chunks wait in coded form, and take so much."""
+    """The same needs of host memory if these chunks are kept in coded form, in these sizes."""
     return replace(needs, passing=needs.passing.union(coded), working_bytes=sum(coded.values()))
 
 
 def copied_per_pass(plan: ResidencyPlan, needs: Needs, coded: Mapping[str, int]) -> int:
-    """What is copied to the device in one pass, where these chunks are so large.
+    """How many bytes one pass copies to the device.
 
     Args:
         plan: of the device.
         needs: of the device, with their schedule.
-        coded: what is copied of each chunk that waits in coded form.
+        coded: how many bytes are copied of each coded chunk.
     """
     return bytes_per_pass(replace(plan, sizes={**plan.sizes, **coded}), needs.cycle)

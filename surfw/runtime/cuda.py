@@ -1,4 +1,4 @@
-"""CUDA devices: streams, events and page-locked memory as torch has them."""
+"""CUDA devices, with torch's streams, events and page-locked memory."""
 
 import logging
 import weakref
@@ -23,7 +23,7 @@ _HEADROOM_BYTES, _HEADROOM_SHARE = 512 * MIB, 0.05
 
 
 class _CudaCopy:
-    """A copy, or a decoding, between two events of its stream; who waits for it on the host sleeps meanwhile."""
+    """A copy or a decoding between two events of its stream; waiting for it on the host sleeps instead of spinning."""
 
     def __init__(self) -> None:
         self.begin: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
@@ -45,7 +45,7 @@ class CudaDevice(Device):
     working_bytes = _WORKING_BYTES
 
     def __init__(self, index: int) -> None:
-        """Use the device of that index."""
+        """Use the device with this index."""
         self.torch_device = torch.device("cuda", index)
         self.name = torch.cuda.get_device_name(index)
         self._has_warned = False
@@ -55,7 +55,7 @@ class CudaDevice(Device):
             self.decoder = _decode
 
     def find_budget(self) -> DefaultBudget:
-        """What is free, less a headroom; memory that torch has cached counts as free."""
+        """The free memory, less a headroom; memory that torch has cached counts as free."""
         free, total = torch.cuda.mem_get_info(self.torch_device)
         reserved, used = torch.cuda.memory_reserved(self.torch_device), torch.cuda.memory_allocated(self.torch_device)
         free += reserved - used
@@ -67,7 +67,7 @@ class CudaDevice(Device):
         )
 
     def allocate(self, size_bytes: int) -> torch.Tensor:
-        """Memory of the stream that copies."""
+        """Allocate memory that belongs to the copy stream."""
         try:
             with torch.cuda.stream(self._copies), torch.inference_mode(mode=False):
                 return torch.empty(size_bytes, dtype=torch.uint8, device=self.torch_device)
@@ -78,7 +78,7 @@ class CudaDevice(Device):
             ) from exc
 
     def page_lock(self, buffer: Buffer) -> None:
-        """Register the buffer with CUDA; it is unregistered before it is unmapped. Where that fails, warn once."""
+        """Register the buffer with CUDA until it is unmapped; if that fails, warn once."""
         if buffer.is_locked:
             return
         address = torch.frombuffer(buffer.view, dtype=torch.uint8).data_ptr()
@@ -90,7 +90,7 @@ class CudaDevice(Device):
             weakref.finalize(buffer, _unregister, runtime, address, buffer.view)
             return
         with suppress(RuntimeError):
-            torch.zeros(1, device=self.torch_device)  # takes note of the error, so that no kernel after it does
+            torch.zeros(1, device=self.torch_device)  # clears the pending error, so that no later kernel raises it
         if not self._has_warned:
             self._has_warned = True
             logger.warning(
@@ -100,7 +100,7 @@ class CudaDevice(Device):
             )  # fmt: skip
 
     def copy(self, into: torch.Tensor, source: torch.Tensor) -> Copy:
-        """Issue it on the stream that copies."""
+        """Issue the copy on the copy stream."""
         copy = _CudaCopy()
         copy.begin.record(self._copies)
         with torch.cuda.stream(self._copies):
@@ -109,18 +109,18 @@ class CudaDevice(Device):
         return copy
 
     def wait(self, copied: Copy) -> object:
-        """Make the current stream wait."""
+        """Make the current stream wait, and return it."""
         stream: Any = torch.cuda.current_stream(self.torch_device)
         assert isinstance(copied, _CudaCopy), "computing waits for copies"
         stream.wait_event(copied.end)
         return stream
 
     def wait_for_computing(self, stream: Any) -> None:
-        """Make the stream that copies wait."""
+        """Make the copy stream wait."""
         self._copies.wait_stream(stream)
 
     def decode(self, coded: torch.Tensor, piece: Piece, into: torch.Tensor) -> Copy:
-        """Issue it on the stream that decodes."""
+        """Issue the decoding on the decoding stream."""
         decoding = _CudaCopy()
         self._decodes.wait_stream(self._copies)
         decoding.begin.record(self._decodes)
@@ -130,16 +130,16 @@ class CudaDevice(Device):
         return decoding
 
     def wait_for_decoding(self, decoded: Copy) -> None:
-        """Make the stream that copies wait."""
+        """Make the copy stream wait."""
         assert isinstance(decoded, _CudaCopy), "decoding has an end"
         self._copies.wait_event(decoded.end)
 
     def between_copies(self) -> AbstractContextManager[object]:
-        """Compute on the stream that copies."""
+        """Compute on the copy stream."""
         return torch.cuda.stream(self._copies)
 
     def time(self, work: Callable[[], object]) -> float:
-        """Between two events of the stream that copies."""
+        """Measure with two events of the copy stream."""
         timed = _CudaCopy()
         with self.between_copies():
             timed.begin.record(self._copies)
@@ -153,16 +153,16 @@ class CudaDevice(Device):
         torch.cuda.synchronize(self.torch_device)
 
     def close(self) -> None:
-        """Let torch give back what it has cached for this."""
+        """Make torch free the memory that it has cached."""
         torch.cuda.empty_cache()
 
 
 def _decode(coded: torch.Tensor, piece: Piece, into: torch.Tensor) -> None:
-    from surfw.runtime.exponents_triton import decode  # takes seconds, and is rarely needed
+    from surfw.runtime.exponents_triton import decode  # this import takes seconds, and is rarely needed
 
     decode(coded, piece, into)
 
 
 def _unregister(runtime: Any, address: int, _view: memoryview) -> None:
-    """Let the pages of a buffer go; the view has kept them mapped until now."""
+    """Unregister the pages of a buffer; the view has kept them mapped until now."""
     runtime.cudaHostUnregister(address)

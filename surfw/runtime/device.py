@@ -1,9 +1,9 @@
 """Devices that a model computes on: their memory, copies into it, and the order of copying and computing.
 
-Copies have a stream of their own; computing has the one that is current where the model runs. Events order the two, in
-both directions: computing waits for the copy of what it reads, and a copy waits for those who read its memory before.
-None of these waits holds up the host. Memory of the device belongs to the stream of the copies, so what is given back
-is used again only by later copies. What arrives coded (`exponents`) is decoded beside the copies that come after it.
+Copies have a stream of their own; computing uses the current stream of the model's thread. Events order the two in both
+directions: computing waits for the copy of what it reads, and a copy waits for earlier readers of its memory. None of
+these waits blocks the host. Device memory belongs to the copy stream, so freed memory is reused only by later copies.
+Coded chunks (`exponents`) are decoded concurrently with the copies that follow.
 """
 
 import time
@@ -36,20 +36,20 @@ class Copy(Protocol):
         """Whether it is done."""
 
     def synchronize(self) -> None:
-        """Wait on the host until it is."""
+        """Wait on the host until it is done."""
 
     def seconds(self) -> float:
-        """How long it took, once it is done."""
+        """How long it took; call it once it is done."""
 
 
 class Device(ABC):
     """A device with memory of its own.
 
     Attributes:
-        torch_device: as torch calls it.
-        name: for people.
+        torch_device: torch's name for it.
+        name: for messages.
         working_bytes: memory that computing takes besides weights and KV cache, as long as activations are small.
-        decoder: decodes exponents in the current stream; None where the device does not.
+        decoder: decodes exponents in the current stream; None if the device cannot.
     """
 
     torch_device: torch.device
@@ -59,62 +59,62 @@ class Device(ABC):
 
     @abstractmethod
     def find_budget(self) -> DefaultBudget:
-        """What a model may take by default."""
+        """The memory that a model may take by default."""
 
     @abstractmethod
     def allocate(self, size_bytes: int) -> torch.Tensor:
-        """Memory of the device: uint8, of shape (size_bytes,), which threads write to whatever mode they are in.
+        """Allocate device memory: uint8, of shape (size_bytes,), writable inside and outside of inference mode.
 
         Raises:
-            SurfwError: there is none.
+            SurfwError: there is not enough.
         """
 
     @abstractmethod
     def page_lock(self, buffer: Buffer) -> None:
-        """Keep a buffer's pages where they are as long as it lives, so that the device reads them itself."""
+        """Page-lock a buffer for as long as it lives, so that the device can read it directly."""
 
     @abstractmethod
     def copy(self, into: torch.Tensor, source: torch.Tensor) -> Copy:
-        """Copy from host memory, after the copies before it.
+        """Issue a copy from host memory, after all earlier copies.
 
         Args:
-            into: memory of the device.
-            source: host memory of as many bytes, which stays as it is until the copy is done.
+            into: device memory.
+            source: host memory of the same size, which must not change until the copy is done.
         """
 
     @abstractmethod
     def wait(self, copied: Copy) -> object:
-        """Make what is computed from now on wait for a copy; the stream that it is computed on."""
+        """Make later computations wait for a copy; returns the stream that they run on."""
 
     @abstractmethod
     def wait_for_computing(self, stream: object) -> None:
-        """Make copies from now on wait for all that was to be computed on a stream until now, one that `wait` gave."""
+        """Make later copies wait for all computations issued so far on a stream that `wait` returned."""
 
     @abstractmethod
     def decode(self, coded: torch.Tensor, piece: Piece, into: torch.Tensor) -> Copy:
-        """Decode what the copies until now bring, beside the copies from now on; as of `Decode`.
+        """Issue a decoding, after all earlier copies and concurrent with later ones; arguments as for `Decode`.
 
-        What is computed waits for it as for a copy.
+        Computations wait for it as for a copy.
         """
 
     @abstractmethod
     def wait_for_decoding(self, decoded: Copy) -> None:
-        """Make copies from now on wait until something is decoded."""
+        """Make later copies wait for a decoding."""
 
     @abstractmethod
     def between_copies(self) -> AbstractContextManager[object]:
-        """What is computed inside comes after the copies until now, and before those from now on."""
+        """A context in which computations run after all earlier copies and before all later ones."""
 
     @abstractmethod
     def time(self, work: Callable[[], object]) -> float:
-        """How many seconds the device takes for what work computes between copies."""
+        """How many seconds the device takes for the computations of `work`, run between copies."""
 
     @abstractmethod
     def synchronize(self) -> None:
-        """Wait on the host until the device has nothing to do."""
+        """Wait on the host until the device is idle."""
 
     def measure_copying(self, size_bytes: int = 64 * MIB) -> float:
-        """Bytes per second of copies out of page-locked memory; it takes so much memory on both sides."""
+        """Bytes per second of copies from page-locked memory; takes `size_bytes` of memory on both sides."""
         buffer, memory = Buffer(size_bytes), self.allocate(size_bytes)
         self.page_lock(buffer)
         source = torch.frombuffer(buffer.view, dtype=torch.uint8)[:size_bytes]
@@ -127,17 +127,17 @@ class Device(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of all that is not memory, once nobody copies any more."""
+        """Free all resources other than memory; nothing may be copied any more."""
 
 
 def open_device(device: str | torch.device) -> Device | None:
-    """A device by its name; None for the CPU.
+    """Open a device by name; None for the CPU.
 
     Args:
-        device: `cpu`, `cuda`, `cuda:1`, or `auto`: the first CUDA device where torch sees one.
+        device: `cpu`, `cuda`, `cuda:1`, or `auto`: the first CUDA device if torch sees one, else the CPU.
 
     Raises:
-        ConfigurationError: there is no such device, or surfw does not compute there.
+        ConfigurationError: there is no such device, or surfw does not support it.
     """
     name = check_device(device)
     if name == SIMULATED:
@@ -164,10 +164,10 @@ def open_device(device: str | torch.device) -> Device | None:
 
 
 def check_device(device: str | torch.device) -> str:
-    """The name of a device that surfw computes on.
+    """Check that surfw can compute on a device; returns its name.
 
     Raises:
-        ConfigurationError: it is none.
+        ConfigurationError: it cannot.
     """
     name = str(device)
     if is_device(name) or name == SIMULATED:

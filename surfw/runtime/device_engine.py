@@ -1,8 +1,8 @@
-"""The engine of a device's memory: its slot table decides what is copied there, kept, and written over.
+"""The engine of a device's memory: its slot table decides what is copied there, kept, and evicted.
 
-It is an engine like that of host memory, one tier nearer: its loads are copies from the slots of a `Lender`. The two
-tables have a plan each. What the device keeps only passes through host memory; what it does not keep is streamed to it
-in every pass, from host memory as far as it fits there, and through it from the source where it does not.
+It works like the engine of host memory, one tier nearer: its loads are copies from the slots of a `Lender`. Each of the
+two tables has its own plan. Chunks resident on the device only pass through host memory. The others are streamed to the
+device in every pass: from host memory if they fit there, else from the source through host memory.
 """
 
 from collections.abc import Iterator, Mapping
@@ -28,15 +28,15 @@ from surfw.runtime.schedule import Phases
 
 
 class DeviceEngine(Engine):
-    """Chunks of one model, in and out of a device's memory. Used as any engine.
+    """Loads and evicts the chunks of one model in a device's memory. Used as any engine.
 
     Attributes:
         below: the engine of host memory.
         device: where the model computes.
-        coding_bytes: the device's memory for coding chunks, where that pays; 0 if it is not offered.
+        coding_bytes: device memory for coding chunks, where that pays; 0 to disable coding.
     """
 
-    watches_layers = False  # a pass takes milliseconds there, and what watches its layers would be a part of that
+    watches_layers = False  # a pass takes milliseconds there, so hooks on its layers would be noticeable
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class DeviceEngine(Engine):
         prefetch: bool,
         coding_bytes: int = 0,
     ) -> None:
-        """Make a plan; arguments as of `Engine`, and attributes.
+        """Make a plan; arguments as for `Engine`, and as described for the attributes.
 
         Raises:
             ConfigurationError: the limit is too small for the model.
@@ -65,7 +65,7 @@ class DeviceEngine(Engine):
             below.manifest, needs, limit, loader, io=io, metrics=metrics, phases=phases, tables=tables,
             prefetch=prefetch,
         )  # fmt: skip
-        self.rows: DeviceRows = DeviceRows(below, device)  # type: ignore[assignment]  # the same to those who use it
+        self.rows: DeviceRows = DeviceRows(below, device)  # type: ignore[assignment]  # has the methods that are used
 
     def _open_tier(self, loader: Loader, io: IoThread, plan: ResidencyPlan) -> Tier:
         return DeviceTier(self.below, loader, io, self.device, metrics=self.metrics, plan=plan)
@@ -75,7 +75,7 @@ class DeviceEngine(Engine):
 
     @contextmanager
     def running(self, run: Run, *, prefetch: bool = True) -> Iterator[None]:
-        """As of `Engine`: rows of tables are read for the same run."""
+        """As for `Engine`; rows of tables are read for the same run."""
         with super().running(run, prefetch=prefetch):
             before, self.below.run = self.below.run, run
             try:
@@ -84,11 +84,11 @@ class DeviceEngine(Engine):
                 self.below.run = before
 
     def stay(self, module: str) -> bool:
-        """As of `Engine`: also where others are streamed, if all of its chunks stay on the device."""
+        """As for `Engine`, but even if other chunks are streamed, as long as its own are all pinned on the device."""
         return self._stay(module)
 
     def read(self, name: str) -> torch.Tensor:
-        """As of `Engine`, on the device."""
+        """As for `Engine`; the copy is on the device."""
         with self._lock:
             self._sync()
             chunk = self.manifest.home[name].name
@@ -97,12 +97,12 @@ class DeviceEngine(Engine):
         return self.below.read(name).to(self.device.torch_device)
 
     def clear(self) -> None:
-        """As of `Engine`, in both tiers."""
+        """As for `Engine`, in both tiers."""
         super().clear()
         self.below.clear()
 
     def close(self) -> None:
-        """As of `Engine`, in both tiers."""
+        """As for `Engine`, in both tiers."""
         try:
             super().close()
         finally:
@@ -110,22 +110,22 @@ class DeviceEngine(Engine):
             self.device.close()
 
     def shrink(self, size_bytes: int) -> tuple[int, int] | None:
-        """As of `Engine`, of host memory."""
+        """As for `Engine`, for host memory."""
         return self.below.shrink(size_bytes)
 
     @property
     def claimed_bytes(self) -> int:
-        """As of `Engine`, of host memory."""
+        """As for `Engine`, for host memory."""
         return self.below.claimed_bytes
 
     @property
     def anonymous_bytes(self) -> int:
-        """As of `Engine`, of host memory."""
+        """As for `Engine`, for host memory."""
         return self.below.anonymous_bytes
 
     @property
     def copied_per_pass(self) -> int:
-        """What is copied in one pass, in bytes, once all is coded in host memory that is to be."""
+        """The bytes copied in one pass, once all chunks in host memory are coded that are to be."""
         return copied_per_pass(self.plan, self.needs, self.below.copied_bytes())
 
     def _plan(self, needs: Needs, limit: Limit) -> ResidencyPlan:
@@ -135,21 +135,21 @@ class DeviceEngine(Engine):
         before = self.plan.pinned
         super()._replan(needs, limit)
         new = [one.name for one in self.manifest.chunks if one.name in self.plan.pinned - before]
-        self._obey(self.table.fetch([name for name in new if self.below.has(name)]))  # while host memory has them
+        self._obey(self.table.fetch([name for name in new if self.below.has(name)]))  # while they are in host memory
         pinned = self.plan.pinned
         self.below.pass_on(pinned, self._needs.tables - pinned, is_coding=bool(self.plan.coding_bytes))
 
 
 class DeviceRows:
-    """Looks up rows of tables that are not on the device: in host memory, or in the source."""
+    """Looks up rows of tables that are not on the device, in host memory or in the source."""
 
     def __init__(self, below: Lender, device: Device) -> None:
-        """Look up nothing yet."""
+        """Use the host engine's tables; results are on the device."""
         self._below = below
         self._device = device
 
     def lookup(self, name: str, ids: torch.Tensor) -> torch.Tensor:
-        """As `RowReader.lookup`: of ids on the CPU; the result is on the device."""
+        """As `RowReader.lookup`, with ids on the CPU and the result on the device."""
         chunk = self._below.manifest.home[name].name
         lent = self._below.lend_rows(chunk)
         if lent is None:
@@ -165,5 +165,5 @@ class DeviceRows:
         return self._below.rows.tensor(name).to(self._device.torch_device)
 
     def clear(self) -> None:
-        """As of `RowReader`."""
+        """As for `RowReader`."""
         self._below.rows.clear()

@@ -1,9 +1,9 @@
 """The memory behind the slots of a device: copies of the host tier's slots, and tensors over them.
 
-A load takes a chunk from the host's engine, which brings it if need be and keeps it in place as long as it is read, and
-copies it whole. It has ended when the copy has been issued: from then on, the device keeps the order. What computes
-waits for the copy, and a copy waits for those who computed with what was there before. Where a chunk is to be coded
-(`coding`), that is done after its copy and before its load has ended.
+A load borrows a chunk from the host's engine, which loads it if necessary and holds it while it is read, and copies the
+whole chunk. The load ends once the copy is issued; from then on, the device keeps the order: computing waits for the
+copy, and a copy waits for computations that use the previous contents of its memory. If a chunk is to be coded
+(`coding`), that happens after its copy and before its load ends.
 
 Invariant: a chunk of the host tier is held from before the copy is issued until it is done.
 """
@@ -37,16 +37,16 @@ _NOTHING = torch.empty(0, dtype=torch.uint8)
 
 @dataclass(slots=True, eq=False)
 class DeviceContents:
-    """What a slot of the device is made of.
+    """The contents of a slot on the device.
 
     Attributes:
         chunk: the chunk that it holds or receives.
-        size_bytes: what is copied of it.
-        memory: of its own: uint8, of shape (bytes,); empty once the slot is gone.
-        load: done when the copy has been issued, or could not be.
-        copied: the copy, or what decodes it.
-        streams: those that it was used on.
-        is_gone: whether the slot is no longer this chunk's, so that nothing may be copied to its memory.
+        size_bytes: how many bytes are copied.
+        memory: uint8, of shape (bytes,); empty once the slot is evicted.
+        load: done when the copy was issued, or could not be.
+        copied: the copy, or the decoding after it.
+        streams: the streams that used the chunk.
+        is_gone: whether the slot was evicted, so that nothing may be copied to its memory.
         tensors: parameters over the memory, made at the first use.
     """
 
@@ -61,7 +61,7 @@ class DeviceContents:
 
 
 class _Issued(Future[None]):
-    """The load of a chunk whose copy was issued at once."""
+    """The load of a chunk whose copy was issued immediately."""
 
     is_ending = False
 
@@ -71,16 +71,16 @@ class _Issued(Future[None]):
 
 
 class DeviceTier:
-    """Contents of slots in a device's memory. Not thread-safe: the engine has the lock.
+    """Contents of slots in a device's memory. Not thread-safe: the engine holds the lock.
 
     Attributes:
-        spare: the ring's empty memory, all of its size.
+        spare: unused memory of the ring, all of its size.
     """
 
     def __init__(
         self, host: Lender, loader: Loader, io: IoThread, device: Device, *, metrics: Metrics, plan: ResidencyPlan
     ) -> None:
-        """Start empty: chunks come from the host's engine."""
+        """Start empty; chunks are copied from the host's engine."""
         self.spare: list[torch.Tensor] = []
         self._host = host
         self._loader = loader
@@ -89,20 +89,20 @@ class DeviceTier:
         self._metrics = metrics
         self._plan = plan
         self._contents: dict[str, DeviceContents] = {}
-        self._in_flight: dict[str, Future[None]] = {}  # loads that `collect` has not told of
-        self._unfinished: set[Job[None]] = set()  # what reads chunks of the host, or memory of slots that may be gone
+        self._in_flight: dict[str, Future[None]] = {}  # loads that `collect` has not reported
+        self._unfinished: set[Job[None]] = set()  # jobs that read host chunks, or memory of slots that may be evicted
         self._issuing = threading.Lock()
         self._coder = Coder(device)
         self._coding = asyncio.Semaphore(1)
 
     def __getitem__(self, name: str) -> DeviceContents:
-        """The contents of the slot of a chunk."""
+        """The contents of a chunk's slot."""
         return self._contents[name]
 
     def adopt(self, plan: ResidencyPlan) -> None:
-        """Make slots for another plan from now on."""
+        """Create slots for another plan from now on."""
         if plan.ring_bytes != self._plan.ring_bytes and self.spare:
-            self._device.synchronize()  # before memory goes that a copy may still come to
+            self._device.synchronize()  # a copy may still write to the memory that is freed
             self.spare.clear()
         self._plan = plan
         if not plan.coding_bytes:
@@ -110,12 +110,12 @@ class DeviceTier:
                 self._coder.drop()
 
     def load(self, slot: Slot, priority: int) -> None:
-        """Begin to copy a chunk: now, if it is in host memory, or once it is."""
+        """Begin to copy a chunk, immediately or once it is in host memory."""
         memory = self.spare.pop() if slot.in_ring and self.spare else None
         if memory is None or memory.numel() < slot.size_bytes:
             if memory is not None:
                 self._device.synchronize()  # as in `adopt`
-            memory = None  # gone before there is a larger one
+            memory = None  # freed before more is allocated
             memory = self._device.allocate(slot.size_bytes)
         contents = DeviceContents(self._host.manifest.by_name[slot.name], self._plan.sizes[slot.name], memory)
         lent = self._host.lend_ready(slot.name)
@@ -128,19 +128,19 @@ class DeviceTier:
         self._in_flight[slot.name] = contents.load
 
     def read(self, name: str) -> dict[str, torch.Tensor]:
-        """The tensors of a chunk in memory of their own, beside all slots."""
+        """The tensors of a chunk in new memory, without a slot."""
         place = self._device.torch_device
         return {name: tensor.to(place) for name, tensor in self._host.host.read(name).items()}
 
     def collect(self) -> Iterator[tuple[str, bool]]:
-        """The chunks whose loads have ended since this was asked last, and whether they failed."""
+        """The chunks whose loads have ended since the last call, and whether they failed."""
         for name, load in list(self._in_flight.items()):
             if load.done():
                 del self._in_flight[name]
                 yield name, load.cancelled() or load.exception() is not None
 
     def tensors(self, contents: DeviceContents) -> dict[str, torch.Tensor]:
-        """Parameters over a chunk whose load has ended; what is computed from now on waits for the copy.
+        """Parameters over a chunk whose load has ended; later computations wait for the copy.
 
         Raises:
             ModelClosedError: the load was cancelled.
@@ -155,79 +155,79 @@ class DeviceTier:
         return contents.tensors
 
     def expect_unchanged(self, names: Iterable[str]) -> None:
-        """Nothing is mapped."""
+        """Do nothing: on a device, nothing is mapped."""
 
     def check(self, contents: DeviceContents) -> None:
-        """Raise what a load that has ended has failed with."""
+        """Raise the error of a load that has ended, if it failed."""
         if contents.load.cancelled():
             raise ModelClosedError(f"the source of {self._host.manifest.name} was closed while it was read")
         contents.load.result()
 
     def evict(self, slot: Slot) -> None:
-        """Let go of a slot's contents; copies from now on wait for what was computed from it."""
+        """Free a slot's contents; later copies wait for computations that use it."""
         contents = self._contents.pop(slot.name)
         self._in_flight.pop(slot.name, None)
         for tensor in contents.tensors.values():
-            torch.autograd.graph.increment_version(tensor)  # so that a backward pass fails, and is not wrong
+            torch.autograd.graph.increment_version(tensor)  # a backward pass that needs it fails instead of being wrong
         contents.tensors.clear()
         with self._issuing:
             contents.is_gone = True
-            memory, contents.memory = contents.memory, _NOTHING  # a load that failed may keep the contents
+            memory, contents.memory = contents.memory, _NOTHING  # a failed load may keep the contents alive
         contents.load.cancel()
         for stream in contents.streams:
             self._device.wait_for_computing(stream)
         if slot.in_ring and memory.numel() == self._plan.ring_bytes:
             self.spare.append(memory)
         elif contents.copied is not None:
-            contents.copied.synchronize()  # before memory goes that it comes to
+            contents.copied.synchronize()  # before its memory is freed
 
     def close(self) -> None:
-        """Let go of everything, and cancel what is on its way; tensors that somebody still holds stay as they are."""
+        """Free everything, and cancel loads in flight; tensors that callers still hold stay valid."""
         for contents in self._contents.values():
             with self._issuing:
                 contents.is_gone = True
             contents.load.cancel()
-        self._device.synchronize()  # before memory goes that is copied to, or from
+        self._device.synchronize()  # before memory is freed that copies read or write
         wait(list(self._unfinished))
         for contents in self._contents.values():
-            contents.memory = _NOTHING  # a load that failed may keep the contents
+            contents.memory = _NOTHING  # a failed load may keep the contents alive
         self._contents.clear()
         self._in_flight.clear()
         self.spare.clear()
         self._coder.drop()
 
     def loads(self) -> dict[str, Future[None]]:
-        """The loads of all chunks that have a slot, which have ended or will."""
+        """The loads, ended or not, of all chunks that have a slot."""
         return {name: contents.load for name, contents in self._contents.items()}
 
     @property
     def anonymous_bytes(self) -> int:
-        """None: this is not the machine's memory."""
+        """Always 0: this is not host memory."""
         return 0
 
     @property
     def mapped(self) -> Mapping[Hashable, int]:
-        """No file: a device has copies."""
+        """Always empty: a device has copies."""
         return {}
 
     def _is_to_be_coded(self, name: str) -> bool:
         return bool(self._plan.coding_bytes) and not self._coder.gave_up() and self._host.is_to_be_coded(name)
 
     async def _bring(self, contents: DeviceContents, lent: Contents | Coded | None, priority: int) -> None:
-        """Copy a chunk, if need be once it is in host memory; and code it, if that is to be done."""
+        """Copy a chunk, once it is in host memory, and code it if it is to be coded."""
         name = contents.chunk.name
         if lent is None:
             lent = await self._host.lend(name, priority)
         copied = self._copy(contents, lent)
         if copied is None or isinstance(lent, Coded) or not self._is_to_be_coded(name):
             return
-        del lent  # its memory is needed for the coded one
+        del lent  # its memory is needed for the coded chunk
         async with self._coding:
             await in_thread(copied.synchronize)
             await in_thread(self._code, contents)
 
     def _code(self, contents: DeviceContents) -> None:
-        """Code a chunk that was copied, and keep it so in host memory."""
+        """Code a chunk that was copied, and keep the coded form in host memory."""
         name, memory = contents.chunk.name, contents.memory
         if contents.is_gone or contents.copied is None or self._coder.gave_up() or not self._host.claim(name):
             return
@@ -240,10 +240,10 @@ class DeviceTier:
                 self._host.code_no_more()
 
     def _copy(self, contents: DeviceContents, lent: Contents | Coded) -> Copy | None:
-        """Issue the copy of a chunk that the host has lent, and give it back when that is done.
+        """Issue the copy of a lent chunk, and return the chunk to the host when it is done.
 
         Returns:
-            The copy, or what decodes it; None if the chunk's slot is gone.
+            The copy, or the decoding after it; None if the chunk's slot was evicted.
         """
         name = contents.chunk.name
         try:
@@ -253,7 +253,7 @@ class DeviceTier:
                 self._await_at_end(self._io.submit(self._return(copies, contents, lent)))
         except BaseException:
             try:
-                self._device.synchronize()  # some of it may have been issued
+                self._device.synchronize()  # some copies may have been issued
             finally:
                 self._give_back(name, lent)
             raise
@@ -278,7 +278,7 @@ class DeviceTier:
         return job
 
     async def _return(self, copies: Sequence[Copy], contents: DeviceContents, lent: Contents | Coded) -> None:
-        """Give a chunk back once it is copied."""
+        """Return a chunk to the host once it is copied."""
         name = contents.chunk.name
         try:
             await in_thread(copies[-1].synchronize)

@@ -1,15 +1,15 @@
-"""Brings chunks of a model into memory and out again, as its slot table decides.
+"""Loads and evicts the chunks of a model, as its slot table decides.
 
-The engine is the driver of a `SlotTable`: it takes the lock, asks, and carries out what the table decides; it owns the
-buffers and the loads that are on their way. It learns from what runs which modules come next (`Schedule`). Another plan
-is made when another schedule has been learned, when memory has to be left for something else, and when weights turn out
-to be used where the plan did not expect it; if no plan fits, everything stays as it was.
+The engine drives a `SlotTable`: it takes the lock, asks the table for a decision, and carries it out. It owns the
+buffers and the loads in flight. It learns the order of the modules by observing what runs (`Schedule`). It makes a new
+plan when the schedule changes, when memory has to be reserved for something else, and when weights turn out to be used
+outside of their module's forward. If no plan fits, nothing changes.
 
-Counting: a chunk that is resident when execution reaches it is a *hit*. A chunk fetched for this very use is
-*prefetched* if it was ready in time, and a *stall* if execution had to wait for it. The three are counted apart.
+Counting: a chunk that is resident when execution reaches it is a *hit*. A chunk fetched for this use is *prefetched* if
+it was ready in time, and a *stall* if execution had to wait for it. The three are counted separately.
 
-Invariants, under one lock: a chunk has a slot if and only if it has contents here; memory that a load still writes to
-is not used for another chunk; a failed load is reported to the one who needs the chunk.
+Invariants, under one lock: a chunk has a slot if and only if it has contents in the tier; memory that a load still
+writes to is not used for another chunk; a failed load is reported to the caller that needs the chunk.
 """
 
 import logging
@@ -47,17 +47,20 @@ _DEMAND, _LAST_PRIORITY = 0, 1 << 30
 
 
 class Engine:
-    """Chunks of one model, in and out of memory. Used by one forward pass at a time; the rest from any thread.
+    """Loads and evicts the chunks of one model.
+
+    One forward pass at a time may use it; the other methods may be called from any thread.
 
     Attributes:
         manifest, metrics: as given.
-        limit: what may be kept now.
+        limit: the current limit on memory.
         table: which chunk is in which slot.
         host: the memory of the slots.
-        rows: reads rows of tables for the run that the engine works for.
-        experts: brings the experts that a router chooses.
-        watches_layers: whether it is told of each module that runs also where all of them stay; if not, of each pass.
-        reached: the chunks of the module that execution has reached last.
+        rows: reads rows of tables for the current run.
+        experts: loads the experts that a router chooses.
+        watches_layers: whether every module reports that it runs even if all of them are resident; if not, only each
+            pass is reported then.
+        reached: the chunks of the module that execution reached last.
     """
 
     watches_layers: ClassVar[bool] = True
@@ -81,15 +84,15 @@ class Engine:
 
         Args:
             manifest: the model.
-            needs: what it needs; its schedule is filled in here.
-            limit: what may be kept.
-            loader: brings chunks into buffers.
-            io: the thread it works in.
-            metrics: counts.
+            needs: its memory needs; the schedule is filled in here.
+            limit: how much memory may be used.
+            loader: loads chunks into buffers.
+            io: the thread that the loader works in.
+            metrics: counts hits, stalls and bytes.
             phases: the order in which modules run, as far as it is known; default: the manifest's, as a cycle.
             tables: modules that can run while their tables are not in memory.
-            rows_bytes: memory for blocks of tables that are being read, and as much for those used last.
-            prefetch: whether chunks are ever fetched ahead of their use.
+            rows_bytes: memory for blocks of tables that are being read, and as much again for the most recent ones.
+            prefetch: whether chunks are ever prefetched.
             order: the modules, and the chunks of each; default: the manifest's.
 
         Raises:
@@ -112,7 +115,7 @@ class Engine:
         self._lock = threading.RLock()
         self._closed = False
         self._run = Run()
-        self._runner: int | None = None  # the thread that has a run
+        self._runner: int | None = None  # the thread of the current run
         self._asked = _DEMAND
         self._beside_bytes = 0
         self.reached: tuple[str, ...] = ()
@@ -124,24 +127,21 @@ class Engine:
         self._announce()
 
     def _open_tier(self, loader: Loader, io: IoThread, plan: ResidencyPlan) -> Tier:
-        """The memory of the slots."""
         return HostTier(self.manifest, loader, io, self.metrics, plan)
 
     def _open_experts(self, loader: Loader, io: IoThread, plan: ResidencyPlan) -> ExpertPool:
-        """The memory of experts."""
         return ExpertPool(
             self.manifest, loader, io=io, metrics=self.metrics, plan=plan, run=lambda: self._run, is_ahead=self._ahead
         )
 
     def _plan(self, needs: Needs, limit: Limit) -> ResidencyPlan:
-        """The plan for these needs under this limit."""
         return plan_residency(needs, limit)
 
-    # What a run asks for.
+    # Called by a run.
 
     @contextmanager
     def running(self, run: Run, *, prefetch: bool = True) -> Iterator[None]:
-        """Work for this run, which says when to stop; without `prefetch`, fetch only what it needs."""
+        """Work for this run, which may be interrupted; without `prefetch`, fetch chunks only when they are needed."""
         before = self._run, self._ahead, self._runner
         self._run, self._ahead, self._runner = run, prefetch and self._ahead, threading.get_ident()
         with self._lock:
@@ -153,15 +153,15 @@ class Engine:
             self._run, self._ahead, self._runner = before
 
     def check(self) -> None:
-        """See whether the run that the engine works for is to end.
+        """Check whether the current run was interrupted.
 
         Raises:
-            SurfwError: it is.
+            SurfwError: it was.
         """
         self._run.check()
 
     def acquire(self, module: str) -> dict[str, torch.Tensor]:
-        """The tensors a module needs, waiting for what is not there yet; they stay until `release`.
+        """The tensors that a module needs, once all are loaded; they are not evicted before `release`.
 
         Raises:
             SurfwError: a chunk could not be loaded, or the run was interrupted.
@@ -177,7 +177,7 @@ class Engine:
                 tensors |= self.host.tensors(contents)
                 if not was_ready:
                     with self._lock:
-                        self._prefetch(names)  # what was waited for is no longer in flight
+                        self._prefetch(names)  # this load no longer counts as in flight
         except BaseException:
             with self._lock:
                 self.table.let_go(names)
@@ -185,7 +185,7 @@ class Engine:
         return tensors
 
     def release(self, module: str) -> None:
-        """The module has run: its chunks may be evicted, and the next ones may come."""
+        """Note that a module has run: its chunks may be evicted, and the next ones prefetched."""
         names = self._schedule.uses[module]
         with self._lock:
             if self._closed:
@@ -197,7 +197,7 @@ class Engine:
             self._prefetch(names if self.plan.policy == "lru" else ())
 
     def observe(self, module: str) -> None:
-        """Note that a module runs without its chunks, looking rows up, and fetch what comes after it.
+        """Note that a module looks up rows instead of loading its chunks, and prefetch what runs next.
 
         Raises:
             SurfwError: the run was interrupted.
@@ -208,10 +208,10 @@ class Engine:
             self._prefetch(())
 
     def foresee(self, modules: Sequence[str]) -> None:
-        """Plan for these modules running again and again in this order, as in training; what runs corrects that.
+        """Plan for these modules as a cycle in this order, as in training; later observations correct the schedule.
 
         Raises:
-            ConfigurationError: the limit is too small for it.
+            ConfigurationError: the limit is too small for that.
         """
         with self._lock:
             for module in [*modules, *modules]:
@@ -220,7 +220,7 @@ class Engine:
             self._replan(self._needs, self.limit)
 
     def by_rows(self, module: str) -> bool:
-        """Whether a module is to look single rows up: its table is not in memory."""
+        """Whether a module is to look up single rows because its table is not in memory."""
         unit = self._units.get(module)
         if unit is None:
             return False
@@ -231,16 +231,16 @@ class Engine:
             return not self.table.is_ready(unit.chunks)
 
     def pin(self, module: str) -> dict[str, torch.Tensor]:
-        """The tensors of a module whose weights are used outside of its own forward; they stay from now on."""
+        """The tensors of a module whose weights are used outside of its own forward; they are pinned from now on."""
         tensors = self.acquire(module)
         self.keep(module)
         return tensors
 
     def keep(self, module: str) -> None:
-        """Never evict the chunks that a module uses now.
+        """Pin the chunks that a module uses.
 
         Raises:
-            ConfigurationError: there is not enough memory to keep them.
+            ConfigurationError: there is not enough memory to pin them.
         """
         with self._lock:
             forced = frozenset(self._schedule.uses[module]) - self._needs.fixed
@@ -260,18 +260,18 @@ class Engine:
                 )  # fmt: skip
 
     def stay(self, module: str) -> bool:
-        """Let a module that has just run keep its tensors in place until its run ends; from now on it only `passes`.
+        """Whether a module that has just run may keep its tensors in place until the run ends.
 
-        Returns:
-            Whether it may: in a run of this thread, where nothing is streamed. If not, it is to be released.
+        It may in a run of this thread that streams nothing; from then on, its uses are reported with `passes`. If not,
+        the caller has to release it.
         """
         return self.plan.everything_fits and self._stay(module)
 
     def passes(self, modules: Sequence[str]) -> None:
-        """Note that modules run, one after another, which have kept their tensors.
+        """Note that modules run, in this order, whose tensors are still in place (see `stay`).
 
         Raises:
-            SurfwError: the run was interrupted, or a mapped file has changed since.
+            SurfwError: the run was interrupted, or a mapped file has changed.
         """
         self._run.pause()
         with self._lock:
@@ -283,18 +283,18 @@ class Engine:
         self.metrics.add("hits", len(names))
 
     def runs_here(self) -> bool:
-        """Whether it works for a run of this thread."""
+        """Whether the current run is one of this thread."""
         return self._runner == threading.get_ident()
 
     def release_all(self) -> None:
-        """Nothing runs: all that was acquired may be evicted."""
+        """Release every chunk that was acquired; nothing runs any more."""
         with self._lock:
             self.table.release_all()
 
-    # What others ask for, meanwhile or between runs.
+    # Called by others, during or between runs.
 
     def read(self, name: str) -> torch.Tensor:
-        """A copy of one tensor, which is the caller's own; what is kept, and what comes next, stays as it was.
+        """A copy of one tensor for the caller; which chunks are resident, and the schedule, stay as they were.
 
         Args:
             name: as in the manifest.
@@ -308,20 +308,20 @@ class Engine:
             if self.table.is_ready([chunk]):
                 return values_of(self.host.tensors(self.host[chunk])[name])
         with self._reading:
-            if self.manifest.home[name].form("none") is None:  # no part of it can be read alone
+            if self.manifest.home[name].form("none") is None:  # such a chunk cannot be read in parts
                 return values_of(self.host.read(chunk)[name])
             return self._outside.tensor(name)
 
     def warm(self) -> None:
-        """Start to fetch what the first modules will need."""
+        """Start to fetch the chunks of the first modules."""
         with self._lock:
             self._prefetch(())
 
     def fetch(self, names: Sequence[str]) -> list[tuple[str, Future[None]]]:
-        """Start to fetch chunks, as many as there is memory for once idle ones are evicted; the first ones go first.
+        """Start to fetch chunks in this order, as many as fit once idle ones are evicted.
 
         Returns:
-            The chunks that are on their way, or there, in the order of the names.
+            The chunks that are resident or in flight, in the order of the names, with their loads.
         """
         with self._lock:
             if not self._closed:
@@ -330,20 +330,20 @@ class Engine:
             return [(name, self.host[name].load) for name in names if name in self.table]
 
     def keep_only(self, names: Collection[str]) -> None:
-        """Forget all chunks that are not in use but these, and give the memory of all others back."""
+        """Evict all idle chunks except these, and free their memory."""
         with self._lock:
             self._obey(self.table.clear(names))
             self.host.spare.clear()
 
     def clear(self) -> None:
-        """Forget every chunk that is not in use, and give its memory back."""
+        """Evict all idle chunks, and free their memory."""
         with self._lock:
             self._obey(self.table.clear())
             self.host.spare.clear()
             self.experts.clear()
 
     def close(self) -> None:
-        """Cancel what is in flight and let go of all memory."""
+        """Cancel the loads in flight and free all memory."""
         with self._lock:
             self._closed = True
             self.table.forget(list(self.table))
@@ -354,23 +354,23 @@ class Engine:
 
     @property
     def read_ahead(self) -> int:
-        """How many chunks are ready that were read early, for their next use."""
+        """How many prefetched chunks are ready and not used yet."""
         with self._lock:
             return sum(slot.state is SlotState.READY and not slot.is_known for slot in self.table)
 
     @property
     def plan(self) -> ResidencyPlan:
-        """What is kept, and what passes through."""
+        """Which chunks are pinned, and which are streamed."""
         return self.table.plan
 
     @property
     def needs(self) -> Needs:
-        """What the model needs, with the schedule as it is known now."""
+        """The model's needs, with the current schedule."""
         with self._lock:
             return self._schedule.apply_to(self._needs)
 
     def plan_with(self, limit: Limit) -> ResidencyPlan:
-        """The plan that there would be with another limit; nothing changes.
+        """The plan under another limit, without adopting it.
 
         Raises:
             ConfigurationError: the limit is too small for the model.
@@ -380,28 +380,28 @@ class Engine:
 
     @property
     def least_budget_bytes(self) -> int:
-        """The smallest budget that the model runs with, from any source, and that leaves what is reserved now."""
+        """The smallest budget that the model runs with from any source, including what is reserved now."""
         with self._lock:
             needs = self._schedule.apply_to(self._needs)
             return least_bytes(needs.from_anywhere()) + self.limit.reserved_bytes
 
     @property
     def claimed_bytes(self) -> int:
-        """The most memory that the plan, and what is reserved besides, may come to take."""
+        """The most memory that the plan and the reserve may take."""
         plan = self.plan
         return plan.peak_bytes + plan.reserved_bytes
 
     def reserve(self, size_bytes: int, *, or_less: bool = False) -> None:
-        """Leave so much of the budget free from now on, instead of what was left free before.
+        """Reserve this much of the budget, in place of the previous reserve.
 
-        It is free at the return, but for what is in use: loads of chunks that have to make way are cancelled.
+        On return the memory is free, except for chunks in use. Loads of chunks that no longer fit are cancelled.
 
         Args:
-            size_bytes: how much.
-            or_less: leave less where the model needs it to run.
+            size_bytes: the new reserve.
+            or_less: reserve less if the model needs the memory to run.
 
         Raises:
-            ConfigurationError: the model does not run with the rest; all stays as it was.
+            ConfigurationError: the rest is too small for the model; nothing has changed.
         """
         with self._lock:
             if or_less and self.limit.budget_bytes is not None:
@@ -410,14 +410,14 @@ class Engine:
             is_less = size_bytes < self.limit.reserved_bytes
             if size_bytes != self.limit.reserved_bytes:
                 self._replan(self._needs, replace(self.limit, reserved_bytes=size_bytes))
-        if not is_less:  # where it is the same, an interrupt may have ended the wait before
+        if not is_less:  # even for the same size: an interrupt may have ended an earlier wait
             self._make_way()
 
     def hold_beside(self, size_bytes: int) -> None:
-        """Count so much memory beside the weights where the model computes, instead of what was counted before.
+        """Count this much memory besides the weights in the tier where the model computes, in place of the last value.
 
         Raises:
-            ConfigurationError: the model does not run with the rest; all stays as it was.
+            ConfigurationError: the rest is too small for the model; nothing has changed.
         """
         with self._lock:
             working_bytes = self._needs.working_bytes - self._beside_bytes + size_bytes
@@ -426,29 +426,29 @@ class Engine:
             self._beside_bytes = size_bytes
 
     def resize(self, cache_layers: int) -> None:
-        """Keep another number of chunks from now on: evict at once what is too much and idle, the rest after its use.
+        """Change the number of chunks to keep. Surplus chunks are evicted at once if idle, else after their use.
 
         Raises:
-            ConfigurationError: fewer than one chunk is to be kept.
+            ConfigurationError: the number is less than 1.
         """
         self.relimit(replace(self.limit, cache_layers=cache_layers, budget_bytes=None, reserved_bytes=0, reason=""))
 
     def relimit(self, limit: Limit) -> None:
-        """Keep to another limit from now on, as `resize` does.
+        """Adopt another limit; chunks are evicted as in `resize`.
 
         Raises:
-            ConfigurationError: it is too small for the model; all stays as it was.
+            ConfigurationError: it is too small for the model; nothing has changed.
         """
         with self._lock:
             self._replan(self._needs, limit)
             self.host.spare.clear()
 
     def shrink(self, size_bytes: int) -> tuple[int, int] | None:
-        """Run with about so many bytes less from now on, or with as many less as there can be.
+        """Lower the budget by about this many bytes, or by as many as possible.
 
         Returns:
-            The budget before and now, in bytes; None if nothing can be given back: what is mapped is not our own, and
-            the model needs the rest.
+            The budget before and after, in bytes. None if nothing can be freed: the model needs all of it, or most of
+            it is mapped files, which the kernel reclaims itself.
         """
         with self._lock:
             before = min(self.claimed_bytes, self.limit.budget_bytes or self.claimed_bytes)
@@ -462,7 +462,7 @@ class Engine:
     # What is in memory.
 
     def resident(self) -> list[str]:
-        """Names of the chunks in memory, least recently used first."""
+        """Names of the resident chunks, least recently used first, then those of experts."""
         with self._lock:
             self._sync()
             return [slot.name for slot in self.table if slot.state is SlotState.READY] + self.experts.resident()
@@ -475,22 +475,22 @@ class Engine:
 
     @property
     def anonymous_bytes(self) -> int:
-        """Memory of filled buffers that are not mapped files: what the system counts as in use."""
+        """Memory of filled buffers that are not mapped files, which the kernel counts as in use."""
         with self._lock:
             return self.host.anonymous_bytes + self.experts.resident_bytes
 
     @property
     def mapped(self) -> Mapping[Hashable, int]:
-        """Files that are mapped: the bytes of each mapping, which other models may have, too."""
+        """The size in bytes of each file mapping; other models may share them."""
         with self._lock:
             return self.host.mapped
 
     def _hold(self, module: str, names: Sequence[str]) -> list[tuple[Slot, Any, bool]]:
-        """Mark the chunks of a module as used, starting their loads if need be; say of each whether it is ready."""
+        """Mark the chunks of a module as in use, and load the missing ones; say of each whether it is ready."""
         self._run.pause()  # without the lock, which others need meanwhile
         with self._lock:
             self._learn(module)
-            if absent := self.plan.absent.intersection(names):  # tables that rows are not enough of
+            if absent := self.plan.absent.intersection(names):  # tables that are needed as a whole after all
                 self._replan(replace(self._needs, tables=self._needs.tables - absent), self.limit)
         while True:
             with self._lock:
@@ -510,11 +510,11 @@ class Engine:
                         raise
                     return [(one, self.host[one.name], one.state is not SlotState.LOADING) for one in slots]
                 else:
-                    ending = loads[0]  # cancelled by a run that was interrupted before this load had ended
+                    ending = loads[0]  # a run that was interrupted cancelled this load, which has not ended yet
             self._wait(ending)
 
     def _make_way(self) -> None:
-        """Cancel loads until the plan has memory for the rest, and wait until theirs is free."""
+        """Cancel loads until the rest fits the plan, and wait until their memory is free."""
         while True:
             with self._lock:
                 self._sync()
@@ -531,7 +531,7 @@ class Engine:
                     (current_run.get() or Run()).wait_for(load)
 
     def _stay(self, module: str) -> bool:
-        """As `stay`, where the chunks of the module are pinned, and in memory of their own."""
+        """Whether the chunks of a module are pinned and outside of the ring, in a run of this thread; see `stay`."""
         names = self._schedule.uses[module]
         with self._lock:
             if not self.runs_here() or not self.plan.pinned.issuperset(names):
@@ -547,16 +547,16 @@ class Engine:
             self._run.wait_for(load)
 
     def _learn(self, module: str) -> None:
-        """Note what runs. Another schedule gets another plan, where its cycle begins."""
+        """Note that a module runs. A changed schedule gets a new plan at the beginning of its cycle."""
         self._schedule.observe(module)
         if self._schedule.version != self._planned_version and self._schedule.starts_cycle(module):
             self._replan(self._needs, self.limit)
 
     def _replan(self, needs: Needs, limit: Limit) -> None:
-        """Keep to another plan, for these needs under this limit and the schedule as it is known now.
+        """Make and adopt a plan for these needs, this limit and the current schedule.
 
         Raises:
-            ConfigurationError: there is none; nothing has changed.
+            ConfigurationError: no plan fits; nothing has changed.
         """
         needs = self._schedule.apply_to(needs)
         plan = self._plan(needs, limit)
@@ -569,25 +569,25 @@ class Engine:
         self._announce()
 
     def _announce(self) -> None:
-        """Tell the source what is used in each pass, and what of it stays."""
+        """Announce to the source which chunks each pass uses, and which of them are pinned."""
         cycle = [self.manifest.by_name[name] for name in self._needs.cycle]
         kept = [chunk for chunk in cycle if chunk.name in self.plan.pinned or not self.plan.bytes_per_pass]
         with suppress(ModelClosedError):
             self._io.submit(self._source.announce(self.manifest, cycle, kept))
 
     def _prefetch(self, in_use: Sequence[str]) -> None:
-        """Start to fetch what runs next, as far as there is memory."""
+        """Prefetch what runs next, as far as there is memory."""
         if self._ahead and not self.table.is_complete:
             self._sync()
             self._obey(self.table.prefetch(self._schedule.upcoming_chunks(self.plan.tables), in_use))
 
     def _sync(self) -> None:
-        """Tell the table, before it decides, which loads have ended: if they did so, they would wait for the lock."""
+        """Report to the table which loads have ended; if the loads did so themselves, they would wait for the lock."""
         for name, failed in self.host.collect():
             self.table.ended(name, failed=failed)
 
     def _obey(self, decision: Decision, priority: int | None = None) -> None:
-        """Carry out a decision; what is fetched ahead comes after what is needed now, and in the order of asking."""
+        """Carry out a decision. Without a priority its loads are prefetches: after all demands, in request order."""
         for slot in decision.evict:
             self.host.evict(slot)
         for index, slot in enumerate(decision.load):

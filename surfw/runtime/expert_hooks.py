@@ -1,7 +1,7 @@
-"""Puts the experts in place that a router has chosen, before their module's forward, and takes them away after it.
+"""Puts the experts that a router has chosen in place before their module's forward, and removes them afterwards.
 
-While no forward of its module runs, absent tensors stand for a stack (`surfw.runtime.absent`): who uses it then gets
-all experts. A parameter that its user puts where a stack was stays there, and is used.
+While no forward of its module runs, an absent tensor stands in for a stack (`surfw.runtime.absent`); using it then
+loads all experts. If the user replaces a stack, the replacement is used and left in place.
 """
 
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ _CPU = torch.device("cpu")
 
 @dataclass(slots=True, eq=False)
 class _Place:
-    """A slot of a stack, what lay there before, and what stands there while its experts are away."""
+    """A slot of a stack, its original tensor, and the absent tensor that stands in while no experts are in place."""
 
     slot: Slot
     original: torch.Tensor
@@ -37,10 +37,10 @@ class ExpertHooks:
     """The hooks of one model's modules of experts."""
 
     def __init__(self, skeleton: Skeleton, manifest: Manifest, pool: ExpertPool, device: torch.device = _CPU) -> None:
-        """Attach to every module whose experts are chunks of their own; `pool` brings them to the device.
+        """Attach to every module whose experts are chunks of their own; `pool` loads them onto the device.
 
         Raises:
-            ManifestError: the model has no such module.
+            ManifestError: the model's modules do not match the manifest's experts.
         """
         self._pool = pool
         self._device = device
@@ -50,7 +50,7 @@ class ExpertHooks:
         attached: list[ExpertModule] = []
         modules = dict(skeleton.model.named_modules())
         for path, experts in manifest.experts.items():
-            # A class that does not say which experts it uses any more gets all of them.
+            # A class that no longer declares which experts it uses gets all of them.
             found = skeleton.experts.get(path) or (expert_module(path, modules[path]) if path in modules else None)
             if found is None or {slot.name for slot in found.slots} != set(experts.stacks):
                 raise ManifestError(f"{manifest.name}: {path} holds other experts now; chunk the model again")
@@ -60,7 +60,7 @@ class ExpertHooks:
         pool.on_cramped = self._foresight.forget
 
     def detach(self) -> None:
-        """Remove the hooks; every slot gets back what it held before, unless the user has replaced that."""
+        """Remove the hooks, and restore the original tensor of every slot that the user has not replaced."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -70,14 +70,14 @@ class ExpertHooks:
         self._places.clear()
 
     def recover(self) -> None:
-        """Take away what a forward that was interrupted has left in place."""
+        """Remove the experts that an interrupted forward has left in place."""
         for place in self._places:
             if not self._is_replaced(place):
                 place.slot.put(place.absent)
         self._pool.release_all()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
-        """Refuse: a copy of the model would have these very hooks."""
+        """Refuse: a copy of the model would share these hooks."""
         raise ModelError(
             f"{self._name} cannot be copied, as its weights are elsewhere; open it again, or load it with transformers"
         )
@@ -118,7 +118,7 @@ class ExpertHooks:
         self._pool.release(module.path)
 
     def _foresee(self, path: str, used: list[int], args: Any) -> None:
-        """Have the experts on their way that the next module will probably use, where one token is computed."""
+        """Prefetch the experts that the next module will probably use, if a single token is computed."""
         self._foresight.learn(path)
         inputs = args[0] if args else None
         if not isinstance(inputs, torch.Tensor) or inputs.numel() != inputs.shape[-1]:
@@ -127,6 +127,6 @@ class ExpertHooks:
             self._pool.expect(*guess)
 
     def _is_replaced(self, place: _Place) -> bool:
-        """Whether the user has put something else there."""
+        """Whether the user has replaced the tensor in this slot."""
         held = place.slot.tensor
         return held is not place.absent and held is not self._pool.stack(place.slot.name)

@@ -1,9 +1,9 @@
-"""A stack of experts that are computed with one by one, as each of them is packed (`surfw.runtime.packed`).
+"""A stack of packed experts, each computed with on its own (`surfw.runtime.packed`).
 
-Transformers' implementations of experts ask three things of a stack: the matrix of one expert (`eager`), the matrices
-of several (`batched_mm`), and products of groups of rows with its transpose, each group with the matrix of one expert
-(`grouped_mm`). These are answered here out of the matrices of the experts that are asked for. For anything else the
-stack gets its values as a whole, of all experts, read for that.
+Transformers' implementations of experts use a stack in three ways: the matrix of one expert (`eager`), the matrices of
+several (`batched_mm`), and products of groups of rows with its transpose, each group with the matrix of one expert
+(`grouped_mm`). These are computed here from the matrices of the experts involved. For any other function, the values of
+all experts are read.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,18 +22,18 @@ Expert = Callable[[int], torch.Tensor]
 
 
 class ExpertStack(AbsentParameter):
-    """Stands for the stack of a module's experts."""
+    """Stands in for the stack of a module's experts."""
 
     _surfw_expert: Expert
 
     def __new__(cls, like: torch.Tensor, expert: Expert, load: Load, device: torch.device) -> Self:
-        """Stand for a stack.
+        """Create one.
 
         Args:
-            like: of its shape, (experts, out, in), and dtype, on the meta device.
-            expert: has the matrices.
-            load: brings all of it, as values.
-            device: where it is.
+            like: a tensor on the meta device with the stack's dtype and shape, (experts, out, in).
+            expert: returns the matrix of an expert.
+            load: loads the values of the whole stack.
+            device: where the stack is.
         """
         stack = super().__new__(cls, like, load, None, device)
         stack._surfw_expert = expert
@@ -44,7 +44,7 @@ class ExpertStack(AbsentParameter):
     def __torch_function__(
         cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Answer for the matrices of some experts, and for the transpose of all."""
+        """Also answer for the matrices of some experts, and for the transpose of the stack."""
         if args and isinstance(stack := args[0], ExpertStack) and not kwargs:
             if func is torch.Tensor.__getitem__ and (found := _pick(stack, args[1])) is not None:
                 return found
@@ -70,7 +70,7 @@ def _transposed(stack: ExpertStack) -> AbsentBuffer:
 
 
 def _compute(expert: Expert, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """Products of groups of rows: as torch's `grouped_mm`; NotImplemented for anything else."""
+    """As torch's `grouped_mm`: products of groups of rows; NotImplemented for any other function."""
     if function is not _GROUPED or len(args) != 2 or kwargs.keys() != {"offs"}:
         return NotImplemented
     rows, start, products = args[0], 0, []
@@ -78,6 +78,6 @@ def _compute(expert: Expert, function: Callable[..., Any], args: Sequence[Any], 
         if stop > start:
             products.append(torch.nn.functional.linear(rows[start:stop], expert(index)))
             start = stop
-    if start < len(rows) or not products:  # no expert's
+    if start < len(rows) or not products:  # rows of no expert
         products.append(rows.new_zeros(len(rows) - start, args[1].shape[2]))
     return torch.cat(products)

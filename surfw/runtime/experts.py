@@ -1,11 +1,11 @@
-"""Brings experts into memory when a router has chosen them, and out again, as their table decides.
+"""Loads experts once a router has chosen them, and evicts them, as their table decides.
 
-The experts of a module lie in an `Arena`: the stacks that transformers computes with are views over all of it, and only
-those experts take memory that are there. So a forward is transformers' own, with the same indices, strides within an
-expert and kernels as with the whole model in memory.
+The experts of a module lie in an `Arena`: the stacks that transformers computes with are views over all of it, but only
+resident experts take memory. So the forward is transformers' own, with the same indices, strides within an expert and
+kernels as with the whole model in memory.
 
-Invariants: a module runs only when all experts that it uses are there, verified; they stay until it has run; memory
-that a load still writes to is not given back, and its expert is not loaded a second time meanwhile.
+Invariants: a module runs only when all experts that it uses are resident and verified, and they are not evicted before
+it has run; while a load still writes to memory, the memory is not freed and the expert is not loaded again.
 """
 
 import asyncio
@@ -34,14 +34,14 @@ from surfw.skeleton.dtypes import torch_dtype
 logger = logging.getLogger("surfw.runtime")
 
 _AT_A_TIME = 8
-"""Experts that are asked for at once; each is large enough to keep a source busy."""
+"""How many experts are loaded concurrently; each is large enough to keep a source busy."""
 
 _WARM_AT_A_TIME, _GUESSES_AT_A_TIME = 2, 4
 _MOSTLY = 0.5
 _GUESSES = 32
-"""How many guesses at experts that are not in memory count, about: when half of them are right, those are loaded."""
+"""About how many of the last guesses at absent experts count: if half of them were right, guesses are prefetched."""
 _PROBE = 8
-"""While guesses are not acted upon they are made for every eighth token only, to see whether they are right now."""
+"""While guesses are not acted upon, they are made only for every eighth token, to measure how often they are right."""
 
 _DEMAND, _AHEAD = 0, 1 << 29
 
@@ -51,9 +51,9 @@ class _Stacks:
 
     Attributes:
         experts: as given.
-        arena: has the places.
-        flat: all of it, as uint8.
-        tensors: the stacks, by their names.
+        arena: the memory of the experts.
+        flat: the whole arena, as uint8.
+        tensors: the stacks, by name.
     """
 
     def __init__(self, experts: Experts, size_bytes: int, loader: Loader, read: Callable[[str], torch.Tensor]) -> None:
@@ -69,7 +69,7 @@ class _Stacks:
         self.tensors = self.over(self.flat)
 
     def over(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The stacks, as parameters over memory that is laid out as the arena: uint8, of its size or more."""
+        """The stacks, as parameters over memory with the arena's layout: uint8, of its size or more."""
         first, dtypes = self.experts.chunks[0], self._loader.dtypes
         places = tensor_places(first, dtypes).items()
         made: dict[str, torch.Tensor] = {}
@@ -87,7 +87,7 @@ class _Stacks:
     def _matrices(
         self, flat: torch.Tensor, known: dict[int, dict[str, torch.Tensor]], name: str, index: int
     ) -> torch.Tensor:
-        """The packed matrix of an expert, which belongs to that stack, in such memory."""
+        """The packed matrix of an expert in the named stack, over memory with the arena's layout."""
         if index not in known:
             start = index * self.arena.stride
             with torch.inference_mode(mode=False):
@@ -96,21 +96,23 @@ class _Stacks:
         return known[index][slice_name(name, index)]
 
     def changed(self) -> None:
-        """Make a backward pass fail that still needs what is gone, so that it is not wrong."""
+        """Make backward passes fail that still need evicted weights, instead of computing wrong gradients."""
         for tensor in self.tensors.values():
             torch.autograd.graph.increment_version(tensor)
 
 
 class ExpertPool:
-    """The experts of one model, in and out of memory. Used by one forward at a time; the rest from any thread.
+    """Loads and evicts the experts of one model.
+
+    One forward at a time may use it; the other methods may be called from any thread.
 
     Attributes:
-        table: which experts are there.
+        table: which experts are resident.
         is_ahead: as given.
-        on_cramped: called when what `afford` was asked for is to be given back.
-        read_whole: paths of modules that multiply absent experts by zero, so that these have to be numbers: there,
-            nothing is loaded ahead.
-        tokens: how many the first module has seen, about.
+        on_cramped: called when memory granted by `afford` has to be freed.
+        read_whole: paths of modules that multiply absent experts by zero. The memory of those must hold finite numbers,
+            so nothing is prefetched there.
+        tokens: about how many tokens the first module has seen.
     """
 
     def __init__(
@@ -124,16 +126,16 @@ class ExpertPool:
         run: Callable[[], Run] = Run,
         is_ahead: bool = True,
     ) -> None:
-        """Reserve addresses; nothing is loaded yet.
+        """Reserve address space; nothing is loaded yet.
 
         Args:
             manifest: the model.
-            loader: brings chunks into memory.
-            io: the thread it works in.
-            metrics: counts: `expert_hits` and `expert_loads`, and what is fetched.
+            loader: loads chunks into memory.
+            io: the thread that the loader works in.
+            metrics: counts `expert_hits`, `expert_loads`, and fetched bytes.
             plan: how much memory there is.
-            run: the run that the pool works for now.
-            is_ahead: whether experts are ever loaded before a router has chosen them.
+            run: returns the current run.
+            is_ahead: whether experts are ever prefetched, before a router has chosen them.
         """
         self._loader = loader
         self.is_ahead = is_ahead
@@ -149,8 +151,8 @@ class ExpertPool:
         sizes = {path: stacks.arena.size_bytes for path, stacks in self._stacks.items()}
         self.table = ExpertTable(sizes, plan.expert_bytes)
         self._loads: dict[Key, Job[None]] = {}
-        self._waiting: dict[Key, asyncio.Semaphore] = {}  # those that nobody waits for, and that have not begun
-        self._used: dict[str, list[Key]] = {}  # by modules that run
+        self._waiting: dict[Key, asyncio.Semaphore] = {}  # prefetches that have not begun
+        self._used: dict[str, list[Key]] = {}  # experts in use, by module
         self._lock = threading.RLock()
         self._name = manifest.name
         self._turns = asyncio.Semaphore(_AT_A_TIME)
@@ -158,36 +160,39 @@ class ExpertPool:
         self.on_cramped: Callable[[], object] = lambda: None
         self.read_whole: set[str] = set()
         self.tokens = 0
-        self._aside = 0  # bytes of the budget that are used for something else
+        self._aside = 0  # bytes of the budget that `afford` has granted
         modules = [len(one.experts.chunks) * one.arena.size_bytes for one in self._stacks.values()]
         self._budget_bytes = plan.expert_bytes
         self._least_bytes, self._all_bytes = max(modules, default=0), sum(modules)
-        self._expected: dict[str, tuple[set[int], set[int]]] = {}  # all, and those that were not in memory
-        self._right = 0.0  # the part of the latter that were right lately
+        self._expected: dict[str, tuple[set[int], set[int]]] = {}  # all guesses, and those that were not in memory
+        self._right = 0.0  # the share of the latter that were right lately
 
     def stack(self, name: str) -> torch.Tensor | None:
-        """A stack, in which only those experts are there that are in memory; None after `close`."""
+        """A stack, in which only the resident experts have values; None after `close`."""
         stacks = self._stacks.get(name.rpartition(".")[0])
         return stacks.tensors[name] if stacks else None
 
     def acquire(self, path: str, counts: Sequence[int], used: Sequence[int]) -> Mapping[str, torch.Tensor]:
-        """The stacks of a module in which the experts are there that it uses, until `release`; all others are absent.
+        """Load the experts that a module uses, and hold them until `release`.
 
         Args:
             path: the module's.
             counts: how many tokens each expert computes.
             used: the experts that are used, the most wanted first.
 
+        Returns:
+            The module's stacks, by name; experts that are not used need not have values.
+
         Raises:
             SurfwError: an expert could not be loaded, or the run was interrupted.
         """
         run = self._run()
         run.pause()
-        # Where there are several tokens, in the order of the file.
+        # For several tokens, experts are read in the order of the file.
         keys = [(path, index) for index in (used if max(counts) <= 1 else sorted(used))]
         with self._lock:
             for key in self._waiting.keys() & keys:
-                self._loads[key].cancel()  # it is not on its way yet: now it goes first
+                self._loads[key].cancel()  # it has not begun; it is loaded again with priority
             written = list(self._loads) if path in self.read_whole else keys
         self._wait_for_ends(written)
         with self._lock:
@@ -209,12 +214,12 @@ class ExpertPool:
         return self._stacks[path].tensors
 
     def release(self, path: str) -> None:
-        """The module has run: its experts may go."""
+        """Note that the module has run: its experts may be evicted."""
         with self._lock:
             self._obey(self.table.let_go(self._used.pop(path, [])))
 
     def release_all(self) -> None:
-        """Nothing runs: all experts may go."""
+        """Note that nothing runs: all experts may be evicted."""
         with self._lock:
             self._used.clear()
             self._collect()
@@ -222,7 +227,7 @@ class ExpertPool:
             self._obey(self.table.adopt(self.table.budget_bytes))
 
     def afford(self, size_bytes: int) -> bool:
-        """Leave so much of the budget for something else; False if it is needed."""
+        """Set this much of the budget aside for another use; False if the experts need it."""
         with self._lock:
             aside = self._aside + size_bytes
             if self._budget_bytes - aside < self._least_bytes:
@@ -233,15 +238,15 @@ class ExpertPool:
 
     @property
     def foresees(self) -> bool:
-        """Whether it is of use to guess which experts will be used: not all of them fit, and guesses are right lately.
+        """Whether to guess which experts will be used: not all of them fit, and recent guesses were mostly right.
 
-        Also now and then, to see how right they are.
+        Also true for every eighth token, to measure how often guesses are right.
         """
         is_of_use = self._right >= _MOSTLY or self.tokens % _PROBE == 0
         return self.is_ahead and self._budget_bytes < self._all_bytes and is_of_use
 
     def expect(self, path: str, likely: Sequence[int]) -> None:
-        """Note which experts a module will probably use, and load those that are missing if they mostly are used."""
+        """Note a guess at the experts a module will use, and prefetch the missing ones if guesses are mostly right."""
         with self._lock:
             for key, turns in list(self._waiting.items()):
                 if turns is self._guess_turns:
@@ -253,21 +258,21 @@ class ExpertPool:
                 self._obey(self.table.admit(new), self._guess_turns)
 
     def _compare(self, path: str, used: Sequence[int]) -> None:
-        """See how good the guess for a module was."""
+        """Compare the guess for a module with the experts that it uses."""
         if guess := self._expected.pop(path, None):
             expected, new = guess
             self._metrics.add("experts_foreseen", len(expected.intersection(used)))
             self._metrics.add("expert_guesses", len(expected))
-            for index in new:  # a guess at what is there costs nothing and gains nothing
+            for index in new:  # guesses at resident experts cost nothing and gain nothing
                 self._right += ((index in used) - self._right) / _GUESSES
 
     def counts(self) -> dict[str, tuple[float, ...]]:
-        """How many tokens each expert of each module has computed; earlier ones count less."""
+        """How many tokens each expert of each module has computed; earlier tokens count less."""
         with self._lock:
             return {path: tuple(self.table.counts(path, len(one.experts.chunks))) for path, one in self._stacks.items()}
 
     def warm(self, counts: Mapping[str, Sequence[float]]) -> None:
-        """Begin with what was known of the experts before, and to load those that were chosen most."""
+        """Start from the counts of an earlier run, and begin to load the experts that were chosen most."""
         with self._lock:
             for path, known in counts.items():
                 self.table.remember(path, known)
@@ -275,7 +280,7 @@ class ExpertPool:
             self._obey(self.table.admit(wanted), self._warm_turns)
 
     def read(self, name: str) -> torch.Tensor:
-        """A copy of a whole stack, which is the caller's own; what is kept stays as it was.
+        """A copy of a whole stack for the caller; which experts are resident stays as it was.
 
         Raises:
             SurfwError: an expert could not be loaded.
@@ -290,7 +295,7 @@ class ExpertPool:
         return as_parameter(whole)
 
     def adopt(self, plan: ResidencyPlan) -> None:
-        """Keep to another plan."""
+        """Adopt another plan."""
         with self._lock:
             self._in_pieces, self._budget_bytes = plan.in_pieces, plan.expert_bytes
             if self._aside and plan.expert_bytes - self._aside < self._least_bytes:
@@ -298,17 +303,17 @@ class ExpertPool:
                 self._aside = 0
             self._obey(self.table.adopt(plan.expert_bytes - self._aside))
             if self.table.held_bytes > self.table.budget_bytes:
-                for key in list(self._waiting):  # not begun, they take no memory; others begin meanwhile
+                for key in list(self._waiting):  # not begun, they write to no memory yet; others may begin meanwhile
                     self._loads[key].cancel()
 
     def clear(self) -> None:
-        """Let all go that is not in use."""
+        """Evict all idle experts."""
         with self._lock:
             self._collect()
             self._obey(self.table.clear())
 
     def close(self) -> None:
-        """Let go of everything, and cancel what is on its way: its memory goes when nothing writes to it any more."""
+        """Free everything, and cancel loads in flight; their memory is freed once nothing writes to it any more."""
         with self._lock:
             for load in self._loads.values():
                 load.cancel()
@@ -318,7 +323,7 @@ class ExpertPool:
 
     @property
     def largest_bytes(self) -> int:
-        """What the arena of any module takes in addresses."""
+        """The address space of the largest arena, in bytes."""
         return max((len(stacks.flat) for stacks in self._stacks.values()), default=0)
 
     def stacks_over(self, path: str, flat: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -327,7 +332,7 @@ class ExpertPool:
         return stacks.over(flat[: len(stacks.flat)])
 
     def places(self, path: str, used: Sequence[int]) -> Iterator[tuple[int, torch.Tensor]]:
-        """Where the memory of experts of a module begins in its arena, and that memory, as uint8."""
+        """For each used expert of a module: its offset in the arena, and its memory as uint8."""
         arena, flat = self._stacks[path].arena, self._stacks[path].flat
         for index in used:
             start = index * arena.stride
@@ -335,11 +340,11 @@ class ExpertPool:
 
     @property
     def resident_bytes(self) -> int:
-        """Memory of all experts that are there, or on their way."""
+        """Memory of all experts that are resident or in flight."""
         return self.table.held_bytes
 
     def resident(self) -> list[str]:
-        """Names of the chunks of the experts that are there."""
+        """Names of the chunks of resident experts."""
         with self._lock:
             self._collect()
             return [
@@ -350,7 +355,7 @@ class ExpertPool:
             ]
 
     def _obey(self, decision: Decision, turns: asyncio.Semaphore | None = None) -> None:
-        """Carry out a decision; what is loaded ahead of its use waits for its turn, and can still be called off."""
+        """Carry out a decision; prefetches wait for `turns`, and can be cancelled until they begin."""
         for path, index in decision.evict:
             self._stacks[path].arena.give_back(index)
         for path in {path for path, _ in decision.evict}:
@@ -363,7 +368,7 @@ class ExpertPool:
             elif decision.load:
                 load = self._io.submit(self._fill(decision.load))
                 self._loads |= dict.fromkeys(decision.load, load)
-        except BaseException:  # nothing loads the rest: it must not seem to be there
+        except BaseException:  # nothing loads the rest, so it must not count as resident
             for key in set(decision.load) - self._loads.keys():
                 self._waiting.pop(key, None)
                 self.table.loaded(key)
@@ -371,7 +376,7 @@ class ExpertPool:
             raise
 
     async def _fill(self, keys: Sequence[Key]) -> None:
-        """Load experts into their places, the first ones first; the first failure is raised when all have ended."""
+        """Load experts into their places, in order; the first failure is raised once all have ended."""
         works = [asyncio.ensure_future(self._fill_in_turn(key)) for key in keys]
         try:
             await asyncio.gather(*works)
@@ -399,7 +404,7 @@ class ExpertPool:
         self._metrics.latency("fetch").observe(time.perf_counter() - start)
 
     def _wait(self, loads: Mapping[Job[None], None]) -> None:
-        """Wait until loads have ended, and raise what one of them failed with; those are cancelled that go on."""
+        """Wait until loads have ended; if one fails, cancel the others and raise its error."""
         run = self._run()
         try:
             for load in loads:
@@ -418,7 +423,7 @@ class ExpertPool:
                 self._collect()
 
     def _wait_for_ends(self, keys: Sequence[Key]) -> None:
-        """Wait until no load that was cancelled writes to the memory of these experts any more."""
+        """Wait until no cancelled load writes to the memory of these experts any more."""
         for key in keys:
             load = self._loads.get(key)
             if load is not None and load.is_ending:
@@ -427,7 +432,7 @@ class ExpertPool:
             self._collect()
 
     def _collect(self) -> None:
-        """Note which loads have ended; the memory of those that failed is given back."""
+        """Note which loads have ended, and free the memory of those that failed."""
         for key, load in list(self._loads.items()):
             if load.done():
                 del self._loads[key]
@@ -439,17 +444,17 @@ class ExpertPool:
 
 
 def expert_bytes(experts: Experts, dtypes: Mapping[str, torch.dtype]) -> int:
-    """The memory that any expert of a module takes, however it is stored: in whole pages."""
+    """The memory that each expert of a module takes: that of the largest one, in whole pages."""
     return buffer_capacity(max(buffer_bytes(chunk, dtypes) for chunk in experts.chunks))
 
 
 def stacked_bytes(manifest: Manifest, dtypes: Mapping[str, torch.dtype]) -> int:
-    """What the arena of any module takes in addresses, and on a device in memory."""
+    """The size of the largest arena in bytes: address space in host memory, real memory on a device."""
     arenas = [len(one.chunks) * arena_stride(expert_bytes(one, dtypes)) for one in manifest.experts.values()]
     return max(arenas, default=0)
 
 
 def _stack(flat: torch.Tensor, place: int, stride: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """A view of uint8 memory, of this shape: its first item begins at `place`, and the next ones `stride` bytes on."""
+    """A view of uint8 memory in this shape: its first item begins at `place`, each next one `stride` bytes later."""
     inner = torch.empty(shape[1:], device="meta").stride()
     return torch.as_strided(flat.view(dtype), shape, (stride // dtype.itemsize, *inner), place // dtype.itemsize)

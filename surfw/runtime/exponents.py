@@ -1,18 +1,18 @@
-"""bfloat16 in about 0.70 of the bytes, bit-exactly, for the way to a device: exponents in three bits. Torch alone.
+"""Codes bfloat16 bit-exactly in about 0.70 of the bytes for copies to a device: exponents in three bits. Torch only.
 
-Weights are written with few exponents: in a block of them, seven in a row hold some 98 %. A chunk is taken as 16-bit
+Weights use few exponents: in a block, some 98 % have one of seven consecutive exponents. A chunk is treated as 16-bit
 words, whatever its tensors are, and cut into *pieces* of about `PIECE_WORDS`, which are coded, copied and decoded one
-after another. A piece is cut into blocks of `BLOCK_WORDS`, the last one filled up, and is coded as
+after another. A piece is cut into blocks of `BLOCK_WORDS`, the last one padded, and is coded as
 
 - signs and mantissas: a byte for each word;
-- three planes of one bit a word: the exponent as its distance from the block's base, 0 to 6, or 7 for any other, an
-  *escape*. Word i is in bit i % 8 of byte i // 8;
-- for each block its base, a byte;
-- for each block how many escapes of the piece come before it, as int32;
-- the exponents of the escapes in their order, a byte each.
+- three planes of one bit per word: the exponent's distance from the block's base, 0 to 6, or 7 for any other exponent,
+  an *escape*. Word i is in bit i % 8 of byte i // 8;
+- the base of each block, one byte;
+- the number of the piece's escapes before each block, as int32;
+- the exponents of the escapes in order, one byte each.
 
-The parts follow one another, each at a multiple of 64. A device decodes a block at a time: how many escapes of the
-block come before a word says where its exponent is. Any sixteen bits come back as they were.
+The parts follow one another, each at a multiple of 64. A device decodes one block at a time: the number of escapes
+before a word gives the place of its exponent. Any 16-bit word is restored exactly.
 """
 
 from dataclasses import dataclass
@@ -24,26 +24,26 @@ from surfw.config import aligned
 
 BLOCK_WORDS = 1024
 PIECE_WORDS = 16 << 20
-"""Copies of 32 MiB reach the full rate of a bus, and what is decoded after the last one of a chunk takes no time."""
+"""Copies of 32 MiB reach the full rate of a bus, and the decoding after a chunk's last copy takes hardly any time."""
 
 MOST_SHARE = 0.85
-"""What does not get smaller than this part of itself is not coded."""
+"""What does not shrink below this share of its size is not coded."""
 
 _ESCAPE = 7
 _WINDOWS = 256 - _ESCAPE + 1
 _STEP_WORDS = 1 << 20
 _STEP_BYTES = 48
-"""Memory that coding takes for each word of a step."""
+"""Memory that coding takes per word of a step."""
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Some words of a chunk, coded.
+    """The coded form of some words of a chunk.
 
     Attributes:
-        start: the first one.
-        words: how many.
-        escapes: how many of them have none of the seven exponents of their block.
+        start: the first word.
+        words: the number of words.
+        escapes: how many of them are escapes.
     """
 
     start: int
@@ -52,12 +52,12 @@ class Piece:
 
     @property
     def blocks(self) -> int:
-        """How many blocks, the last one filled up."""
+        """The number of blocks; the last one is padded."""
         return -(-self.words // BLOCK_WORDS)
 
     @property
     def places(self) -> tuple[int, int, int, int, int, int]:
-        """Where the three planes, bases, counts, and exponents of escapes begin; signs and mantissas come first."""
+        """The offsets of the three planes, bases, counts, and exponents of escapes; signs and mantissas are at 0."""
         words = self.blocks * BLOCK_WORDS
         low, middle, high, bases = (words + plane * (words // 8) for plane in range(4))
         counts = aligned(bases + self.blocks)
@@ -65,38 +65,38 @@ class Piece:
 
     @property
     def nbytes(self) -> int:
-        """All of it."""
+        """The size of the coded piece."""
         return self.places[-1] + self.escapes
 
 
 class Decode(Protocol):
-    """Decodes a piece on the device where its bytes are, in the current stream."""
+    """Decodes a piece on the device that holds its bytes, in the current stream."""
 
     def __call__(self, coded: torch.Tensor, piece: Piece, into: torch.Tensor) -> None:
         """Decode.
 
         Args:
             coded: uint8, of shape (`piece.nbytes`, or more).
-            piece: what it is.
+            piece: describes it.
             into: int16, of shape (`piece.words`,).
         """
 
 
 def cut(words: int) -> list[tuple[int, int]]:
-    """The pieces of so many words, all but equally large: where each begins, and its words."""
+    """Cut this many words into pieces of almost equal size: the start and the number of words of each."""
     count = max(1, -(-words // PIECE_WORDS))
     size = -(-words // (count * BLOCK_WORDS)) * BLOCK_WORDS
     return [(start, min(size, words - start)) for start in range(0, words, size)]
 
 
 def room_bytes(words: int) -> int:
-    """The most that a piece of a chunk of so many words takes, coded; what would take more is not coded."""
+    """The most bytes that a coded piece of a chunk of this many words may take; a larger one is not coded."""
     largest = max((size for _, size in cut(words)), default=0)
     return max(Piece(0, largest, 0).nbytes, int(MOST_SHARE * 2 * largest))
 
 
 def scratch_bytes(words: int) -> int:
-    """Memory of a device that coding a chunk takes besides it."""
+    """Device memory that coding a chunk takes besides the chunk."""
     step = min(words, _STEP_WORDS)
     return room_bytes(words) + _STEP_BYTES * (-(-step // BLOCK_WORDS) * BLOCK_WORDS)
 
@@ -105,12 +105,12 @@ def encode(words: torch.Tensor, start: int, into: torch.Tensor) -> Piece | None:
     """Code a piece.
 
     Args:
-        words: of the piece: int16, of shape (words,), on any device.
-        start: the first one's place in the chunk.
+        words: int16, of shape (words,), on any device.
+        start: the place of the first word in the chunk.
         into: uint8, of shape (`room_bytes`, or more), on the same device.
 
     Returns:
-        What it is; None where it finds no place there.
+        The piece; None if it does not fit there.
     """
     count = len(words)
     low, middle, high, bases, counts, escapes = Piece(start, count, 0).places
@@ -144,7 +144,7 @@ def encode(words: torch.Tensor, start: int, into: torch.Tensor) -> Piece | None:
 
 
 def decode(coded: torch.Tensor, piece: Piece, into: torch.Tensor) -> None:
-    """Decode as torch computes it, which is what a kernel has to come to; see `Decode`."""
+    """Decode with torch, as the reference for kernels; see `Decode`."""
     low, middle, high, bases, counts, escapes = piece.places
     shifts = torch.arange(8, dtype=torch.uint8, device=coded.device)
     befores = coded[counts : counts + 4 * piece.blocks].view(torch.int32)
@@ -167,7 +167,7 @@ def decode(coded: torch.Tensor, piece: Piece, into: torch.Tensor) -> None:
 
 
 def _find_bases(exponents: torch.Tensor) -> torch.Tensor:
-    """The base of each block that leaves the fewest escapes: int32, of shape (blocks,)."""
+    """The base with the fewest escapes for each block: int32, of shape (blocks,)."""
     seen = torch.zeros(len(exponents), 256, dtype=torch.int32, device=exponents.device)
     seen.scatter_add_(1, exponents.long(), torch.ones_like(exponents))
     below = torch.nn.functional.pad(seen.cumsum(1, dtype=torch.int32), (1, 0))

@@ -1,4 +1,4 @@
-"""The decoder of `surfw.runtime.exponents` as a kernel for CUDA devices, where Triton is installed."""
+"""The decoder of `surfw.runtime.exponents` as a Triton kernel for CUDA devices."""
 
 from typing import Any
 
@@ -45,5 +45,5 @@ def decode(coded: torch.Tensor, piece: Piece, into: torch.Tensor) -> None:
     kernel(
         coded, coded[low:], coded[middle:], coded[high:], coded[bases:],
         coded[counts : counts + 4 * piece.blocks].view(torch.int32), coded[escapes:], into, piece.words,
-        BLOCK=BLOCK_WORDS, enable_fp_fusion=False,  # there are no floats; some releases warn where it is not said
+        BLOCK=BLOCK_WORDS, enable_fp_fusion=False,  # the kernel uses no floats; some Triton releases warn without this
     )  # fmt: skip

@@ -1,12 +1,12 @@
-"""Which experts the next layer will use: its own router, applied to what this layer's experts compute with.
+"""Predicts which experts the next layer will use, by applying its router to the input of this layer's experts.
 
-Between two layers the residual stream changes little, so the next router often chooses from this layer's input what it
-will choose from its own. The guess costs one small product. What it is worth is seen when that router has chosen: only
-guesses that are mostly right are acted upon (`ExpertPool.expect`).
+The residual stream changes little between two layers, so the next router often chooses the same experts for this
+layer's input as for its own. A guess costs one small product. It is compared with the router's choice afterwards; only
+if guesses are mostly right are they acted upon (`ExpertPool.expect`).
 
-Routers are found by their shape: in the module that holds the experts, a matrix with a row for each of them. They are
-copied when their layer runs, as they are not in memory when they are asked for; whoever keeps them has the memory for
-them counted.
+Routers are found by their shape: in the module that holds the experts, a matrix with one row per expert. They are
+copied when their layer runs, since they are not in memory when a guess needs them; `afford` accounts for the memory of
+the copies.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,15 +18,15 @@ from surfw.skeleton.experts import ExpertModule
 
 
 class Foresight:
-    """The routers of one model, each known once its layer has run."""
+    """The routers of one model; each is known once its layer has run."""
 
     def __init__(self, model: nn.Module, modules: Sequence[ExpertModule], afford: Callable[[int], bool]) -> None:
-        """Know no router yet.
+        """Begin without routers.
 
         Args:
-            model: holds the modules.
+            model: the model that contains the modules.
             modules: in the order in which they run.
-            afford: asked for memory for a copy of a router, in bytes; says whether there is any.
+            afford: called with the size in bytes of a router's copy; returns whether there is memory for it.
         """
         paths = [one.path for one in modules]
         self._next = dict(zip(paths[:-1], modules[1:], strict=True))
@@ -35,7 +35,7 @@ class Foresight:
         self._afford = afford
 
     def learn(self, path: str) -> None:
-        """Copy the router of a module that runs, if that was not done yet."""
+        """Copy the router of a module that runs, unless it was copied before."""
         place = self._places.get(path)
         if path in self._routers or place is None:
             return
@@ -46,21 +46,21 @@ class Foresight:
             self._places.pop(path)
 
     def forget(self) -> None:
-        """Give the copies of all routers back, and make no more: there is too little memory."""
+        """Free the copies of all routers and make no more, as there is too little memory."""
         self._routers.clear()
         self._places.clear()
 
     @torch.no_grad()
     def guess(self, path: str, inputs: torch.Tensor, chosen: int) -> tuple[str, list[int]] | None:
-        """The module that runs after this one, and the experts that it will use for one token.
+        """Guess which experts the next module will use for one token.
 
         Args:
             path: of the module that runs now.
-            inputs: what its experts compute with, of shape (1, width).
-            chosen: how many experts compute a token.
+            inputs: the input of its experts, of shape (1, width).
+            chosen: how many experts are used per token.
 
         Returns:
-            None where no guess can be made.
+            The path of the next module, and the experts; None if no guess can be made.
         """
         following = self._next.get(path)
         router = self._routers.get(following.path) if following else None
@@ -72,7 +72,7 @@ class Foresight:
 
 
 def _router(model: nn.Module, experts: ExpertModule) -> tuple[nn.Module, str] | None:
-    """The one matrix beside the experts with a row for each, as its module and name; None if there is no such one."""
+    """The only matrix beside the experts with one row per expert, as its module and name; None if there is not one."""
     parent = model.get_submodule(experts.path.rpartition(".")[0])
     found = [
         (module, leaf)

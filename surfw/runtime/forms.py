@@ -1,13 +1,13 @@
-"""Which form of a chunk is read: the one that a run is faster with, by what this very run has measured. Without torch.
+"""Chooses the form of a chunk to read: the fastest one, by measurements of the current run. Without torch.
 
-Reading, decoding and computing overlap, but they share the processors, which reading from a fast source keeps busy as
-well. So decoding is taken to overlap with nothing, and for each byte of payload a run takes
+Reading, decoding and computing overlap, but they share the processors, which reading from a fast source also keeps
+busy. So decoding is assumed not to overlap with anything, and for each byte of payload a run takes
 
     stored as it is:  max(1 ÷ reading, computing)
     coded:            max(ratio ÷ reading, computing) + 1 ÷ decoding
 
 where reading and decoding are bytes per second, computing is seconds per byte, and ratio is stored bytes ÷ payload
-bytes. Each is measured as bytes over the time in which at least one such thing went on; the last seconds count most.
+bytes. Rates are bytes over the time in which at least one transfer was active; the last seconds count most.
 """
 
 import time
@@ -20,23 +20,23 @@ from surfw.manifest import Chunk, Form
 from surfw.metrics import Metrics
 
 _SMALL_BYTES = MIB
-"""What is smaller takes no time worth measuring, or saving."""
+"""Smaller chunks take too little time to measure or to save."""
 
 _WINDOW_SECONDS = 2.0
 _ENOUGH_BYTES = 8 * MIB
 _TRY_AGAIN = 50
-"""Of so many chunks that are loaded as they are, one is taken coded: decoding may have become faster."""
+"""Of this many plain chunks, one is read coded instead, since decoding may have become faster."""
 
 _BETTER, _WORSE = 0.95, 0.97
-"""Coded forms are taken up where they take at most this part of the time, and given up where the others do; the
-difference keeps them from alternating."""
+"""Coded forms are adopted if they take less than the first share of the plain forms' time, and dropped if the plain
+forms take at most the second share of theirs. The hysteresis keeps the choice from alternating."""
 
 
 class Rate:
-    """Bytes per second, in the time in which at least one transfer went on; older ones count less and less."""
+    """Bytes per second, over the time in which at least one transfer was active; older transfers count less."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        """Nothing was measured yet."""
+        """Begin without measurements."""
         self.bytes = 0.0
         self.seconds = 0.0
         self._clock = clock
@@ -45,7 +45,7 @@ class Rate:
 
     @contextmanager
     def transfer(self, size_bytes: int) -> Iterator[None]:
-        """The body moves so many bytes, unless it fails."""
+        """Count the body as a transfer of `size_bytes`, unless it fails."""
         self._active += 1
         if self._active == 1:
             self._since = self._clock()
@@ -68,7 +68,7 @@ class Rate:
 
     @property
     def per_second(self) -> float | None:
-        """Bytes per second; None before enough of them were moved."""
+        """Bytes per second; None until enough were moved."""
         return self.bytes / self.seconds if self.bytes >= _ENOUGH_BYTES and self.seconds else None
 
 
@@ -76,8 +76,8 @@ class FormChoice:
     """Chooses the form of each chunk that is loaded. Used by one event loop.
 
     Attributes:
-        reading: stored bytes, from the source.
-        decoding: payload bytes, out of coded ones.
+        reading: the rate of stored bytes from the source.
+        decoding: the rate of decoded payload bytes.
     """
 
     def __init__(
@@ -88,14 +88,14 @@ class FormChoice:
         metrics: Metrics | None = None,
         near: Callable[[Chunk], Sequence[Form]] = lambda _: (),
     ) -> None:
-        """Begin with coded forms where the source is far away, and with others where it is not.
+        """Begin with coded forms for a remote source, and with plain ones for a local source.
 
         Args:
-            codec: the only codec to use where a chunk has a form of it; `auto` to go by measurement.
+            codec: the codec to use for every chunk that has such a form; `auto` to choose by measurement.
             is_far: whether the source is another machine.
-            metrics: of the model: its spans `forward` and `stall` say how long it computed. `decoded_bytes` are counted
-                here, and the span `decode`.
-            near: says which forms of a chunk are nearer than its others: only these are considered.
+            metrics: of the model. The spans `forward` and `stall` tell how long it computed; `decoded_bytes` and the
+                span `decode` are recorded.
+            near: returns the forms of a chunk that are closer than the others; only these are considered.
         """
         self.reading = Rate()
         self.decoding = Rate()
@@ -103,7 +103,7 @@ class FormChoice:
         self._near = near
         self._is_coded = is_far
         self._metrics = metrics or Metrics()
-        self._computing = Rate()  # payload bytes that were loaded, over the seconds of computing meanwhile
+        self._computing = Rate()  # payload bytes loaded, over the seconds of computing in that time
         self._computed_before = 0.0
         self._plain_loads = 0
 
@@ -111,7 +111,7 @@ class FormChoice:
         """The form of a chunk to read now.
 
         Raises:
-            ManifestError: the chunk has no form that this surfw can decode.
+            ManifestError: the chunk has no form that this version can decode.
         """
         if self._codec != "auto":
             return choose_form(chunk, self._codec)
@@ -128,13 +128,13 @@ class FormChoice:
         return plain
 
     def _is_due(self) -> bool:
-        """Whether to try a coded form, although the plain one is thought to be faster."""
+        """Whether to try a coded form although the plain one is expected to be faster."""
         self._plain_loads = (self._plain_loads + 1) % _TRY_AGAIN
         return self.decoding.per_second is not None and not self._plain_loads
 
     @contextmanager
     def decode(self, payload_bytes: int) -> Iterator[None]:
-        """The body decodes so many bytes of payload."""
+        """Count the body as decoding `payload_bytes`."""
         with self.decoding.transfer(payload_bytes), self._metrics.span("decode"):
             yield
         self._metrics.add("decoded_bytes", payload_bytes)
@@ -146,12 +146,12 @@ class FormChoice:
         self._computed_before = computed
 
     def _pays(self, ratio: float) -> bool:
-        """Whether coded forms are faster, so far as is known; each kind is tried once."""
+        """Whether coded forms are faster, as far as is known; one coded chunk is read to measure decoding."""
         reading, decoding = self.reading.per_second, self.decoding.per_second
         if reading is None:
             return self._is_coded
         if decoding is None:
-            return True  # one chunk shows how fast it is
+            return True  # one chunk is enough to measure it
         computing = self._computing.seconds / max(1.0, self._computing.bytes)
         plain = max(1 / reading, computing)
         coded = max(ratio / reading, computing) + 1 / decoding

@@ -1,10 +1,10 @@
-"""Puts a module's weights in place before its forward and takes them away afterwards.
+"""Puts a module's weights in place before its forward and removes them afterwards.
 
-The model is transformers' own and is not changed otherwise: after `detach`, nothing of surfw remains on it. A parameter
-that its user puts where a streamed one was stays there, and is used. In a run that streams nothing, weights stay in
-place until it ends (`Engine.stay`).
+The model is transformers' own and not changed otherwise: after `detach`, nothing of surfw remains on it. If the user
+replaces a streamed parameter, the replacement is used and left in place. In a run that streams nothing, weights remain
+in place until the run ends (`Engine.stay`).
 
-While its weights are away, absent tensors stand in a module (`surfw.runtime.absent`).
+While a module's weights are not in place, absent tensors stand in for them (`surfw.runtime.absent`).
 """
 
 import logging
@@ -35,15 +35,15 @@ _CPU = torch.device("cpu")
 
 @dataclass(slots=True, eq=False)
 class _Place:
-    """A slot, and what the hooks have put there last.
+    """A slot, and the tensor that the hooks put there last.
 
     Attributes:
-        registry: torch's dictionary of the slot's module.
+        registry: torch's dictionary of parameters or buffers of the slot's module.
         leaf: the slot's name in it.
         stored: the name under which its tensor is stored.
-        original: what lay there before the hooks.
-        absent: stands there while the weight is away.
-        placed: what lies there now, unless the user has replaced it.
+        original: the tensor there before the hooks.
+        absent: the absent tensor for it.
+        placed: what the hooks put there last; still there, unless the user has replaced it.
     """
 
     slot: Slot
@@ -55,12 +55,12 @@ class _Place:
     placed: torch.Tensor
 
     def put(self, tensor: torch.Tensor) -> None:
-        """Put a tensor there."""
+        """Put a tensor into the slot."""
         self.registry[self.leaf] = self.placed = tensor
 
     @property
     def is_ours(self) -> bool:
-        """Whether what the hooks have put there is there still."""
+        """Whether the slot still holds what the hooks put there."""
         return self.registry.get(self.leaf) is self.placed
 
 
@@ -82,27 +82,27 @@ class StreamingHooks:
         Args:
             skeleton: the model without weights.
             manifest: its weights.
-            engine: brings them.
+            engine: loads them.
             tables: says which units run without their tables in memory.
-            device: where the engine brings them.
-            experts: the hooks of modules whose experts are brought one by one.
+            device: where the engine puts them.
+            experts: the hooks of modules whose experts are loaded one by one.
         """
         self._is_adapted = False
         self._experts = experts
         self._engine = engine
         self._device = device
-        self._staying: dict[str, list[_Place]] = {}  # units whose tensors are left in place until the run ends
+        self._staying: dict[str, list[_Place]] = {}  # units whose tensors remain in place until the run ends
         self._staying_by: ResidencyPlan | None = None
         self._running: list[str] = []  # paths of the units that are within their forwards
-        self._ran: list[str] = []  # units that ran in the model's last forward that was watched
+        self._ran: list[str] = []  # units that ran in the model's last forward with hooks on the units
         self._tables = tables
         self._name = manifest.name
-        self._without_tables: set[str] = set()  # paths of the units that now run so
+        self._without_tables: set[str] = set()  # paths of the units that now run without their tables
         self._inside: list[int] = []  # threads that are within a forward of the model
-        self._frozen: list[torch.Tensor] = []  # what stands for weights that would want gradients, while they do not
+        self._frozen: list[torch.Tensor] = []  # absent tensors whose `requires_grad` is off until `thaw`
         self._places: list[list[_Place]] = []
         self._units: list[tuple[Unit, list[_Place]]] = []
-        self._unit_handles: list[RemovableHandle] = []  # none while the tensors of all units stay
+        self._unit_handles: list[RemovableHandle] = []  # none while the tensors of all units remain in place
         provided = _provided(manifest)
         used = {use.module for use in manifest.order}
         for unit in skeleton.units:
@@ -121,7 +121,7 @@ class StreamingHooks:
         ]
 
     def detach(self) -> None:
-        """Remove the hooks; every slot gets back what it held before, unless the user has replaced that."""
+        """Remove the hooks, and restore the original tensor of every slot that the user has not replaced."""
         if self._experts:
             self._experts.detach()
         for handle in [*self._handles, *self._unit_handles]:
@@ -135,14 +135,14 @@ class StreamingHooks:
                     place.put(place.original)
 
     def adapt(self, is_adapted: bool) -> None:
-        """Say whether an adapter is applied from the next run on: weights want no gradients then, as peft's do not.
+        """Say whether an adapter is applied from the next run on: then weights do not require gradients, as in peft.
 
-        There are none, but torch chooses by that how it multiplies; see `loader.as_parameter`.
+        No gradients are taken, but torch chooses by that flag how it multiplies; see `loader.as_parameter`.
         """
         self._is_adapted = is_adapted
 
     def recover(self) -> None:
-        """Take away what a forward that was interrupted has left in place."""
+        """Remove the weights that an interrupted forward has left in place."""
         if self._handles:
             if self._experts:
                 self._experts.recover()
@@ -156,9 +156,9 @@ class StreamingHooks:
             self._engine.release_all()
 
     def end_run(self) -> None:
-        """Take away what was left in place while the run went on."""
+        """Remove and release the weights that were left in place during the run."""
         if not self._handles:
-            return  # detached meanwhile
+            return  # already detached
         self._hook_units()
         staying, self._staying = self._staying, {}
         for path, places in staying.items():
@@ -167,25 +167,25 @@ class StreamingHooks:
 
     @property
     def units(self) -> list[tuple[str, torch.nn.Module]]:
-        """The modules whose weights come and go, and their paths."""
+        """The paths and modules whose weights the hooks manage."""
         return [(unit.path, unit.module) for unit, _ in self._units]
 
     def freeze(self) -> None:
-        """Have streamed weights want no gradients, until `thaw`; nothing runs."""
+        """Turn off `requires_grad` of streamed weights, until `thaw`; call it while nothing runs."""
         self.recover()
         self._frozen = [place.absent for _, places in self._units for place in places if place.absent.requires_grad]
         for absent in self._frozen:
             absent.requires_grad = False
 
     def thaw(self) -> None:
-        """Have streamed weights want gradients again, as those of `from_pretrained` do."""
+        """Undo `freeze`: streamed weights require gradients again, as those of `from_pretrained` do."""
         for absent in self._frozen:
             absent.requires_grad_()
         self._frozen.clear()
 
     @contextmanager
     def in_place(self, path: str) -> Iterator[None]:
-        """Have the weights of a unit in place during the body, outside of its forward.
+        """Put the weights of a unit in place during the body, outside of its forward.
 
         Raises:
             SurfwError: they could not be read, or the run was interrupted.
@@ -198,12 +198,12 @@ class StreamingHooks:
             self._after(unit, places, unit.module, (), None)
 
     def addresses(self, path: str) -> set[int]:
-        """Where in memory the weights of a unit lie that are in place now."""
+        """The memory addresses of the weights of a unit that are in place now."""
         places = next(places for unit, places in self._units if unit.path == path)
         return {place.placed.untyped_storage().data_ptr() for place in places if place.placed is not place.absent}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
-        """Refuse: a copy of the model would have these very hooks."""
+        """Refuse: a copy of the model would share these hooks."""
         raise ModelError(
             f"{self._name} cannot be copied, as its weights are elsewhere; open it again, or load it with transformers"
         )
@@ -221,7 +221,7 @@ class StreamingHooks:
         self._units.append((unit, places))
 
     def _hook_units(self) -> None:
-        """Have the units' forwards watched, if they are not."""
+        """Hook the units' forwards, if they are not hooked."""
         for unit, places in self._units if not self._unit_handles else ():
             before, after = partial(self._before, unit, places), partial(self._after, unit, places)
             self._unit_handles += [
@@ -230,7 +230,7 @@ class StreamingHooks:
             ]
 
     def _settle(self) -> None:
-        """Where the tensors of all units stay, watch only the model: then it is as fast as one without hooks."""
+        """Unhook the units if all their tensors remain in place, so that the model is as fast as one without hooks."""
         if not self._engine.watches_layers and len(self._staying) == len(self._units):
             for handle in self._unit_handles:
                 handle.remove()
@@ -253,7 +253,7 @@ class StreamingHooks:
             self._settle()
 
     def _give_up_earlier_plan(self) -> None:
-        """If there is another plan now, what stays by the earlier one goes before anything comes."""
+        """If the plan has changed, remove what the earlier one left in place before anything is loaded."""
         if self._staying and self._staying_by is not self._engine.plan:
             self.end_run()
 
@@ -290,7 +290,7 @@ class StreamingHooks:
             self._take_away(places)
             return
         if not places or places[0].placed is places[0].absent:
-            return  # its weights never came: the forward failed before it began
+            return  # its weights were not put in place: the forward failed before it began
         if _shares_memory(output, places):
             self._engine.keep(unit.path)
         if not self._staying:
@@ -304,17 +304,17 @@ class StreamingHooks:
     def _apply(
         self, unit: Unit, name: str, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> Any:
-        """What torch is asked to do with an absent weight, done without the whole of it if that can be."""
+        """Compute a function of an absent weight without loading the whole weight, or return NotImplemented."""
         if self._tables and (unit.path in self._without_tables or self._tables.row_wise(unit.path)):
             return self._tables.apply(name, function, args, kwargs)
         return NotImplemented
 
     def _bring(self, unit: Unit, places: Sequence[_Place], stored: str) -> torch.Tensor:
-        """A weight that is needed while it is absent.
+        """Load a weight that is needed while it is absent.
 
-        If its unit runs, its rows were not enough: the unit's weights are loaded, and go after its forward. If the
-        model runs, it uses them from outside of their module: from now on they stay in memory. If it does not run, its
-        user looks at the weight, and gets a copy.
+        If its unit runs, rows were not enough: the unit's weights are loaded, and removed after its forward. If another
+        part of the model runs, it uses the weights from outside of their module: they are pinned from now on. If the
+        model does not run, its user is looking at the weight, and gets a copy.
         """
         if unit.path in self._without_tables:
             tensors = self._engine.acquire(unit.path)
@@ -340,10 +340,10 @@ class StreamingHooks:
                 place.put(place.absent)
 
     def _give_up_replaced(self, places: list[_Place]) -> None:
-        """Leave a tensor that replaces a streamed weight where it is.
+        """Stop managing slots in which the user has replaced a streamed weight.
 
         Raises:
-            ModelError: a weight has been taken out of its module, as parametrizations do.
+            ModelError: a weight was removed from its module, as parametrizations do.
         """
         for place in [one for one in places if not one.is_ours]:
             held = place.registry.get(place.leaf)
@@ -354,7 +354,7 @@ class StreamingHooks:
                 )
             tied = (one.absent for unit in self._places for one in unit if one.stored == place.stored)
             if any(held is absent for absent in tied):
-                place.put(held)  # tied again, to what it is tied to anyway
+                place.put(held)  # tied again, to the weight that it is already tied to
                 continue
             places.remove(place)
             logger.warning(
@@ -363,7 +363,7 @@ class StreamingHooks:
 
 
 def _shares_memory(output: Any, places: Sequence[_Place]) -> bool:
-    """Whether a module returns a view of its own weights, as of a table: then they are used after it has run."""
+    """Whether a module returns a view of its weights, such as of a table, so that they are used after it has run."""
     weights = {place.placed.untyped_storage().data_ptr() for place in places if place.placed.numel()}
     return any(tensor.untyped_storage().data_ptr() in weights for tensor in _tensors_in(output))
 

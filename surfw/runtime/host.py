@@ -1,7 +1,7 @@
 """The memory behind the slots of the host tier: buffers, the loads that fill them, and tensors over them.
 
-The engine says which slots come and go, under its lock; this makes them. A ring slot gets one of a few buffers that are
-used again; another has a buffer of its own, or, where everything stays and the source can be mapped, the file's pages.
+The engine decides, under its lock, which slots are created and evicted. A ring slot gets one of a few reused buffers.
+Any other slot has a buffer of its own or, if everything is resident and the source can be mapped, the file's pages.
 
 Invariant: memory that a load may still write to is not used for another chunk.
 """
@@ -29,12 +29,12 @@ from surfw.threads import in_thread
 
 @dataclass(slots=True, eq=False)
 class Contents:
-    """What a slot is made of.
+    """The contents of a slot.
 
     Attributes:
         chunk: the chunk that it holds or receives.
-        memory: of its own, or mapped; None while the chunk is being mapped.
-        load: done when the chunk is there, or could not be loaded.
+        memory: a buffer, or mapped pages; None while the chunk is being mapped.
+        load: done when the chunk is loaded, or could not be.
         tensors: parameters over the memory, made at the first use.
     """
 
@@ -45,61 +45,61 @@ class Contents:
 
 
 class Tier(Protocol):
-    """The memory behind a table's slots. Not thread-safe: the engine has the lock.
+    """The memory behind a table's slots. Not thread-safe: the engine holds the lock.
 
     Attributes:
-        spare: the ring's empty buffers, all of its size.
+        spare: unused buffers of the ring, all of its size.
     """
 
     spare: list[Any]
 
     def __getitem__(self, name: str) -> Any:
-        """The contents of a chunk's slot; its `load` is done when the chunk is there, or could not be loaded."""
+        """The contents of a chunk's slot; their `load` is done when the chunk is loaded, or could not be."""
 
     def adopt(self, plan: ResidencyPlan) -> None:
-        """Make slots for another plan from now on."""
+        """Create slots for another plan from now on."""
 
     def load(self, slot: Slot, priority: int) -> None:
         """Begin to load a chunk."""
 
     def read(self, name: str) -> dict[str, torch.Tensor]:
-        """The tensors of a chunk in memory of their own, beside all slots."""
+        """The tensors of a chunk in new memory, without a slot."""
 
     def collect(self) -> Iterator[tuple[str, bool]]:
-        """The chunks whose loads have ended since this was asked last, and whether they failed."""
+        """The chunks whose loads have ended since the last call, and whether they failed."""
 
     def check(self, contents: Any) -> None:
-        """Raise what a load that has ended has failed with."""
+        """Raise the error of a load that has ended, if it failed."""
 
     def tensors(self, contents: Any) -> dict[str, torch.Tensor]:
-        """Parameters over a chunk whose load has ended; raises what it failed with."""
+        """Parameters over a chunk whose load has ended; raises the load's error if it failed."""
 
     def expect_unchanged(self, names: Iterable[str]) -> None:
-        """Raise if memory that is mapped has changed since these chunks' tensors were made."""
+        """Raise if a mapped file has changed since the tensors of these chunks were made."""
 
     def evict(self, slot: Slot) -> None:
-        """Let go of a slot's contents, cancelling a load that is on its way."""
+        """Free a slot's contents, and cancel its load if it is in flight."""
 
     def close(self) -> None:
-        """Let go of everything, and cancel what is on its way."""
+        """Free everything, and cancel loads in flight."""
 
     def loads(self) -> Mapping[str, Future[None]]:
-        """The loads of all chunks that have a slot, which have ended or will."""
+        """The loads, ended or not, of all chunks that have a slot."""
 
     @property
     def anonymous_bytes(self) -> int:
-        """Memory of this machine that is filled, and no mapped file."""
+        """Host memory of filled buffers that are not mapped files."""
 
     @property
     def mapped(self) -> Mapping[Hashable, int]:
-        """Files that are mapped: the bytes of each mapping, which other models may have, too."""
+        """The size in bytes of each file mapping; other models may share them."""
 
 
 class HostTier:
-    """Contents of slots in host memory. Not thread-safe: the engine has the lock.
+    """Contents of slots in host memory. Not thread-safe: the engine holds the lock.
 
     Attributes:
-        spare: the ring's empty buffers, all of its size.
+        spare: unused buffers of the ring, all of its size.
     """
 
     def __init__(
@@ -112,32 +112,32 @@ class HostTier:
         *,
         device: Device | None = None,
     ) -> None:
-        """Start empty: `loader` fills buffers, working in the thread `io`; a device that reads them locks them."""
+        """Start empty. `loader` fills buffers in the thread `io`; `device`, if any, page-locks and reads them."""
         self._manifest = manifest
         self._loader = loader
         self._io = io
         self._metrics = metrics
         self._contents: dict[str, Contents] = {}
-        self._in_flight: dict[str, Future[None]] = {}  # loads that `collect` has not told of
+        self._in_flight: dict[str, Future[None]] = {}  # loads that `collect` has not reported
         self.spare: list[Buffer] = []
         self._plan = plan
         self._device = device
 
     def __getitem__(self, name: str) -> Contents:
-        """The contents of the slot of a chunk."""
+        """The contents of a chunk's slot."""
         return self._contents[name]
 
     def adopt(self, plan: ResidencyPlan) -> None:
-        """Make slots for another plan from now on."""
+        """Create slots for another plan from now on."""
         if plan.ring_bytes != self._plan.ring_bytes:
             self.spare.clear()
         self._plan = plan
 
     def load(self, slot: Slot, priority: int) -> None:
-        """Begin to load a chunk: through the ring, or into memory of its own, or mapped where everything stays."""
+        """Begin to load a chunk: into a ring buffer or a buffer of its own, or mapped if everything is resident."""
         buffer = self.spare.pop() if slot.in_ring and self.spare else None
         if buffer is not None and buffer.capacity_bytes < slot.size_bytes:
-            buffer = None  # gone before there is a larger one
+            buffer = None  # freed before a larger one is allocated
         chunk = self._manifest.by_name[slot.name]
         is_shared = not slot.in_ring and self._device is None
         there = self._loader.find_shared(chunk, buffer_capacity(slot.size_bytes)) if is_shared else None
@@ -150,14 +150,14 @@ class HostTier:
         self._in_flight[slot.name] = contents.load
 
     def read(self, name: str) -> dict[str, torch.Tensor]:
-        """The tensors of a chunk in memory of their own, beside all slots."""
+        """The tensors of a chunk in new memory, without a slot."""
         chunk = self._manifest.by_name[name]
         buffer = Buffer(buffer_bytes(chunk, self._loader.dtypes))
         self._io.run(self._loader.load(chunk, buffer, priority=0))
         return self._loader.tensors(chunk, buffer)
 
     def collect(self) -> Iterator[tuple[str, bool]]:
-        """The chunks whose loads have ended since this was asked last, and whether they failed."""
+        """The chunks whose loads have ended since the last call, and whether they failed."""
         for name, load in list(self._in_flight.items()):
             if load.done():
                 del self._in_flight[name]
@@ -168,7 +168,7 @@ class HostTier:
 
         Raises:
             ModelClosedError: the load was cancelled.
-            SurfwError: the load failed, or a mapped file has changed since.
+            SurfwError: the load failed, or a mapped file has changed.
         """
         self.check(contents)
         if isinstance(contents.memory, View):
@@ -180,36 +180,36 @@ class HostTier:
         return contents.tensors
 
     def expect_unchanged(self, names: Iterable[str]) -> None:
-        """Raise if a mapped file has changed since these chunks' tensors were made."""
+        """Raise if a mapped file has changed since the tensors of these chunks were made."""
         for name in names:
             if isinstance(memory := self._contents[name].memory, View):
                 memory.expect_unchanged()
 
     def check(self, contents: Contents) -> None:
-        """Raise what a load that has ended has failed with."""
+        """Raise the error of a load that has ended, if it failed."""
         if contents.load.cancelled():
             raise ModelClosedError(f"the source of {self._manifest.name} was closed while it was read")
         contents.load.result()
 
     def evict(self, slot: Slot) -> None:
-        """Let go of a slot's contents, cancelling a load that is on its way."""
+        """Free a slot's contents, and cancel its load if it is in flight."""
         contents = self._contents.pop(slot.name)
         self._in_flight.pop(slot.name, None)
         for tensor in contents.tensors.values():
-            torch.autograd.graph.increment_version(tensor)  # so that a backward pass fails, and is not wrong
+            torch.autograd.graph.increment_version(tensor)  # a backward pass that needs it fails instead of being wrong
         contents.tensors.clear()
         buffer, ring_bytes = contents.memory, buffer_capacity(self._plan.ring_bytes)
         if not contents.load.done():
-            contents.load.cancel()  # its buffer goes when nothing writes to it any more
+            contents.load.cancel()  # its buffer is freed once nothing writes to it any more
             return
-        contents.memory = None  # also where a load that failed keeps the contents
+        contents.memory = None  # even if a failed load keeps the contents alive
         if not slot.in_ring or not isinstance(buffer, Buffer) or buffer.is_shared:
             return
         if buffer.capacity_bytes == ring_bytes:
-            self.spare.append(buffer)  # those of an earlier ring go
+            self.spare.append(buffer)  # buffers of an earlier ring are freed
 
     def close(self) -> None:
-        """Let go of everything, and cancel what is on its way; tensors that somebody still holds stay as they are."""
+        """Free everything, and cancel loads in flight; tensors that callers still hold stay valid."""
         loads = list(self.loads().values())
         self._contents.clear()
         self._in_flight.clear()
@@ -219,24 +219,24 @@ class HostTier:
         self._loader.close()
 
     def loads(self) -> dict[str, Future[None]]:
-        """The loads of all chunks that have a slot, which have ended or will."""
+        """The loads, ended or not, of all chunks that have a slot."""
         return {name: contents.load for name, contents in self._contents.items()}
 
     @property
     def anonymous_bytes(self) -> int:
-        """Memory of filled buffers that are not mapped files: what the system counts as in use."""
+        """Memory of filled buffers that are not mapped files, which the kernel counts as in use."""
         filled = [one.memory for one in self._contents.values() if one.load.done()]
         views = sum(one.memory.nbytes for one in filled if isinstance(one, View) and not one.is_mapped)
         return views + sum(one.capacity_bytes for one in filled if isinstance(one, Buffer))
 
     @property
     def mapped(self) -> Mapping[Hashable, int]:
-        """Files that are mapped: the bytes of each mapping, which other models may have, too."""
+        """The size in bytes of each file mapping; other models may share them."""
         found = [one.memory for one in self._contents.values() if one.load.done()]
         return {id(one): one.memory.nbytes for one in found if isinstance(one, View) and one.is_mapped}
 
     async def _fill(self, contents: Contents, size_bytes: int, priority: int, *, is_shared: bool) -> None:
-        """Map the chunk if it has no memory and can be mapped; else fetch it."""
+        """Map the chunk if it has no buffer and can be mapped; else fetch it."""
         start = time.perf_counter()
         if contents.memory is None and self._device is None:
             contents.memory = await self._loader.map(contents.chunk)
@@ -261,4 +261,4 @@ class HostTier:
 
 
 async def _nothing() -> None:
-    """What is there already is loaded like this."""
+    """The load of a chunk that is already in memory."""

@@ -1,7 +1,7 @@
-"""What a generation remembers: the bytes its KV cache will take, from the configuration, and those that one holds.
+"""The size of KV caches: how many bytes one will take, from the model's configuration, and how many one holds.
 
-A budget for weights has to leave memory for it. No model is known by its name; the numbers come from the names that
-transformers' configurations share. Nothing here computes, and no tensor is copied.
+A budget for weights has to leave memory for the cache. The code knows no models; it uses the field names that
+transformers' configurations share. Nothing here computes with tensors or copies them.
 """
 
 import inspect
@@ -14,20 +14,20 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")
-"""What forwards have called the cache that they take and give: transformers 5.24 renamed the second and the third."""
+"""Names of the cache among a forward's arguments and outputs; transformers 5.24 renamed the second and the third."""
 
 _NO_KEYS = frozenset({"linear_attention", "conv", "moe", "mlp"})
-"""Types of layers that keep no key and value per token, but a state of a fixed size or nothing."""
+"""Types of layers that keep no keys and values per token, but a state of fixed size or nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quantised:
-    """How transformers' quantised cache keeps keys and values, which is not exact; the defaults are its own.
+    """How transformers' quantised cache, which is not exact, keeps keys and values; the defaults are transformers'.
 
     Attributes:
-        bits: of a number.
-        group_size: numbers that share a scale and a zero point.
-        residual_tokens: the last generated ones, which are kept as they are until there are more.
+        bits: per number.
+        group_size: how many numbers share a scale and a zero point.
+        residual_tokens: how many of the last generated tokens are kept unquantised.
     """
 
     bits: int = 4
@@ -37,15 +37,15 @@ class Quantised:
 
 @dataclass(frozen=True, slots=True)
 class KvCost:
-    """What one sequence adds to the KV cache, a beam counting as a sequence.
+    """What one sequence adds to the KV cache; each beam counts as a sequence.
 
     Attributes:
-        prompt_token_bytes: for each token of the prompt. With an encoder: for each position that the encoder puts out,
-            which the layers of the decoder look at.
-        new_token_bytes: for each generated token that is put into the model again, which the last one is not. With an
-            encoder: for each token that is put into the decoder, its start token included.
-        layers: that keep keys and values.
-        itemsize: bytes of a number.
+        prompt_token_bytes: per token of the prompt. With an encoder: per position of its output, which the decoder's
+            layers attend to.
+        new_token_bytes: per generated token that is fed back into the model, which the last one is not. With an
+            encoder: per token that is fed into the decoder, including its start token.
+        layers: how many layers keep keys and values.
+        itemsize: bytes per number.
     """
 
     prompt_token_bytes: int
@@ -54,11 +54,11 @@ class KvCost:
     itemsize: int = 4
 
     def total_bytes(self, prompt_tokens: int, new_tokens: int, *, sequences: int = 1) -> int:
-        """All of a generation's cache, with so many tokens in each of its sequences."""
+        """The size of a generation's cache, with this many tokens in each of its sequences."""
         return sequences * (prompt_tokens * self.prompt_token_bytes + new_tokens * self.new_token_bytes)
 
     def quantised_bytes(self, prompt_tokens: int, new_tokens: int, how: Quantised, *, sequences: int = 1) -> int:
-        """The same of a cache that is quantised; attention has one layer at a time of it as it was."""
+        """The same for a quantised cache, of which attention dequantises one layer at a time."""
         whole = self.total_bytes(prompt_tokens, new_tokens, sequences=sequences)
         residual = self.total_bytes(0, min(new_tokens, how.residual_tokens), sequences=sequences)
         share = how.bits / 8 / self.itemsize + 2 / how.group_size
@@ -68,14 +68,14 @@ class KvCost:
 def kv_cost(config: PreTrainedConfig, dtype: torch.dtype) -> KvCost:
     """What generation with a model of this configuration adds to its KV cache.
 
-    Exact where every layer keeps a key and a value of every token (or, in latent attention, what both are made of). An
-    upper bound where a layer keeps less: within a sliding window, when layers share their keys, or when it compresses
-    them. Layers that keep a state of a fixed size (Mamba, linear attention) count as nothing, and so does a model
-    without attention. What concatenating briefly doubles, one layer at a time, is not counted.
+    Exact if every layer keeps a key and a value of every token (or, in latent attention, what both are computed from).
+    An upper bound if a layer keeps less: with a sliding window, or if layers share or compress keys. Layers with a
+    state of fixed size (Mamba, linear attention) count as nothing, and so does a model without attention.
+    Concatenation, which briefly doubles one layer at a time, is not counted.
 
     Args:
-        config: of a model that generates; of one that does not, what it would take as a decoder.
-        dtype: what the model computes in.
+        config: of the model. If the model does not generate, the result is what it would take as a decoder.
+        dtype: the dtype that the model computes in.
     """
     text = config.get_text_config(decoder=True)
     layers = list(_attention_layers(config, text))
@@ -85,28 +85,28 @@ def kv_cost(config: PreTrainedConfig, dtype: torch.dtype) -> KvCost:
 
 
 def output_cache(output: object) -> object | None:
-    """The cache among the outputs of a forward, if it gave one; reading it by the name it has draws no notice."""
+    """The cache among the outputs of a forward, if there is one; reading it raises no deprecation warning."""
     if not isinstance(output, dict):
         return None
-    found = (dict.get(output, name) for name in CACHE_NAMES)  # an output's own `get` warns of the older names
+    found = (dict.get(output, name) for name in CACHE_NAMES)  # an output's own `get` warns about the older names
     return next((cache for cache in found if cache is not None), None)
 
 
 def cache_name(model: nn.Module) -> str:
-    """By which name a forward takes its cache.
+    """The name of the forward's argument for the cache.
 
     Raises:
-        StopIteration: it takes none.
+        StopIteration: the forward takes none.
     """
     taken = inspect.signature(model.forward).parameters
     return next(name for name in CACHE_NAMES if name in taken)
 
 
 def cache_bytes(cache: object) -> int:
-    """The memory that a cache of transformers holds: all of its tensors, of whatever kind of layer, also legacy tuples.
+    """The memory that a transformers cache holds: all tensors of all kinds of layers; legacy tuples work, too.
 
-    A view counts with all the memory that it keeps alive, as a sliding window's does after a long prompt; memory that
-    several tensors share counts once. None holds nothing.
+    A view counts with all the memory that it keeps alive, such as that of a sliding window after a long prompt; memory
+    that several tensors share counts once. For None it is 0.
     """
     held = {}
     for tensor in _tensors(cache, set()):
@@ -119,10 +119,10 @@ def cache_bytes(cache: object) -> int:
 def _attention_layers(config: PreTrainedConfig, text: PreTrainedConfig) -> Iterator[Any]:
     """The configuration of every layer that keeps keys and values."""
     count = getattr(config, "num_decoder_layers", None) if config.is_encoder_decoder else None
-    if count is not None:  # T5's other count is the encoder's
+    if count is not None:  # T5's `num_layers` is the encoder's
         yield from [text] * count
         return
-    if getattr(text, "num_hidden_layers", None) is None:  # a class of one's own that says nothing of layers
+    if getattr(text, "num_hidden_layers", None) is None:  # a custom class that does not declare its layers
         return
     layers = list(text.per_layer_config)
     kinds = getattr(text, "layer_types", None) or ["full_attention"] * len(layers)
@@ -132,14 +132,14 @@ def _attention_layers(config: PreTrainedConfig, text: PreTrainedConfig) -> Itera
 
 
 def _numbers_per_token(layer: Any) -> int:
-    """How many numbers a layer's self-attention keeps of a token."""
+    """How many numbers a layer's self-attention keeps per token."""
     latent = getattr(layer, "kv_lora_rank", None)
     numbers = latent + layer.qk_rope_head_dim if latent else _plain_numbers(layer)
     return int(numbers + (getattr(layer, "index_head_dim", None) or 0))
 
 
 def _plain_numbers(layer: Any, prefix: str = "") -> int:
-    """A key and a value for each of the heads that have their own; `prefix` stands before names of cross-attention."""
+    """Numbers in a key and a value for each key-value head; `prefix` selects the field names of cross-attention."""
     attention_heads = _first(layer, "num_attention_heads")
     if not attention_heads:
         return 0
@@ -150,7 +150,7 @@ def _plain_numbers(layer: Any, prefix: str = "") -> int:
 
 
 def _first(layer: Any, *names: str) -> int:
-    """The first of these numbers that the configuration has; of a list, the largest. 0 if it has none."""
+    """The first of these fields that the configuration has; for a list, its largest number. 0 if there is none."""
     for name in names:
         value = getattr(layer, name, None)
         if value:
@@ -159,7 +159,7 @@ def _first(layer: Any, *names: str) -> int:
 
 
 def _tensors(place: object, seen: set[int]) -> Iterator[torch.Tensor]:
-    """Every tensor in a cache, however deep."""
+    """Every tensor in a cache, at any depth."""
     if id(place) in seen:
         return
     seen.add(id(place))
@@ -168,7 +168,7 @@ def _tensors(place: object, seen: set[int]) -> Iterator[torch.Tensor]:
         yield place
         return
     inner: Iterable[object] = ()
-    if flatten is not None:  # a tensor that is made of others, as quantised ones are
+    if flatten is not None:  # a tensor that consists of others, such as a quantised one
         inner = [getattr(place, name) for name in flatten()[0]]
     elif isinstance(place, Mapping):
         inner = place.values()

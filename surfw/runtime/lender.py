@@ -1,10 +1,10 @@
-"""The engine of host memory where a device computes: it lends chunks to be copied.
+"""The engine of host memory for a model that computes on a device: it lends chunks to be copied there.
 
-Here a chunk is used when it is copied, whatever module it is for: in the engine's schedule, each chunk stands for
-itself. Chunks that stay on the device are only passed on (`Needs.passing`).
+A chunk is used when it is copied, for whatever module: in this engine's schedule, each chunk is a module of its own.
+Chunks that are resident on the device only pass through (`Needs.passing`).
 
-A chunk that was coded on the device (`coding`) waits here in that form, beside the slots, which it only passes through
-from then on. There is memory for it before it is coded: `claim`, then `settle`.
+A chunk that was coded on the device (`coding`) is kept here in coded form, outside of the slots; from then on it no
+longer needs one. Its memory is reserved with `claim` before it is coded, and the result is kept with `settle`.
 """
 
 from collections.abc import Collection, Mapping
@@ -31,11 +31,11 @@ _DEMAND = 0
 
 
 class Lender(Engine):
-    """Chunks of one model in host memory, lent to a device. Any thread may borrow.
+    """Lends the chunks of one model in host memory to a device. Any thread may borrow.
 
     Attributes:
-        device: reads its memory.
-        coded: the chunks that wait in coded form.
+        device: reads this memory.
+        coded: the chunks that are held in coded form.
     """
 
     def __init__(
@@ -53,21 +53,21 @@ class Lender(Engine):
         codable: Mapping[str, int] | None = None,
         is_coding: bool = False,
     ) -> None:
-        """Make a plan; arguments as of `Engine`.
+        """Make a plan; arguments as for `Engine`.
 
-        `needs` are those behind the plan of the device, see `plan.needs_behind`; `codable` says how many bytes each
-        chunk that can be coded is expected to take then; and `is_coding`, whether the device has memory for coding.
+        `needs` are those behind the device's plan, see `plan.needs_behind`. `codable` has the expected coded size in
+        bytes of each chunk that can be coded, and `is_coding` says whether the device has memory for coding.
 
         Raises:
             ConfigurationError: the limit is too small for the model.
         """
         self.device = device
         self.coded: dict[str, Coded] = {}
-        self._claimed: dict[str, int] = {}  # what chunks that are, or become, coded take
+        self._claimed: dict[str, int] = {}  # memory of chunks that are, or are being, coded
         self._codable = dict(codable or {})
         self._is_coding = is_coding
         self._choice: frozenset[str] | None = None  # see `_to_be_coded`
-        self._returned: Future[None] = Future()  # done when a chunk is given back
+        self._returned: Future[None] = Future()  # done when a chunk is returned
         tables = [name for name in needs.tables if name not in {*needs.cycle, *needs.before}]
         super().__init__(
             manifest,
@@ -101,20 +101,20 @@ class Lender(Engine):
             return name in self.coded or self.table.is_ready([name])
 
     def lend_ready(self, name: str) -> Contents | Coded | None:
-        """A chunk that is in memory, to be copied: coded, or contents that stay until they are given back."""
+        """Lend a chunk that is in memory, for copying: coded, or contents that are held until `give_back`."""
         with self._lock:
             return self.coded.get(name) or self._lend_ready(name, for_copy=True)
 
     def lend_rows(self, name: str) -> Contents | None:
-        """The contents of a chunk that is in memory, to be looked up in; they stay until they are given back."""
+        """Lend the contents of a chunk that is in memory, for lookups; they are held until `give_back`."""
         with self._lock:
             return self._lend_ready(name, for_copy=False)
 
     async def lend(self, name: str, priority: int) -> Contents | Coded:
-        """A chunk to be copied, brought into memory if need be: coded, or contents that stay until they are given back.
+        """Lend a chunk for copying, loading it if necessary: coded, or contents that are held until `give_back`.
 
         Raises:
-            ModelClosedError: this was closed.
+            ModelClosedError: the engine was closed.
             SurfwError: the chunk could not be loaded.
         """
         while True:
@@ -137,24 +137,29 @@ class Lender(Engine):
         return found
 
     def give_back(self, name: str) -> None:
-        """The chunk is not read any more: it may be evicted, and the next ones may come."""
+        """Return a chunk that is not read any more: it may be evicted, and the next ones prefetched."""
         try:
             self.release(name)
-        finally:  # whoever waits for a place looks again, also where the next chunk could not be asked for
+        finally:  # wake those who wait for a slot, even if the next prefetch could not be started
             with self._lock:
                 returned, self._returned = self._returned, Future()
             returned.set_result(None)
 
     def tensors(self, contents: Contents) -> dict[str, torch.Tensor]:
-        """Tensors in host memory over a chunk that was lent."""
+        """Tensors in host memory over a lent chunk."""
         with self._lock:
             return self.host.tensors(contents)
 
     def pass_on(self, kept: Collection[str], tables: Collection[str], *, is_coding: bool) -> None:
-        """From now on these chunks stay on the device, those tables do not, and others may be coded or not.
+        """Adapt to the device's plan.
+
+        Args:
+            kept: the chunks that are resident on the device.
+            tables: the tables that are not.
+            is_coding: whether other chunks may be coded.
 
         Raises:
-            ConfigurationError: what does not stay there does not fit the limit.
+            ConfigurationError: what is not resident on the device does not fit the limit.
         """
         with self._lock:
             if self._needs.passing == frozenset(kept) and self._is_coding == is_coding:
@@ -167,12 +172,12 @@ class Lender(Engine):
     # Chunks in coded form.
 
     def is_to_be_coded(self, name: str) -> bool:
-        """Whether a chunk is to wait in coded form, and does not yet."""
+        """Whether a chunk is to be coded and is not yet."""
         with self._lock:
             return name not in self._claimed and name in self._to_be_coded()
 
     def claim(self, name: str) -> bool:
-        """Have memory for a chunk in coded form, if it is one that is to wait in it; then it is to be settled."""
+        """Reserve memory for a chunk in coded form, if it is to be coded; if True, the caller has to `settle` it."""
         with self._lock:
             if self._closed or not self.is_to_be_coded(name):
                 return False
@@ -180,14 +185,20 @@ class Lender(Engine):
             self._replan(self._needs, self.limit)
             if name in self._claimed:
                 return True
-            del self._codable[name]  # there was no memory
+            del self._codable[name]  # no plan has memory for it
             return False
 
     def settle(self, name: str, coded: Coded | None, *, is_gone: bool) -> None:
-        """Keep a chunk for which there is memory. Without one, never code it again, unless it went before its time."""
+        """Keep a coded chunk whose memory was claimed.
+
+        Args:
+            name: the chunk.
+            coded: its coded form; None if coding failed or did not pay. Then it is never coded again, unless `is_gone`.
+            is_gone: whether its slot on the device was evicted while it was being coded.
+        """
         with self._lock:
             if self._closed or name not in self._claimed:
-                return  # there is no memory for it any more
+                return  # its claim was dropped
             if coded is None or is_gone:
                 self._forget(name)
                 if not is_gone:
@@ -198,31 +209,31 @@ class Lender(Engine):
             self._replan(self._needs, self.limit)
 
     def code_no_more(self) -> None:
-        """Leave all other chunks as they are."""
+        """Code no further chunks."""
         with self._lock:
             self._codable = {name: size for name, size in self._codable.items() if name in self.coded}
             self._choice = None
 
     @property
     def anonymous_bytes(self) -> int:
-        """As of `Engine`, with what is coded."""
+        """As for `Engine`, including coded chunks."""
         with self._lock:
             return super().anonymous_bytes + sum(coded.capacity_bytes for coded in self.coded.values())
 
     def copied_bytes(self) -> dict[str, int]:
-        """What is copied of each chunk that waits in coded form, or will."""
+        """How many bytes are copied of each chunk that is, or will be, coded."""
         with self._lock:
             will = {name: self._codable[name] for name in self._to_be_coded()}
             return will | {name: coded.nbytes for name, coded in self.coded.items()}
 
     def settled_plan(self) -> ResidencyPlan:
-        """The plan that there will be once all is coded that is to be."""
+        """The plan once all chunks are coded that are to be."""
         with self._lock:
             coded = {name: self._codable[name] for name in self._to_be_coded()} | self._claimed
             return plan_residency(with_coded(self.needs, coded), self.limit)
 
     def clear(self) -> None:
-        """As of `Engine`; coded chunks, too."""
+        """As for `Engine`; coded chunks are dropped, too."""
         with self._lock:
             for name in list(self._claimed):
                 self._forget(name)
@@ -230,13 +241,13 @@ class Lender(Engine):
             super().clear()
 
     def close(self) -> None:
-        """As of `Engine`."""
+        """As for `Engine`."""
         with self._lock:
             super().close()
             self.coded.clear()
 
     def _to_be_coded(self) -> frozenset[str]:
-        """The chunks that are to wait in coded form; not all of them do yet."""
+        """The chunks that are, or are to be, coded."""
         if self._choice is None:
             self._choice = frozenset()
             if self._is_coding:
@@ -254,7 +265,7 @@ class Lender(Engine):
         return plan_residency(with_coded(needs, self._claimed), limit)
 
     def _replan(self, needs: Needs, limit: Limit) -> None:
-        """As of `Engine`; chunks in coded form go where there is no memory for them any more."""
+        """As for `Engine`; coded chunks are dropped as long as no plan fits beside them."""
         self._choice = None
         while True:
             try:
@@ -273,7 +284,7 @@ class Lender(Engine):
         return self._lend(name, for_copy=for_copy)
 
     def _find_place(self, name: str) -> Any:
-        """Have a chunk on its way and lend it, or what to wait for before that can be."""
+        """Start to load a chunk and lend it, or return a future to wait for before trying again."""
         if not self.table.has_place(name):
             return self._returned
         decision = self.table.make_ready([name])

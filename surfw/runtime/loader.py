@@ -1,10 +1,10 @@
-"""The one way from stored bytes to tensors: fetch (verified), decode, put in place, view.
+"""Turns stored bytes into tensors: fetch and verify, decode, lay out, view. There is no other way.
 
-Where the model runs in the dtype it is stored in, the bytes arrive in the very buffer that the tensors are views of.
-Where it runs in another one, they arrive in a scratch buffer and are cast from there, as `from_pretrained(dtype=…)`
-casts them. Coded bytes arrive at the end of the buffer, and are decoded into its beginning while the rest arrives; what
-a chunk decodes to is compared with its id the first time. Packed forms stay as they are: their matrices become packed
-parameters, and what has to be cast of their other tensors lies behind them.
+If the model runs in the dtype it is stored in, the bytes arrive directly in the buffer that the tensors are views of.
+If it runs in another dtype, they arrive in a scratch buffer and are cast from there, as `from_pretrained(dtype=…)`
+casts them. Coded bytes arrive at the end of the buffer and are decoded into its beginning while the rest arrives; the
+decoded payload is compared with the chunk's id the first time. Packed forms stay packed: their matrices become packed
+parameters, and cast copies of their other tensors lie behind them in the buffer.
 """
 
 import asyncio
@@ -29,7 +29,7 @@ from surfw.source import ChunkSource, Read, View
 from surfw.threads import cancel_all, in_thread, to_its_end
 
 _SEGMENT_BYTES = 4 * MIB
-"""Coded bytes are fetched in parts of this size, several at a time, and each part is decoded when it is there."""
+"""Coded bytes are fetched in segments of this size, several at a time; each is decoded once it has arrived."""
 
 _SEGMENTS_AHEAD = 4
 
@@ -38,7 +38,7 @@ class Loader:
     """Loads chunks of one model from one source.
 
     Attributes:
-        dtypes: the dtypes of the tensors that do not have the stored one in the model.
+        dtypes: the dtypes of tensors whose dtype in the model is not the stored one.
     """
 
     def __init__(
@@ -51,17 +51,17 @@ class Loader:
         keeps_operands: bool = False,
         is_pinned: bool = False,
     ) -> None:
-        """Nothing is loaded yet.
+        """Load nothing yet.
 
         Args:
             source: has the chunks.
             manifest: the model.
-            dtypes: of tensors that do not get the stored one.
+            dtypes: the dtypes of tensors that do not keep the stored one.
             forms: chooses the form of a chunk.
-            keeps_operands: whether quantised matrices keep what else would be made for each use (`operand_bytes`);
-                buffers are as large then as `buffer_bytes` says with it.
-            is_pinned: whether the manifest is believed only as far as its identity goes, which names payloads and no
-                blocks: then each payload is compared with its chunk's id once, before anything of it is used.
+            keeps_operands: whether quantised matrices keep their operands instead of making them for each use
+                (`matrices.operand_bytes`); buffers are then as large as `buffer_bytes` says with this option.
+            is_pinned: whether only the manifest's identity is trusted, which covers payloads but not block digests:
+                then each payload is compared with its chunk's id once, before any of it is used.
         """
         self._is_pinned = is_pinned
         self._prove_turn = asyncio.Lock()
@@ -77,7 +77,7 @@ class Loader:
         self._proven: set[tuple[str, str]] = set()  # ids of chunks, and digests of forms that decode to them
 
     def close(self) -> None:
-        """End the threads that decode: this waits for what they are at."""
+        """End the decoder threads, after their current work."""
         self._decoders.shutdown()
 
     async def load(
@@ -88,15 +88,15 @@ class Loader:
         Args:
             chunk: one of the model's.
             buffer: at least `buffer_bytes` large.
-            priority: the source's; lower ones go first.
-            in_pieces: ask for no more than a block of any chunk at a time, so that the source never holds much; slower.
-            may_map: whether coded bytes may be mapped where the source can do that.
+            priority: for the source; lower values go first.
+            in_pieces: request at most one block at a time over all chunks, so that the source never holds much; slower.
+            may_map: whether coded bytes may be mapped, if the source can do that.
 
         Returns:
-            The form that was fetched for it; another one may be chosen next time.
+            The form that was fetched; the next load may choose another one.
 
         Raises:
-            IntegrityError: bytes are not what the manifest promises; the buffer holds nothing usable.
+            IntegrityError: the bytes do not match the manifest; the buffer holds nothing usable.
             StorageError, WireError: they could not be read.
         """
         form = self.forms.form(chunk)
@@ -115,31 +115,31 @@ class Loader:
         return form
 
     def find_shared(self, chunk: Chunk, capacity_bytes: int) -> Buffer | View | None:
-        """Memory in which another model has this very chunk: a buffer of this capacity, or a view."""
+        """Memory in which another model holds an equal chunk: a buffer of this capacity, or a view."""
         forms = [form for form in chunk.forms if not self._is_pinned or (chunk.id, form.digest) in self._proven]
         keys = (self._identity(chunk, form, capacity) for form in forms for capacity in (capacity_bytes, None))
         return next((memory for key in keys if (memory := shared.find(key)) is not None), None)
 
     def shared_bytes(self, sizes: Mapping[str, int]) -> int:
-        """What of these chunks, with the memory that each takes, other models have in memory."""
+        """How much memory of these chunks, given by name and size, other models already hold."""
         buffers = {name: buffer_capacity(size) for name, size in sizes.items()}
         return sum(buffers[name] for name in buffers if self.find_shared(self.manifest.by_name[name], buffers[name]))
 
     def share(self, chunk: Chunk, form: Form, memory: Buffer | View) -> None:
-        """Let other models have memory that holds a chunk as it was read in a form, and nothing else from now on."""
+        """Share memory that holds a chunk, as read in this form, with other models; it must not be written again."""
         capacity_bytes = memory.capacity_bytes if isinstance(memory, Buffer) else None
         shared.share(self._identity(chunk, form, capacity_bytes), memory)
 
     def _identity(self, chunk: Chunk, form: Form, capacity_bytes: int | None) -> Hashable | None:
-        if self._keeps_operands and capacity_bytes is not None:  # which are made in the buffer
+        if self._keeps_operands and capacity_bytes is not None:  # operands are written to the buffer
             return None
         return shared.identity(chunk, form, self.dtypes, capacity_bytes=capacity_bytes)
 
     async def map(self, chunk: Chunk) -> View | None:
-        """The chunk's tensors where they are stored, if they can be used there as they are.
+        """A view of the chunk's stored bytes, if its tensors can be used there as they are; else None.
 
         Raises:
-            IntegrityError: bytes are not what the manifest promises.
+            IntegrityError: the bytes do not match the manifest.
             StorageError: they could not be read.
         """
         form = self.forms.form(chunk)
@@ -155,10 +155,10 @@ class Loader:
         return view
 
     async def prove(self, chunk: Chunk, form: Form) -> None:
-        """Read a chunk through before parts of it are used, where its blocks are not believed, and was not yet.
+        """Verify a whole chunk, once, before parts of it are used; only if its block digests are not trusted.
 
         Raises:
-            IntegrityError: it is another payload.
+            IntegrityError: the payload does not match the chunk's id.
             StorageError, WireError: it could not be read.
         """
         if not self._is_pinned or form.codec != "none":
@@ -174,9 +174,9 @@ class Loader:
             self._expect_id(chunk, form, digest.hexdigest())
 
     def tensors(self, chunk: Chunk, memory: Buffer | View) -> dict[str, torch.Tensor]:
-        """Tensors over filled memory, by their names; they keep it alive. Quantised ones are packed parameters.
+        """Tensors over filled memory, by name; they keep it alive. Quantised ones are packed parameters.
 
-        Of mapped memory, the few tensors that do not lie at multiples of 64 bytes are copied.
+        In mapped memory, the few tensors that do not begin at a multiple of 64 bytes are copied.
         """
         if isinstance(memory, View):
             flat = torch.frombuffer(memory.memory, dtype=torch.uint8)
@@ -186,12 +186,12 @@ class Loader:
         return self.tensors_in(chunk, flat_view(memory))
 
     def expert_tensors(self, chunk: Chunk, flat: torch.Tensor) -> dict[str, torch.Tensor]:
-        """As `tensors_in`, without what quantised matrices could keep: there is no memory for that."""
+        """As `tensors_in`, but quantised matrices keep no operands: experts have no memory for them."""
         form = packed_form(chunk)
         return _packed_views(chunk, form, flat, self.dtypes) if form else self.tensors_in(chunk, flat)
 
     def tensors_in(self, chunk: Chunk, flat: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Views over a copy of a filled buffer, wherever it lies: uint8, of shape (`held_bytes`, or more)."""
+        """Views over a copy of a filled buffer, on any device: uint8, of shape (`held_bytes`, or more)."""
         if form := packed_form(chunk):
             return _packed_views(chunk, form, flat, self.dtypes, keeps_operands=self._keeps_operands)
         return _views(chunk, flat, plan_layout(tensor_bytes(chunk, self.dtypes))[0], self.dtypes)
@@ -199,7 +199,7 @@ class Loader:
     async def _read(
         self, chunk: Chunk, form: Form, buffer: Buffer, priority: int, *, in_pieces: bool, may_map: bool
     ) -> None:
-        """The chunk's stored tensors into a buffer, each at its place there."""
+        """Read the chunk's stored tensors into a buffer, each to its place."""
         place = buffer.view[: chunk.payload_bytes]
         if form.codec != "none":
             await self._read_coded(chunk, form, buffer, priority, in_pieces=in_pieces, may_map=may_map)
@@ -217,7 +217,7 @@ class Loader:
             await self._fetch(_part(chunk, form, into, start, step), priority, in_pieces=in_pieces)
 
     async def _fetch(self, read: Read, priority: int, *, in_pieces: bool) -> None:
-        """One part of a chunk; where it is one of many small pieces, one at a time."""
+        """Fetch one part of a chunk; if chunks are read in pieces, only one at a time."""
         async with self._piece_turn if in_pieces else nullcontext():
             size_bytes = read.stop - read.start
             about = {"layer": read.chunk.name, "bytes": size_bytes, "form": read.form.codec, "tier": "host"}
@@ -227,10 +227,10 @@ class Loader:
     async def _read_coded(
         self, chunk: Chunk, form: Form, buffer: Buffer, priority: int, *, in_pieces: bool, may_map: bool
     ) -> None:
-        """The payload of a chunk out of its coded form; parts of that are decoded while others are on their way.
+        """Read the coded form of a chunk and decode its payload; segments are decoded while others are in flight.
 
         Raises:
-            IntegrityError: it does not decode, or to something else.
+            IntegrityError: it does not decode, or not to the chunk's payload.
         """
         place = buffer.view[: chunk.payload_bytes]
         view = await self.source.view(self.manifest, chunk, form) if may_map else None
@@ -259,12 +259,12 @@ class Loader:
         await self._prove(chunk, form, place)
 
     async def _decode(self, chunk: Chunk, decoder: FrameDecoder, arrived: int) -> None:
-        """Decode what has arrived and is not decoded yet, in several threads; one chunk at a time."""
+        """Decode the bytes that have arrived since the last call, in several threads; one chunk at a time."""
         if not (size_bytes := decoder.payload_bytes(arrived)):
             return
         loop = asyncio.get_running_loop()
         async with self._decode_turn:
-            if not self.forms.decoding.bytes:  # the threads have begun before time counts
+            if not self.forms.decoding.bytes:  # start the threads before the first measurement
                 await to_its_end(asyncio.gather(*(loop.run_in_executor(self._decoders, int) for _ in range(DECODERS))))
             about = {"layer": chunk.name, "bytes": size_bytes, "tier": "host"}
             with self.forms.decode(size_bytes), tracing.span("decode", f"decode {chunk.name}", **about):
@@ -276,10 +276,10 @@ class Loader:
                     raise IntegrityError(f"{where}: {exc}; chunk the model again") from exc
 
     async def _prove(self, chunk: Chunk, form: Form, payload: memoryview) -> None:
-        """Compare a payload with the chunk's id, once: from then on the digests of the form stand for it.
+        """Compare a payload with the chunk's id, once: from then on the form's digests vouch for it.
 
         Raises:
-            IntegrityError: it is another payload.
+            IntegrityError: the payload does not match the chunk's id.
         """
         if (chunk.id, form.digest) not in self._proven:
             self._expect_id(chunk, form, await in_thread(payload_digest, payload))
@@ -306,44 +306,44 @@ def flat_view(buffer: Buffer) -> torch.Tensor:
 
 
 async def _all(works: Sequence["asyncio.Future[None]"]) -> None:
-    """Wait until all have ended; the first failure is raised then."""
+    """Wait until all have ended, then raise the first failure."""
     for outcome in await asyncio.gather(*works, return_exceptions=True):
         if outcome is not None:
             raise outcome
 
 
 def _lead(chunk: Chunk, form: Form) -> int:
-    """Where coded bytes begin in a chunk's buffer: at a page, so that devices can write there directly."""
+    """Where coded bytes begin in a chunk's buffer: at a page boundary, so that direct I/O can write there."""
     return buffer_capacity(chunk.payload_bytes - form.stored_bytes) if chunk.payload_bytes > form.stored_bytes else 0
 
 
 def _part(chunk: Chunk, form: Form, into: memoryview, start: int, length: int) -> Read:
-    """A read of some of a chunk's stored bytes, into the memory for all of them."""
+    """A read of some of a chunk's stored bytes into their place in `into`, which has memory for all of them."""
     stop = min(start + length, form.stored_bytes)
     return Read(chunk, form, start, stop, into[start:stop])
 
 
 def buffer_bytes(chunk: Chunk, dtypes: Mapping[str, torch.dtype], *, keeps_operands: bool = False) -> int:
-    """How large a buffer the chunk needs: for its tensors, with these dtypes instead of the stored ones, and coded."""
+    """How large a buffer the chunk needs: for its tensors in these dtypes, and for its coded bytes."""
     if form := packed_form(chunk):
         return (_plan_operands if keeps_operands else _plan_casts)(chunk, form, dtypes)[1]
     needed = held_bytes(chunk, dtypes)
     if _casts(chunk, dtypes):
-        return needed  # coded bytes arrive in scratch memory, as all stored bytes do
+        return needed  # all stored bytes, coded or not, arrive in scratch memory
     return max([needed, *(_lead(chunk, form) + form.stored_bytes for form in chunk.forms if form.codec != "none")])
 
 
 def held_bytes(chunk: Chunk, dtypes: Mapping[str, torch.dtype]) -> int:
-    """How much of its buffer a chunk takes on a device: its tensors, with these dtypes for the stored ones."""
+    """How many bytes of its buffer a chunk takes on a device: its tensors in these dtypes."""
     if form := packed_form(chunk):
         return _plan_casts(chunk, form, dtypes)[1]
     return plan_layout(tensor_bytes(chunk, dtypes))[1]
 
 
 def scratch_bytes(chunk: Chunk, dtypes: Mapping[str, torch.dtype]) -> int:
-    """Memory that a chunk takes besides its buffer: what it is cast from, or what its matrices are unpacked into.
+    """Memory that a chunk takes besides its buffer, to cast from or to unpack matrices into.
 
-    It is used for one chunk at a time.
+    One chunk uses it at a time.
     """
     if form := packed_form(chunk):
         return max(matrices.scratch_bytes(part.shape[1], dtype) for part, dtype in _quantised(chunk, form, dtypes))
@@ -351,7 +351,7 @@ def scratch_bytes(chunk: Chunk, dtypes: Mapping[str, torch.dtype]) -> int:
 
 
 def device_scratch_bytes(chunk: Chunk, dtypes: Mapping[str, torch.dtype]) -> int:
-    """As `scratch_bytes`, on a device: there, nothing is cast."""
+    """As `scratch_bytes`, on a device, where nothing is cast."""
     form = packed_form(chunk)
     if form is None:
         return 0
@@ -366,12 +366,12 @@ def device_scratch_bytes(chunk: Chunk, dtypes: Mapping[str, torch.dtype]) -> int
 
 
 def packed_form(chunk: Chunk) -> Form | None:
-    """The form that a chunk is read in, if that is a packed one: then a run has no other of it (`codec.for_run`)."""
+    """The packed form of a chunk, if it has one; a run then reads no other form of it (`codec.for_run`)."""
     return next((form for form in chunk.forms if form.is_packed), None)
 
 
 def tensor_places(chunk: Chunk, dtypes: Mapping[str, torch.dtype]) -> dict[str, int | None]:
-    """Where tensors lie in the memory of a chunk; None for quantised ones, which are no views."""
+    """The offset of each tensor in the memory of a chunk; None for quantised ones, which are not views."""
     form = packed_form(chunk)
     if form is None:
         return dict(zip((one.name for one in chunk.tensors), plan_layout(tensor_bytes(chunk, dtypes))[0], strict=True))
@@ -382,12 +382,12 @@ def tensor_places(chunk: Chunk, dtypes: Mapping[str, torch.dtype]) -> dict[str, 
 
 
 def as_parameter(values: torch.Tensor) -> torch.nn.Parameter:
-    """A parameter over these values that wants gradients as those of `from_pretrained` do, although there are none.
+    """A parameter over these values, with `requires_grad` set as by `from_pretrained`, although no gradients are taken.
 
-    Torch chooses by that: where the input's strides are unusual, `matmul` with a weight that wants none goes another
-    way, which took 60 times as long for a head of 32000 rows, and need not give the same bits.
+    Torch chooses its path by that flag: for inputs with unusual strides, `matmul` with a weight that does not require
+    gradients took 60 times as long for a head of 32000 rows, and need not give the same bits.
 
-    A packed parameter is one already.
+    A packed parameter is returned as it is.
     """
     if isinstance(values, PackedParameter):
         return values
@@ -399,7 +399,7 @@ def _casts(chunk: Chunk, dtypes: Mapping[str, torch.dtype]) -> bool:
 
 
 def _plan_casts(chunk: Chunk, form: Form, dtypes: Mapping[str, torch.dtype]) -> tuple[dict[str, int], int]:
-    """Where the raw tensors of a packed form begin that do not get their stored dtype, and where all of it ends."""
+    """The offsets of cast copies of a packed form's raw tensors, behind its stored bytes, and the end of them all."""
     places, end = {}, form.stored_bytes
     for part in parts_of(chunk, form):
         if part.kind == "raw" and part.name in dtypes:
@@ -409,7 +409,7 @@ def _plan_casts(chunk: Chunk, form: Form, dtypes: Mapping[str, torch.dtype]) -> 
 
 
 def _plan_operands(chunk: Chunk, form: Form, dtypes: Mapping[str, torch.dtype]) -> tuple[dict[str, int], int]:
-    """Where the operands of a packed form's matrices begin, behind all else, and where they end."""
+    """The offsets of the operands of a packed form's matrices, behind everything else, and the end of them all."""
     places, end = {}, _plan_casts(chunk, form, dtypes)[1]
     for part in parts_of(chunk, form):
         if size := matrices.operand_bytes(part):
@@ -419,7 +419,7 @@ def _plan_operands(chunk: Chunk, form: Form, dtypes: Mapping[str, torch.dtype]) 
 
 
 def _quantised(chunk: Chunk, form: Form, dtypes: Mapping[str, torch.dtype]) -> list[tuple[Part, torch.dtype]]:
-    """The matrices of a packed form, and the dtypes that they are computed with."""
+    """The quantised matrices of a packed form, each with the dtype that the model computes in."""
     return [
         (part, dtypes.get(part.name, torch_dtype(part.dtype))) for part in parts_of(chunk, form) if part.kind != "raw"
     ]
@@ -434,11 +434,11 @@ def _cast_raw_parts(chunk: Chunk, form: Form, buffer: Buffer, dtypes: Mapping[st
 def _packed_views(
     chunk: Chunk, form: Form, flat: torch.Tensor, dtypes: Mapping[str, torch.dtype], *, keeps_operands: bool = False
 ) -> dict[str, torch.Tensor]:
-    """Packed parameters, and views of raw tensors, over a packed form and what was cast behind it."""
+    """Packed parameters and views of raw tensors, over a packed form and the cast copies behind it."""
     behind, _ = _plan_casts(chunk, form, dtypes)
     operands, end = _plan_operands(chunk, form, dtypes) if keeps_operands else ({}, 0)
     with torch.inference_mode(mode=False):  # or it could not be used outside of that mode
-        room = flat if len(flat) >= end else torch.empty(end, dtype=torch.uint8)  # a mapped file has none behind it
+        room = flat if len(flat) >= end else torch.empty(end, dtype=torch.uint8)  # a mapped file has no memory for them
     found: dict[str, torch.Tensor] = {}
     for part in parts_of(chunk, form):
         stored = torch_dtype(part.dtype)
@@ -455,7 +455,7 @@ def _packed_views(
 
 
 def tensor_bytes(chunk: Chunk, dtypes: Mapping[str, torch.dtype]) -> list[int]:
-    """The bytes of each tensor, with these dtypes instead of the stored ones."""
+    """The size in bytes of each tensor in these dtypes; tensors that are not named keep the stored dtype."""
     return [
         tensor.nbytes // (stored := torch_dtype(tensor.dtype)).itemsize * dtypes.get(tensor.name, stored).itemsize
         for tensor in chunk.tensors
@@ -465,7 +465,7 @@ def tensor_bytes(chunk: Chunk, dtypes: Mapping[str, torch.dtype]) -> list[int]:
 def _views(
     chunk: Chunk, flat: torch.Tensor, places: Sequence[int], dtypes: Mapping[str, torch.dtype]
 ) -> dict[str, torch.Tensor]:
-    """Tensors that begin at these places, as views, or as copies where a place is no multiple of 64."""
+    """Tensors at these offsets: views, or copies where the offset is not a multiple of 64."""
     found = {}
     for info, size, place in zip(chunk.tensors, tensor_bytes(chunk, dtypes), places, strict=True):
         values = flat[place : place + size]

@@ -1,7 +1,8 @@
-"""Applies an adapter to a model while it runs: a product beside a module's own, or other weights in a module.
+"""Applies an adapter to a model while it runs: adds a product to a module's output, or replaces a module's weights.
 
 The order of operations and the dtypes are peft's (`peft.tuners.lora.layer`, `Linear.forward` and `Embedding.forward`),
-so that results are the same bits. The base's weights are read as without an adapter; after `detach`, nothing remains.
+so that the results have the same bits. The base model's weights are read as without an adapter; after `detach`, nothing
+remains.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,10 +20,10 @@ _Forward = Callable[..., Any]
 
 
 class AttachedLora:
-    """An adapter that is applied to its model, until `detach`."""
+    """An adapter that is applied to its model until `detach`."""
 
     def __init__(self, lora: Lora, tensors: Tensors) -> None:
-        """Apply it from now on; `tensors` has those that it names, in their `Lora.dtypes`."""
+        """Apply the adapter; `tensors` has the tensors that it names, in their `Lora.dtypes`."""
         self._changed: list[nn.Module] = []
         for part in lora.parts:
             apply = _add_rows if isinstance(part.module, nn.Embedding) else _add_product
@@ -31,7 +32,7 @@ class AttachedLora:
             self._wrap(saved.module, partial(_run_with, saved, tensors))
 
     def detach(self) -> None:
-        """Leave the modules as they were."""
+        """Restore the modules."""
         for module in reversed(self._changed):
             del module.forward
         self._changed.clear()
@@ -39,14 +40,14 @@ class AttachedLora:
     def _wrap(self, module: nn.Module, apply: Callable[..., Any]) -> None:
         forward = module.forward
         assert "forward" not in vars(module), "it is the class's own"
-        module.forward = partial(apply, forward)  # hooks run around it, as they did
+        module.forward = partial(apply, forward)  # hooks still run around it
         self._changed.append(module)
 
 
 def _add_product(
     part: LoraPart, tensors: Tensors, forward: _Forward, x: torch.Tensor, *args: Any, **kwargs: Any
 ) -> torch.Tensor:
-    """What a linear module puts out, and the scaled product of the two small matrices."""
+    """The output of a linear module plus the scaled product of the two small matrices."""
     result: torch.Tensor = forward(x, *args, **kwargs)
     dtype, first = result.dtype, tensors[part.first]
     bias = None if part.bias is None else tensors[part.bias]
@@ -59,7 +60,7 @@ def _add_product(
 def _add_rows(
     part: LoraPart, tensors: Tensors, forward: _Forward, x: torch.Tensor, *args: Any, **kwargs: Any
 ) -> torch.Tensor:
-    """The rows of an embedding, and the scaled product of the first matrix's rows with the second."""
+    """The rows of an embedding plus the scaled product of the first matrix's rows with the second."""
     result: torch.Tensor = forward(x, *args, **kwargs)
     base: Any = part.module
     rows = embedding(
@@ -76,7 +77,7 @@ def _add_rows(
 
 
 def _run_with(part: SavedPart, tensors: Tensors, forward: _Forward, *args: Any, **kwargs: Any) -> Any:
-    """What a module puts out with the adapter's weights instead of its own, which are put back afterwards."""
+    """The output of a module with the adapter's weights in place of its own, which are restored afterwards."""
     held: list[tuple[dict[str, Any], str, Any]] = []
     try:
         for name, slot in part.slots.items():

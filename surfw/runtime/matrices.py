@@ -1,16 +1,16 @@
-"""Quantised matrices, computed with as they lie in memory (`surfw.codec.quantised` describes how).
+"""Computes with quantised matrices in their packed form (see `surfw.codec.quantised` for the format).
 
-There are two ways to multiply. For few rows of inputs in bfloat16, kernels of torch read the codes themselves. For many
-rows, and in other dtypes, where these kernels use no vectors, a piece of the matrix at a time is unpacked and
-multiplied as usual. The way is chosen by kind, dtype and number of rows alone, so a weight gives the same bits whether
-it stays in memory or is read for every use. From how many rows on the second way is faster is measured once in a
-process. There it also shows in which order a processor's kernel reads the codes of int4: as they are stored (AVX-512),
-in one that they are brought into for each use (AVX2), or in none that is known here. Then, or where a kernel is missing
-or refuses, the second way is the only one.
+There are two ways to multiply. For few input rows in bfloat16, torch's kernels read the codes directly. For many rows,
+and for other dtypes, for which these kernels are not vectorised, the matrix is unpacked and multiplied piece by piece.
+The choice depends only on kind, dtype and number of rows, so a weight gives the same bits whether it is resident or
+streamed. The number of rows above which the second way is faster is measured once per process. The same measurement
+finds the order in which the processor's int4 kernel reads codes: as stored (AVX-512), or an order that they are
+converted to for each use (AVX2). If neither order gives the right results, or a kernel is missing or fails, only the
+second way is used.
 
-The kernel of int4 reads scales in an order of its own. Where memory is given for it (`operand_bytes`), a matrix keeps
-them so; else they are brought there for each use, which takes a third of the time of a product with one row. A thread
-keeps what one piece takes (`scratch_bytes`).
+The int4 kernel also needs the scales in its own layout. If memory is given for it (`operand_bytes`), a matrix keeps the
+converted scales; otherwise they are converted for each use, which takes a third of the time of a product with one row.
+Each thread keeps scratch memory for one piece (`scratch_bytes`).
 """
 
 import logging
@@ -31,21 +31,21 @@ from surfw.manifest import GROUP, PANEL, Kind, Part
 logger = logging.getLogger("surfw.runtime")
 
 SCRATCH_BYTES = 4 * MIB
-"""What is unpacked of a matrix at a time, at least 64 rows of it."""
+"""Size of the piece of a matrix that is unpacked at a time; at least 64 rows."""
 
 DEVICE_SCRATCH_BYTES = 128 * MIB
-"""The same on a device, where each piece takes several kernels, and memory is faster than caches here."""
+"""The same on a device, where each piece takes several kernels, and memory is faster than a CPU's caches."""
 
 _OPERAND_BYTES, _ORDERED_BYTES = 4 * MIB, 4 * MIB
 _ORDERED_AT_ONCE_BYTES = MIB
 _FIRST_ROWS, _MOST_ROWS = 16, 128
 _TIMES = 3
 _MEASURING_SECONDS = 0.03
-"""After so long the measurement ends with what it knows."""
+"""The measurement stops after this long, with the result so far."""
 
 
 Order = Callable[[torch.Tensor], torch.Tensor]
-"""Brings stored codes into the order, and the shape, in which a kernel reads them."""
+"""Converts stored codes to the order and the shape that a kernel reads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +53,8 @@ class Kernel:
     """How torch's kernel for a kind of matrices is used.
 
     Attributes:
-        rows: for how many rows of inputs at most; 0 if it is not used.
-        order: in which it reads the codes.
+        rows: the most input rows that it is used for; 0 if it is not used.
+        order: converts codes for it.
     """
 
     rows: int
@@ -65,18 +65,18 @@ class Packed(ABC):
     """A quantised matrix of N rows and K columns.
 
     Attributes:
-        kind: of its form.
-        orders: in which a kernel may read its codes.
+        kind: the kind of quantisation.
+        orders: the orders in which a kernel may read its codes.
         shape: N and K.
-        codes: as the form has them.
-        scales: as the form has them.
+        codes: as stored.
+        scales: as stored.
     """
 
     kind: ClassVar[Kind]
     orders: ClassVar[Sequence[Order]]
 
     def __init__(self, shape: tuple[int, int], codes: torch.Tensor, scales: torch.Tensor) -> None:
-        """Take the codes and scales where they are."""
+        """Use the codes and scales without copying them."""
         self.shape = shape
         self.codes = codes
         self.scales = scales
@@ -103,7 +103,7 @@ class Packed(ABC):
         return product.view(*inputs.shape[:-1], self.shape[0])
 
     def multiply_many(self, rows: torch.Tensor) -> torch.Tensor:
-        """The product with rows of any dtype, piece by piece."""
+        """The product with input rows of any dtype, piece by piece."""
         product = rows.new_empty(len(rows), self.shape[0])
         dtype = _computed_in(rows.dtype)
         rows = rows.to(dtype)
@@ -113,7 +113,7 @@ class Packed(ABC):
         return product
 
     def unpacked(self, dtype: torch.dtype) -> torch.Tensor:
-        """The whole matrix, in memory of its own."""
+        """The values of the whole matrix, in new memory."""
         whole = torch.empty(self.shape, dtype=dtype, device=self.codes.device)
         computed = _computed_in(dtype)
         step = self._piece_rows(computed)
@@ -124,39 +124,39 @@ class Packed(ABC):
     @classmethod
     @abstractmethod
     def over(cls, part: Part, memory: torch.Tensor, operand: torch.Tensor | None) -> Self:
-        """A matrix over the stored form that it is a part of, with memory of `operand_bytes`, if there is some."""
+        """A matrix over the memory of its stored form; `operand` has `operand_bytes`, if it is given."""
 
     @classmethod
     @abstractmethod
     def sample(cls, rows: int, columns: int) -> Self:
-        """A matrix of that size with whole numbers of all sizes as values."""
+        """A matrix of this size with random whole numbers as values, for measurements."""
 
     @abstractmethod
     def multiply_few(self, rows: torch.Tensor, order: Order) -> torch.Tensor:
-        """The product with a few rows of bfloat16, by torch's kernel, which reads codes in that order."""
+        """The product with a few bfloat16 input rows, by torch's kernel, with codes converted by `order`."""
 
     @abstractmethod
     def unpack(self, first: int, last: int, dtype: torch.dtype) -> torch.Tensor:
-        """Rows of the matrix as columns, shape (K, last - first); valid until the thread unpacks the next ones.
+        """The values of some rows, transposed: shape (K, last - first), valid until the thread's next call.
 
         Args:
-            first: a multiple of `PANEL`.
-            last: end-exclusive.
-            dtype: of the values, not float16; code × scale, rounded once.
+            first: the first row, a multiple of `PANEL`.
+            last: the last row, exclusive.
+            dtype: of the values, which are code × scale, rounded once; not float16.
         """
 
     @abstractmethod
     def look_up(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """The rows of these ids, which are in range, shape (ids, K)."""
+        """The rows with these ids, which must be in range: shape (ids, K)."""
 
     def _piece_rows(self, dtype: torch.dtype) -> int:
-        """How many rows make a piece in that dtype."""
+        """The number of rows in a piece, unpacked to this dtype."""
         most_bytes = SCRATCH_BYTES if self.codes.device.type == "cpu" else DEVICE_SCRATCH_BYTES
         return self._step(most_bytes, self.shape[1] * dtype.itemsize)
 
     @staticmethod
     def _step(most_bytes: int, row_bytes: int) -> int:
-        """How many rows make so many bytes: whole panels, at least one."""
+        """The number of rows that fit into `most_bytes`: whole panels, at least one."""
         return max(1, most_bytes // (row_bytes * PANEL)) * PANEL
 
 
@@ -165,9 +165,9 @@ def _as_stored(codes: torch.Tensor) -> torch.Tensor:
 
 
 def _in_panels_of_32(codes: torch.Tensor) -> torch.Tensor:
-    """int4's codes as torch's kernel for AVX2 reads them: row j and row j + 16 of 32 rows in byte j of a column.
+    """int4 codes as torch's AVX2 kernel reads them: of 32 rows, byte j of a column holds rows j and j + 16.
 
-    Valid until the thread orders or unpacks the next ones.
+    Valid until the thread orders or unpacks other codes.
     """
     panels, columns, _ = codes.shape
     ordered = _SCRATCH.take("piece", (panels, 2, columns, 4), torch.int32, codes.device)
@@ -192,7 +192,6 @@ class _Int8(Packed):
     orders = (_as_stored,)
 
     def __init__(self, shape: tuple[int, int], codes: torch.Tensor, scales: torch.Tensor) -> None:
-        """Take the codes and scales where they are."""
         super().__init__(shape, codes, scales)
         self._scales_of_kernel: torch.Tensor | None = None
 
@@ -212,7 +211,7 @@ class _Int8(Packed):
             self._scales_of_kernel = self.scales.to(torch.bfloat16)  # exact, see the format
         rows = rows.contiguous()
         if rows.data_ptr() % ALIGNMENT:
-            rows = rows.clone()  # the kernel reads aligned vectors
+            rows = rows.clone()  # the kernel needs aligned vectors
         return torch._weight_int8pack_mm(rows, order(self.codes), self._scales_of_kernel)  # noqa: SLF001 - there is no public one
 
     def unpack(self, first: int, last: int, dtype: torch.dtype) -> torch.Tensor:
@@ -225,7 +224,7 @@ class _Int8(Packed):
 
 
 class _Int4(Packed):
-    """Codes of shape (panels, K, 32), uint8, two in each; scales of shape (groups, 64 × panels), bfloat16."""
+    """Codes of shape (panels, K, 32), uint8, two per byte; scales of shape (groups, 64 × panels), bfloat16."""
 
     kind = "int4"
     orders = (_as_stored, _in_panels_of_32)
@@ -233,7 +232,7 @@ class _Int4(Packed):
     def __init__(
         self, shape: tuple[int, int], codes: torch.Tensor, scales: torch.Tensor, memory: torch.Tensor | None = None
     ) -> None:
-        """Take the codes and scales where they are; `memory` is for the scales as the kernel reads them."""
+        """Use the codes and scales without copying them; `memory`, if any, keeps the scales in the kernel's layout."""
         super().__init__(shape, codes, scales)
         self._scale_bits = scales.view(torch.uint16)
         self._memory = memory
@@ -258,14 +257,14 @@ class _Int4(Packed):
         most = filled if self._memory is not None else self._step(_OPERAND_BYTES, len(self.scales) * 4)
         if order is not _as_stored:
             most = min(most, self._step(_ORDERED_BYTES, self.shape[1] // 2))
-        step = -(-filled // (-(-filled // most) * PANEL)) * PANEL  # as few parts as possible, of about the same size
+        step = -(-filled // (-(-filled // most) * PANEL)) * PANEL  # as few parts as possible, of about equal size
         parts = zip(torch.split(self.codes, step // PANEL), self._operands(step), strict=True)
         products = [_multiply_few(rows, order(codes), operand) for codes, operand in parts]
         product = products[0] if len(products) == 1 else torch.cat(products, dim=1)
         return product if filled == self.shape[0] else product[:, : self.shape[0]].contiguous()
 
     def _operands(self, step: int) -> Iterable[torch.Tensor]:
-        """The scales of so many rows at a time as the kernel reads them: kept, or each valid until the next one."""
+        """The scales in the kernel's layout, `step` rows at a time: kept, or each valid until the next one."""
         parts = torch.split(self._scale_bits, step, dim=1)
         if self._memory is None:
             return (
@@ -305,7 +304,7 @@ class _Int4(Packed):
 
 
 def _fill_operand(pairs: torch.Tensor, scale_bits: torch.Tensor) -> torch.Tensor:
-    """Scales as int4's kernel reads them, shape (groups, 64 × panels, 2): behind each its zero point, which is 0."""
+    """Scales as the int4 kernel reads them, shape (groups, 64 × panels, 2): each followed by its zero point, 0."""
     pairs.copy_(scale_bits)
     return pairs.view(torch.bfloat16).view(*pairs.shape, 2)
 
@@ -320,23 +319,23 @@ def int8_values(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -
 
 
 def matrix_over(part: Part, memory: torch.Tensor, operand: torch.Tensor | None = None) -> Packed:
-    """A quantised tensor where it lies.
+    """A quantised tensor over its stored form, without a copy.
 
     Args:
         part: of kind int8 or int4.
-        memory: the stored form that it is a part of, as uint8, on any device; kept alive.
-        operand: memory of `operand_bytes`, at a multiple of 64; to keep what would be made for each use.
+        memory: the stored form that contains it, as uint8, on any device; kept alive.
+        operand: memory of `operand_bytes`, at a multiple of 64, to keep the operand that each use would make anew.
     """
     return _KINDS[part.kind].over(part, memory, operand)
 
 
 def operand_bytes(part: Part) -> int:
-    """What a matrix may keep besides its codes and scales: those of int4 again, as the kernel reads them."""
+    """Memory for a matrix's operand: for int4, the scales in the kernel's layout; for int8, nothing."""
     return 2 * (part.stop - part.scales) if part.kind == "int4" else 0
 
 
 def scratch_bytes(columns: int, dtype: torch.dtype, piece_bytes: int = SCRATCH_BYTES) -> int:
-    """The most memory that a piece of a matrix of at most so many columns takes: values, codes and scales."""
+    """The most memory that a piece of a matrix with at most this many columns takes: values, codes and scales."""
     itemsize = _computed_in(dtype).itemsize
     values = max(piece_bytes, PANEL * columns * itemsize)
     return values + values // itemsize + max(_OPERAND_BYTES, PANEL * columns // GROUP * 4)
@@ -346,7 +345,7 @@ _KINDS: Mapping[Kind, type[Packed]] = {"int8": _Int8, "int4": _Int4}
 
 
 def kernel_of(kind: Kind) -> Kernel:
-    """How torch's kernel is used for a kind; measured at the first call, best while nothing else runs."""
+    """How torch's kernel is used for a kind. Measured at the first call, ideally while nothing else runs."""
     with _MEASURING:
         if kind not in _KERNELS:
             sample = _KINDS[kind].sample(1024, 1024)
@@ -361,7 +360,7 @@ _KERNELS: dict[Kind, Kernel] = {}
 
 
 def _find_order(packed: Packed) -> Order | None:
-    """The order in which the kernel gives the results that it should; None if it does in none."""
+    """The order in which the kernel gives the right results; None if there is none."""
     inputs = _numbers(-4, 5, 5, packed.shape[1]).to(torch.bfloat16)
     expected = packed.multiply_many(inputs).float()
     for order in packed.orders:
@@ -376,7 +375,7 @@ def _find_order(packed: Packed) -> Order | None:
 
 
 def _measure(packed: Packed, order: Order) -> int:
-    """Up to which power of two of rows the kernel is faster, from none to `_MOST_ROWS`."""
+    """The most input rows for which the kernel is faster: 0, or a power of two up to `_MOST_ROWS`."""
     inputs = _numbers(-4, 5, _MOST_ROWS, packed.shape[1]).to(torch.bfloat16)
     few = partial(packed.multiply_few, order=order)
     deadline = time.perf_counter() + _MEASURING_SECONDS
@@ -396,12 +395,11 @@ def _measure(packed: Packed, order: Order) -> int:
 
 
 def _numbers(least: int, stop: int, *shape: int) -> torch.Tensor:
-    """Whole numbers at random, the same at every call; torch's own generator stays as it is."""
+    """Random whole numbers, the same at every call; torch's global generator is not touched."""
     return torch.randint(least, stop, shape, generator=torch.Generator().manual_seed(0))
 
 
 def _shortest(multiply: Callable[[torch.Tensor], object], inputs: torch.Tensor) -> float:
-    """The shortest of several times, in seconds."""
     times = []
     for _ in range(_TIMES):
         start = time.perf_counter()
@@ -411,13 +409,13 @@ def _shortest(multiply: Callable[[torch.Tensor], object], inputs: torch.Tensor) 
 
 
 class _Scratch(threading.local):
-    """Memory of a thread that is used again and again."""
+    """Memory that a thread reuses."""
 
     def __init__(self) -> None:
         self._memory: dict[str, torch.Tensor] = {}
 
     def take(self, use: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """A tensor whose values are those of whatever used it last; of a device, torch keeps memory for that itself."""
+        """An uninitialised tensor in reused memory; on a device it is new, as torch caches memory there itself."""
         if device.type != "cpu":
             return torch.empty(shape, dtype=dtype, device=device)
         size_bytes = prod(shape) * dtype.itemsize
@@ -432,11 +430,11 @@ _SCRATCH = _Scratch()
 
 
 def _computed_in(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of unpacked values: float16 does not reach as far as scales do, and is multiplied slowly."""
+    """The dtype of unpacked values: float32 for float16, whose range is too small for scales and which is slow."""
     return torch.float32 if dtype is torch.float16 else dtype
 
 
 def _elements(memory: torch.Tensor, place: int, count: int, dtype: torch.dtype) -> torch.Tensor:
-    """Elements in memory, as a view, or as a copy where the place is no multiple of 64."""
+    """Elements in memory: a view, or a copy if the address is not a multiple of 64."""
     found = memory[place : place + count * dtype.itemsize]
     return (found.clone() if found.data_ptr() % ALIGNMENT else found).view(dtype)

@@ -1,11 +1,11 @@
-"""How much memory weights may take by default, what open models have claimed, and what this process took.
+"""The default memory budget for weights, the claims of open models, and the memory usage of this process.
 
 The default budget is the smallest spare memory over the machine, this process's control groups and their ancestors
-(the limit, less the memory in use, less a headroom), less what open models of this process may still come to take.
+(the limit, less the memory in use, less a headroom), less what open models of this process may still take.
 
-All is read from `proc` and what it names, below a root, so that a folder can stand for a machine. Page cache never
-counts as in use, as the kernel drops it before it refuses memory; tmpfs and shared memory do, though the kernel counts
-them as cache. Swap does not count as memory.
+Everything is read from `proc`, and from files that it names, below a root directory, so that a folder can stand for a
+machine. Page cache never counts as in use, since the kernel drops it before it refuses memory; tmpfs and shared memory
+do, although the kernel counts them as cache. Swap does not count as memory.
 """
 
 import os
@@ -30,26 +30,26 @@ _KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 """oneDNN's cache of compiled kernels, and that of its binding in torch (ideep), as their environment variables."""
 
 deciding = threading.RLock()
-"""Held from asking for the default budget until the claim is laid, so that two models do not get the same memory."""
+"""Held from finding the default budget until the claim is made, so that two models do not get the same memory."""
 
 _claims: "WeakSet[MemoryClaim]" = WeakSet()
-_state = threading.Lock()  # guards the set of claims; never held while one is asked something
+_state = threading.Lock()  # guards the set of claims; never held while a claim's functions are called
 
 _IN_USE_V2 = (
     "anon", "shmem", "kernel_stack", "pagetables", "sec_pagetables", "percpu", "sock", "vmalloc", "slab_unreclaimable",
     "zswap",
 )  # fmt: skip
-"""Entries of a `memory.stat` (version 2) whose memory the kernel cannot reclaim. Not every kernel has all of them."""
+"""Entries of `memory.stat` (cgroup v2) whose memory the kernel cannot reclaim. Not every kernel has all of them."""
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryLimit:
-    """A limit that this process is under, together with others.
+    """A memory limit that applies to this process and possibly to others.
 
     Attributes:
         place: the control group's folder, or the machine's `/proc/meminfo`.
-        limit_bytes: what all under it may take; beyond any memory there is, where the kernel sets no limit.
-        in_use_bytes: what they have taken that cannot be reclaimed.
+        limit_bytes: what all processes under it may take together; beyond all memory if the kernel sets no limit.
+        in_use_bytes: memory that they use and that cannot be reclaimed.
     """
 
     place: Path
@@ -58,20 +58,20 @@ class MemoryLimit:
 
 
 def read_limits(root: Path = Path("/")) -> list[MemoryLimit]:
-    """The limit of the machine, and those of this process's control groups, from its own to the outermost one seen."""
+    """The limits of the machine and of this process's control groups, from its own to the outermost visible one."""
     return [_machine_limit(root), *_group_limits(root, 1), *_group_limits(root, 2)]
 
 
 def read_smallest_limit(root: Path = Path("/")) -> MemoryLimit:
-    """The smallest of these limits: more memory than that, there is none for this process."""
+    """The smallest of these limits: the most memory that this process can ever have."""
     return min(read_limits(root), key=lambda one: one.limit_bytes)
 
 
 def _machine_limit(root: Path) -> MemoryLimit:
-    """The whole memory, of which what is not available is in use.
+    """The machine's total memory; whatever is not available counts as in use.
 
-    `MemAvailable` is the kernel's estimate of what can be taken without swapping. A sum of what is in use would be too
-    small, as drivers and balloons take pages that stand in no other line.
+    `MemAvailable` is the kernel's estimate of what can be allocated without swapping. A sum of the lines for memory in
+    use would miss the pages of drivers and balloons, which no line contains.
     """
     place = root / "proc/meminfo"
     found = _read_table(place)
@@ -84,10 +84,10 @@ def _machine_limit(root: Path) -> MemoryLimit:
 
 
 def _group_limits(root: Path, version: int) -> Iterator[MemoryLimit]:
-    """The limits in one of the two kinds of hierarchies; both are there on a hybrid machine.
+    """The limits in the cgroup hierarchy of this version; a hybrid machine has both versions.
 
-    Where no mount shows the group, as when a container sees only a part of the hierarchy under another name, the folder
-    that is mounted is taken for it. Levels that are not there are passed over.
+    If no mount contains the group, as in a container that sees only part of the hierarchy under another name, the
+    mounted folder is used instead. Missing levels are skipped.
     """
     read = _read_v1 if version == 1 else _read_v2
     group = _own_group(root, version)
@@ -114,7 +114,7 @@ def _own_group(root: Path, version: int) -> PurePosixPath | None:
 
 
 def _mounts(root: Path, version: int) -> Iterator[tuple[PurePosixPath, Path]]:
-    """The mounted groups, and where; from `/proc/self/mountinfo` (proc_pid_mountinfo(5) has its format)."""
+    """The mounted groups and their mount points, from `/proc/self/mountinfo` (see proc_pid_mountinfo(5))."""
     try:
         lines = (root / "proc/self/mountinfo").read_text().splitlines()
     except OSError:
@@ -129,9 +129,9 @@ def _mounts(root: Path, version: int) -> Iterator[tuple[PurePosixPath, Path]]:
 
 
 def _read_v1(folder: Path) -> MemoryLimit | None:
-    """A group of version 1; the limit of an ancestor that cannot be seen stands in its statistics.
+    """The limit of a version 1 group, or a lower one of an ancestor, which its statistics contain.
 
-    Memory of the kernel is not told apart from the kernel's caches there, and is left out.
+    Kernel memory is not counted, since version 1 does not distinguish it from the kernel's caches.
     """
     limit = _read_number(folder / "memory.limit_in_bytes")
     if limit is None:
@@ -142,7 +142,7 @@ def _read_v1(folder: Path) -> MemoryLimit | None:
 
 
 def _read_v2(folder: Path) -> MemoryLimit | None:
-    """A group of version 2; over `memory.high` its processes are slowed down until they barely move."""
+    """The limit of a version 2 group; above `memory.high`, its processes are throttled almost to a standstill."""
     limits = [_read_number(folder / name) for name in ("memory.max", "memory.high")]
     if not (known := [limit for limit in limits if limit is not None]):
         return None
@@ -151,14 +151,14 @@ def _read_v2(folder: Path) -> MemoryLimit | None:
 
 
 def _read_number(file: Path) -> int | None:
-    """The number in a file; None if there is no file, or it says `max`."""
+    """The number in a file; None if the file is missing or says `max`."""
     with suppress(OSError, ValueError):
         return int(file.read_text())
     return None
 
 
 def _read_table(file: Path) -> dict[str, int]:
-    """Numbers by their names, from lines such as `anon 4096` or `MemTotal: 4 kB`."""
+    """Numbers by name, from lines such as `anon 4096` or `MemTotal: 4 kB`."""
     with suppress(OSError):
         rows = (line.split() for line in file.read_text().splitlines())
         return {row[0].rstrip(":"): int(row[1]) for row in rows if len(row) > 1 and row[1].isdigit()}
@@ -166,20 +166,20 @@ def _read_table(file: Path) -> dict[str, int]:
 
 
 def _unescape(field: str) -> str:
-    r"""A path as it is, from one with `\040` for a space."""
+    r"""A path with escapes such as `\040` for a space resolved."""
     return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), field)
 
 
 class MemoryClaim:
-    """Memory that an open model may come to take, a part of which it holds already. Any thread may use it.
+    """The memory that an open model may take, part of which it already holds. Thread-safe.
 
-    A model lays its claim like this, and gives it up when it is closed:
+    A model makes its claim like this, and closes it when the model is closed:
 
         with deciding:
             plan = make_a_plan(find_default_budget().budget_bytes)
             claim = MemoryClaim(peak_bytes, held_bytes, mapped)
 
-    A claim that is garbage-collected is given up too.
+    A claim that is garbage-collected ends as well.
     """
 
     def __init__(
@@ -188,13 +188,13 @@ class MemoryClaim:
         held_bytes: Callable[[], int],
         mapped: Callable[[], Mapping[Hashable, int]] = dict,
     ) -> None:
-        """Lay claim to memory. The functions are called from any thread; they neither raise nor wait long.
+        """Claim memory. The functions are called from any thread and must neither raise nor block for long.
 
         Args:
-            peak_bytes: tells the most memory it may take by its present plan, weights that are mapped from a file
-                included: without them in the page cache, the model is slow.
-            held_bytes: tells what it holds of that in anonymous memory now, which the kernel counts as in use.
-            mapped: tells what it has mapped of that, in bytes by what the mapping is: several models may have the same.
+            peak_bytes: returns the most memory that the model may take under its current plan, including weights that
+                are mapped from a file: unless they are in the page cache, the model is slow.
+            held_bytes: returns how much of that it holds now in anonymous memory, which the kernel counts as in use.
+            mapped: returns the bytes that it has mapped of that, keyed by mapping: several models may share one.
         """
         self._peak_bytes = peak_bytes
         self._held_bytes = held_bytes
@@ -204,17 +204,17 @@ class MemoryClaim:
 
     @property
     def open_bytes(self) -> int:
-        """What it may still come to take; what it holds counts as memory in use."""
+        """What the model may still take; what it already holds counts as memory in use."""
         return max(0, self._peak_bytes() - self._held_bytes())
 
     def close(self) -> None:
-        """Give the claim up; a second time does nothing."""
+        """End the claim; a second call does nothing."""
         with _state:
             _claims.discard(self)
 
 
 def claimed_bytes() -> int:
-    """What all open models of this process may still come to take; what several have mapped is counted once."""
+    """What all open models of this process may still take; a mapping that several share is counted once."""
     with _state:
         claims = list(_claims)
     mapped: dict[Hashable, int] = {}
@@ -232,7 +232,7 @@ class DefaultBudget:
 
     Attributes:
         budget_bytes: 0 if there is no memory to spare.
-        reason: what limits it, for people.
+        reason: what limits it, in words.
     """
 
     budget_bytes: int
@@ -251,34 +251,34 @@ def find_default_budget(root: Path = Path("/")) -> DefaultBudget:
 
 
 def headroom_bytes(limit_bytes: int) -> int:
-    """What of a limit weights leave alone: 192 MiB, or 5 % where that is more.
+    """The part of a limit that weights leave free: 192 MiB, or 5 % if that is more.
 
-    It is for the code of torch and transformers (116 MB of page cache that is in use all the time), for activations,
-    for what the allocator keeps, and for what others take meanwhile. KV caches are not in it; see `kv_cache`.
+    It is for the code of torch and transformers (116 MB of page cache that is always in use), activations, memory that
+    the allocator keeps, and what other processes take meanwhile. It does not cover KV caches; see `kv_cache`.
     """
     return max(HEADROOM_BYTES, int(limit_bytes * HEADROOM_SHARE))
 
 
 def bound_kernels() -> None:
-    """Have the kernels bounded that torch compiles for each shape of a product, unless the environment says how many.
+    """Bound torch's caches of kernels, which it compiles per product shape, unless the environment sets their size.
 
-    Each of two caches keeps 1024 of them, which is 0.9 GB once 512 lengths were computed with in bfloat16. With 32, it
-    is 0.02 GB: enough for the products of a dense model at two lengths; where more shapes take turns, each product
-    takes 0.3 ms longer. Has an effect before the first product in the process only.
+    Each of the two caches keeps 1024 kernels, which came to 0.9 GB after computing with 512 lengths in bfloat16. With
+    32, it is 0.02 GB: enough for the products of a dense model at two lengths; if more shapes alternate, each product
+    takes 0.3 ms longer. This only has an effect before the first product in the process.
     """
     for name in _KERNEL_CACHES:
         os.environ.setdefault(name, str(_KERNELS))
 
 
 def rss_bytes() -> int:
-    """The process's own resident memory now, the code of its libraries included."""
+    """The current resident memory of this process, including the code of its libraries."""
     return int(psutil.Process().memory_info().rss)
 
 
 def peak_rss_bytes(root: Path = Path("/")) -> int:
-    """The process's own high-water mark of resident memory.
+    """The peak resident memory of this process.
 
-    On Linux, `ru_maxrss` starts from that of the process which started this one; `VmHWM` does not.
+    On Linux, `ru_maxrss` starts at the value of the parent process; `VmHWM` does not.
     """
     found = _read_table(root / "proc/self/status").get("VmHWM")
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if found is None else found) * 1024

@@ -1,8 +1,9 @@
-"""Quantised matrices, which stay as they are in memory, and are computed with like that (`surfw.codec.quantised`).
+"""Parameters over quantised matrices, which stay packed in memory while the model computes (`surfw.codec.quantised`).
 
-A packed parameter stands in a module where an ordinary one would. It knows the shape, and the dtype that the model
-computes with; its codes and scales are views of a chunk's memory. `linear`, products with its transpose and `embedding`
-are computed from them. For anything else it gets its values as a whole, in memory of their own; that is logged once.
+A packed parameter takes the place of an ordinary one in a module. It has the shape, and the dtype that the model
+computes in; its codes and scales are views of a chunk's memory. `linear`, products with its transpose and `embedding`
+are computed directly from them. For any other function, the whole matrix is unpacked into new memory; that is logged
+once.
 
 There are no gradients: a backward pass through a packed parameter fails.
 """
@@ -24,7 +25,7 @@ logger = logging.getLogger("surfw.runtime")
 
 
 class PackedParameter(AbsentParameter):
-    """Stands for a parameter whose values are quantised.
+    """Stands in for a parameter whose values are quantised.
 
     Attributes:
         packed: its codes and scales.
@@ -33,7 +34,7 @@ class PackedParameter(AbsentParameter):
     packed: Packed
 
     def __new__(cls, packed: Packed, dtype: torch.dtype) -> Self:
-        """Stand for a parameter of that dtype; it wants gradients as `surfw.runtime.loader.as_parameter` explains."""
+        """Create one with this dtype. It requires gradients, for the reason given in `loader.as_parameter`."""
         like = torch.empty(packed.shape, dtype=dtype, device="meta")
         load, compute = partial(_unpack_whole, packed, dtype), partial(_compute, packed, dtype)
         parameter = super().__new__(cls, like, load, compute, packed.codes.device)
@@ -45,7 +46,7 @@ class PackedParameter(AbsentParameter):
     def __torch_function__(
         cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Answer for the transpose, and for where it lies, which no other absent tensor can."""
+        """Also answer for the transpose and the storage, which other absent tensors cannot."""
         if args and isinstance(weight := args[0], PackedParameter):
             if func is torch.Tensor.untyped_storage:
                 return weight.packed.codes.untyped_storage()
@@ -54,7 +55,7 @@ class PackedParameter(AbsentParameter):
         return super().__torch_function__(func, types, args, kwargs)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # torch's has no types
-        """Its facts."""
+        """Kind, dtype and shape."""
         return f"<{self.packed.kind} weight, {self.dtype}, {tuple(self.shape)}>"
 
 
@@ -62,7 +63,7 @@ class PackedTranspose(AbsentBuffer):
     """The transpose of a packed parameter."""
 
     def __new__(cls, packed: Packed, dtype: torch.dtype) -> Self:
-        """Stand for the transpose in that dtype."""
+        """Create one with this dtype."""
         like = torch.empty(packed.shape[::-1], dtype=dtype, device="meta")
         load = partial(_unpack_whole, packed, dtype)
         compute = partial(_compute_transposed, packed, dtype)
@@ -72,24 +73,24 @@ class PackedTranspose(AbsentBuffer):
 def packed_parameter(
     part: Part, memory: torch.Tensor, dtype: torch.dtype, operand: torch.Tensor | None = None
 ) -> PackedParameter:
-    """A parameter over a quantised tensor where it lies.
+    """A parameter over the stored form of a quantised tensor, without a copy.
 
     Args:
         part: of kind int8 or int4.
-        memory: the stored form that it is a part of, as uint8, on any device; kept alive.
-        dtype: what the model computes with.
-        operand: as of `matrix_over`.
+        memory: the stored form that contains it, as uint8, on any device; kept alive.
+        dtype: the dtype that the model computes in.
+        operand: see `matrix_over`.
     """
     return PackedParameter(matrix_over(part, memory, operand), dtype)
 
 
 def values_of(tensor: torch.Tensor) -> torch.Tensor:
-    """The values of a parameter or a view, packed or not, in memory of their own."""
+    """The values of a parameter or a view, packed or not, in new memory."""
     return tensor.packed.unpacked(tensor.dtype) if isinstance(tensor, PackedParameter) else tensor.detach().clone()
 
 
 class _Multiplied(torch.autograd.Function):
-    """A product whose backward pass fails, instead of leaving gradients out."""
+    """A product whose backward pass fails instead of omitting gradients."""
 
     @staticmethod
     def forward(_: Any, packed: Packed, inputs: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -101,7 +102,7 @@ class _Multiplied(torch.autograd.Function):
 
 
 def _multiply(packed: Packed, dtype: torch.dtype, inputs: Any, *, bias: torch.Tensor | None = None) -> Any:
-    """As torch's `linear`; NotImplemented where that would fail, or convert."""
+    """As torch's `linear`; NotImplemented if that would fail or convert dtypes."""
     fits = type(inputs) is torch.Tensor and inputs.dtype is dtype and inputs.device == packed.codes.device
     if not fits or not inputs.dim() or inputs.shape[-1] != packed.shape[1]:
         return NotImplemented
@@ -115,7 +116,7 @@ def _multiply(packed: Packed, dtype: torch.dtype, inputs: Any, *, bias: torch.Te
 def _compute(
     packed: Packed, dtype: torch.dtype, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> Any:
-    """What torch is asked to do with a packed parameter as its weight; NotImplemented where that takes all values."""
+    """Compute a torch function with a packed weight; NotImplemented if it needs all values."""
     if function in {nn.functional.linear, nn.functional.embedding}:
         names = _LINEAR if function is nn.functional.linear else _EMBEDDING
         given = dict(zip(names, args, strict=False)) | dict(kwargs)
@@ -134,7 +135,7 @@ def _embedding(
     max_norm: float | None = None,
     **_: Any,
 ) -> Any:
-    """As torch's; what only gradients would need makes no difference."""
+    """As torch's `embedding`; arguments that only affect gradients are ignored."""
     rows, columns = packed.shape
     fits = type(ids) is torch.Tensor and ids.dtype in {torch.int32, torch.int64} and ids.device == packed.codes.device
     padded = padding_idx is not None and not -rows <= padding_idx < rows
@@ -159,7 +160,7 @@ _PRODUCTS = {torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.mm, torch
 
 
 def _is_transpose(function: Any, others: Sequence[Any], kwargs: Mapping[str, Any] | None) -> bool:
-    """Whether that is asked for: as DeBERTa and Falcon do, which multiply with the transpose of a weight themselves."""
+    """Whether a call transposes its first argument, as in DeBERTa and Falcon, which multiply with the transpose."""
     if kwargs:
         return False
     if function in _TRANSPOSED:

@@ -1,16 +1,16 @@
-"""What stays in memory and what is streamed through it. Pure: sizes, a schedule and a budget in, a plan out.
+"""Which chunks are pinned in memory and which are streamed. Pure: sizes, a schedule and a budget in, a plan out.
 
-Decoding runs the layers in a cycle. There, an LRU cache that is smaller than the cycle never hits: what it evicts is
-what comes next. The best that any policy can do, if it may decide not to keep what it has just read, is to hit as often
-per cycle as it has places (L. A. Belady, «A study of replacement algorithms for a virtual-storage computer», IBM
-Systems Journal 5(2), 1966: evict what is needed last, which in a cycle is what was just read). Keeping a fixed set
-reaches that. So a plan names chunks that stay, spread evenly over the depth, so that reading and computing overlap
-everywhere; the others pass through a ring of buffers.
+Decoding runs the layers in a cycle. An LRU cache that is smaller than the cycle never hits: it always evicts the chunk
+that is needed next. The best possible policy gets as many hits per cycle as it has places, if it may bypass the cache
+(L. A. Belady, «A study of replacement algorithms for a virtual-storage computer», IBM Systems Journal 5(2), 1966: evict
+what is needed last, which in a cycle is what was just read). A fixed set of chunks achieves that. So a plan pins
+chunks, spread evenly over the depth so that reading and computing overlap everywhere, and streams the others through a
+ring of buffers.
 
-Chunks that run several times in a cycle go first: each place they have saves more than one read. Where not even those
+Chunks that run several times in a cycle are pinned first, since each place saves more than one read. If not even those
 fit, they share memory by Belady's rule, see `floating_victims`.
 
-A plan says what may stay. By it, `slots` decides at each use which chunk is loaded, and what is evicted for it.
+A plan says what may be kept. `slots` follows it to decide at each use which chunk is loaded, and what is evicted.
 """
 
 from collections import Counter
@@ -24,7 +24,7 @@ from surfw.errors import ConfigurationError
 from surfw.manifest import Use
 
 Tier = Literal["host", "device"]
-"""Memory that weights pass through on their way: that of the machine, or of the device that computes."""
+"""A tier of memory: the machine's, or that of the device that computes."""
 
 _SMALL_BYTES = 1 << 20
 _RING = 2
@@ -32,34 +32,34 @@ _ROUNDS = 3
 
 
 class BudgetTooSmallError(ConfigurationError):
-    """A budget is smaller than the least with which a model runs."""
+    """A budget is smaller than the minimum for a model."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Needs:
-    """What a model needs to run, as far as memory is concerned. All sizes are in bytes.
+    """What a model needs to run, in terms of memory. All sizes are in bytes.
 
     Attributes:
         name: the model's, for errors.
         sizes: the memory that each chunk takes.
-        fixed: chunks that stay once they are there: small parts outside of the layers, and weights that a containing
-            module holds directly, which are in use as long as all of its layers are.
-        together: the most chunks, without the fixed ones, that one module uses.
-        tables: chunks of which single rows can be read, so that they need not be in memory to be looked up in.
-        table_bytes: memory that reading rows takes where tables are not in memory.
+        fixed: chunks that every plan pins: small parts outside of the layers, and weights that a containing module
+            holds directly, which are in use as long as all of its layers are.
+        together: the most chunks that one module uses, the fixed ones not counted.
+        tables: chunks whose rows can be read one by one, so that lookups work without the chunk in memory.
+        table_bytes: memory for reading rows if tables are not in memory.
         overhead_bytes: the most memory that reads in flight take besides the chunks, if these are large.
-        in_flight_bytes: as `overhead_bytes`, where chunks are read one small piece at a time, from any source; None
-            where that would make no difference.
-        scratch: memory that each chunk passes through to be converted, one at a time, experts among them; nothing for
-            those not named.
-        cycle: the chunks in the order in which they run again and again, lookups in tables left out; a chunk may recur.
+        in_flight_bytes: `overhead_bytes` if chunks are read in small pieces, from any source; None if that makes no
+            difference.
+        scratch: memory for converting each chunk, experts included; one is converted at a time. Chunks that are not
+            named need none.
+        cycle: the chunks in the order of the cycle, without lookups in tables; a chunk may recur.
         before: chunks that run before the cycle begins, such as those of an encoder.
-        passing: chunks that are handed on to a nearer tier, where they stay: here, they only pass through.
-        working_bytes: memory that is taken in this tier besides slots and KV cache: by computing, or by chunks that
-            wait in coded form.
-        expert_bytes: memory of all experts of which routers choose; they are no chunks of the above.
-        least_expert_bytes: of the module whose experts take most: all of them may be used at once.
-        expert_pass_bytes: what is read of them for one token, if none is in memory.
+        passing: chunks that are resident in a nearer tier and only pass through this one.
+        working_bytes: memory of this tier that is taken besides slots and KV cache: by computing, or by chunks in coded
+            form.
+        expert_bytes: memory of all experts that routers choose from; the chunks above do not include them.
+        least_expert_bytes: memory of all experts of the module where they take most; all may be used at once.
+        expert_pass_bytes: what one token reads of the experts if none is in memory.
     """
 
     name: str
@@ -81,22 +81,22 @@ class Needs:
 
     @property
     def ring_buffers(self) -> int:
-        """The fewest buffers that chunks can be streamed through: one in use, and one that the next arrives in."""
+        """The fewest buffers of a ring: one in use and one that the next chunk arrives in, or more for `together`."""
         return max(_RING, self.together)
 
     def from_anywhere(self) -> "Needs":
-        """The same model, read in small pieces from the source that takes most memory for that."""
+        """The same needs if the model is read in small pieces, from the source that takes the most memory for that."""
         return self if self.in_flight_bytes is None else replace(self, overhead_bytes=self.in_flight_bytes)
 
     def in_pieces(self) -> "Needs":
-        """The same model, read in small pieces."""
+        """The same needs if the model is read in small pieces, where that takes less memory."""
         anywhere = self.from_anywhere()
         return anywhere if anywhere.overhead_bytes < self.overhead_bytes else self
 
     def overhead_of(self, names: Iterable[str]) -> int:
-        """Memory besides the chunks where no others than these are ever in memory, in bytes.
+        """Memory besides the chunks, in bytes, if only the named chunks are ever in memory.
 
-        No more is in flight than two chunks, the experts of a module, or what rows take that are read of the others.
+        Reads in flight take at most two chunks, the experts of one module, or the memory for rows of absent tables.
         """
         names = set(names)
         flight = max(self.least_expert_bytes, 2 * max((self.sizes[name] for name in names), default=0))
@@ -107,14 +107,14 @@ class Needs:
         return min(self.overhead_bytes, flight) + scratch + self.working_bytes
 
     def in_memory(self) -> tuple[dict[str, int], int]:
-        """Where memory is short: the sizes of the chunks that are ever in memory, and the memory besides them."""
+        """The sizes of the chunks that ever are in memory if not all fit, and the memory needed besides them."""
         absent = self.tables - set(self.cycle) - set(self.before) - self.passing
         sizes = {name: size for name, size in self.sizes.items() if name not in absent}
         return sizes, self.overhead_of(sizes) + (self.table_bytes if self.tables else 0)
 
 
 def describe_needs(name: str, kinds: Mapping[str, str], sizes: Mapping[str, int], order: Sequence[Use]) -> Needs:
-    """What follows from chunks alone: no tables, no memory besides the chunks, and no schedule.
+    """The needs that follow from the chunks alone, without tables, memory besides the chunks, or a schedule.
 
     Args:
         name: the model's.
@@ -131,18 +131,18 @@ def describe_needs(name: str, kinds: Mapping[str, str], sizes: Mapping[str, int]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limit:
-    """How much may be kept: so many bytes, or so many layers and one in flight; without both, everything.
+    """How much may be kept: a number of bytes, or a number of layers plus one in flight; without both, everything.
 
     Attributes:
-        budget_bytes: for weights, for what is in flight, and for what is reserved.
+        budget_bytes: for weights, reads in flight, and the reserve.
         cache_layers: instead of a budget, the number of chunks to keep, the fixed ones not counted.
-        reserved_bytes: part of the budget that weights must leave, such as for the KV cache.
-        policy: `auto`, or `lru`: a plain LRU cache instead of the plan's choice.
+        reserved_bytes: the part of the budget that weights must not use, such as for the KV cache.
+        policy: `auto`, or `lru` for a plain LRU cache instead of the plan's choice.
         tier: which memory it limits, for errors.
-        reason: what a default budget is limited by; empty for a budget that the user gave.
+        reason: what limits a default budget; empty for a budget that the user gave.
 
     Raises:
-        ConfigurationError: fewer than one chunk is to be kept.
+        ConfigurationError: `cache_layers` is less than 1.
     """
 
     budget_bytes: int | None = None
@@ -153,7 +153,7 @@ class Limit:
     reason: str = ""
 
     def __post_init__(self) -> None:
-        """Refuse a cache that cannot hold the chunk that runs."""
+        """Refuse a cache that cannot hold even the chunk that runs."""
         layers: object = self.cache_layers
         if layers is not None and (isinstance(layers, bool) or not isinstance(layers, int) or layers < 1):
             raise ConfigurationError(
@@ -166,27 +166,27 @@ class ResidencyPlan:
     """A decision about memory. All sizes are in bytes.
 
     Attributes:
-        pinned: chunks that stay once they are there.
+        pinned: chunks that are never evicted.
         floating: chunks that run several times in a cycle and do not all fit: they share `floating_bytes`.
-        sizes: the memory each chunk takes that is ever in memory.
-        tables: chunks that are looked up in by reading single rows wherever they are not in memory.
-        absent: those of them that are never in memory.
-        ring_buffers: through how many buffers the streamed chunks pass.
+        sizes: the memory of each chunk that ever is in memory.
+        tables: chunks whose rows are read one by one while the chunk is not in memory.
+        absent: the tables that never are in memory.
+        ring_buffers: the number of buffers in the ring.
         ring_bytes: the size of each of them.
         floating_bytes: memory that the floating chunks share.
         overhead_bytes: memory besides the chunks.
-        reserved_bytes: what is left free, for the KV cache.
-        budget_bytes: what all of it may take, if there is a budget.
-        cache_layers: how many chunks were to be kept, if they were counted.
-        bytes_per_pass: what is read in one pass through the cycle, in the memory's dtype, once the pinned chunks are
-            there. Rows of tables are not counted.
+        reserved_bytes: memory reserved for the KV cache.
+        budget_bytes: the budget for all of this, if there is one.
+        cache_layers: the number of chunks to keep, if the limit gave one.
+        bytes_per_pass: what one pass through the cycle reads, in the dtype in memory, once the pinned chunks are
+            resident. Rows of tables are not counted.
         policy: `auto` or `lru`.
-        in_pieces: whether chunks have to be read one small piece at a time, so that no source holds much of them.
-        fixed: those of the pinned chunks that stay in every plan.
-        passing: as of the needs.
-        coding_bytes: of a device's overhead, what coding and decoding chunks takes; 0 where that is not done.
-        expert_bytes: memory for experts of which routers choose.
-        all_expert_bytes: what all of them take.
+        in_pieces: whether chunks have to be read in small pieces, so that no source holds much of them.
+        fixed: the chunks that every plan pins.
+        passing: see `Needs`.
+        coding_bytes: the part of a device's overhead for coding and decoding chunks; 0 if that is not done.
+        expert_bytes: memory for experts that routers choose from.
+        all_expert_bytes: memory of all experts.
     """
 
     pinned: frozenset[str]
@@ -212,23 +212,23 @@ class ResidencyPlan:
 
     @property
     def streamed(self) -> dict[str, int]:
-        """The chunks that are not pinned, with the memory each takes."""
+        """The chunks that are streamed, with the memory that each takes."""
         return {name: size for name, size in self.sizes.items() if name not in self.pinned | self.passing}
 
     @property
     def pinned_bytes(self) -> int:
-        """Memory of the chunks that stay."""
+        """Memory of the pinned chunks."""
         return sum(self.sizes[name] for name in self.pinned)
 
     @property
     def peak_bytes(self) -> int:
-        """The most memory that weights take, the overhead included; the reserve is not counted."""
+        """The most memory that weights take, including the overhead but not the reserve."""
         chunks = self.pinned_bytes + self.floating_bytes + self.ring_buffers * self.ring_bytes
         return chunks + self.overhead_bytes + self.expert_bytes
 
     @property
     def slots(self) -> int:
-        """How many chunks are kept in memory, the fixed ones not counted; one more may be in flight."""
+        """How many chunks are kept in memory, without the fixed ones; one more may be in flight."""
         if self.cache_layers is not None:
             return min(self.cache_layers, len(self.sizes) - len(self.fixed))
         kept = len(self.pinned - self.fixed)
@@ -236,12 +236,12 @@ class ResidencyPlan:
 
     @property
     def buffers(self) -> int:
-        """The most chunks in memory at a time, those in flight included and the fixed ones not counted."""
+        """The most chunks in memory at a time, including those in flight but not the fixed ones."""
         return len(self.pinned - self.fixed) + self.ring_buffers
 
     @property
     def everything_fits(self) -> bool:
-        """Whether every chunk stays, and nothing is read twice."""
+        """Whether every chunk and expert is kept, so that nothing is read twice."""
         chunks_fit = (self.pinned | self.passing).issuperset(self.sizes) and not self.absent
         return chunks_fit and self.expert_bytes >= self.all_expert_bytes
 
@@ -249,20 +249,20 @@ class ResidencyPlan:
         """The most tokens per second that reading allows: tokens per pass × bandwidth ÷ bytes per pass.
 
         Returns:
-            None where nothing is read in a pass, so that reading is no limit.
+            None if a pass reads nothing, so that reading sets no limit.
         """
         return tokens_per_pass * bytes_per_second / self.bytes_per_pass if self.bytes_per_pass else None
 
 
 def plan_residency(needs: Needs, limit: Limit) -> ResidencyPlan:
-    """Decide what stays.
+    """Decide which chunks are pinned and which are streamed.
 
     Args:
-        needs: the model, with its schedule.
+        needs: of the model, with its schedule.
         limit: how much may be kept.
 
     Raises:
-        ConfigurationError: the limit is smaller than what the model needs at least; the error names that.
+        ConfigurationError: the limit is less than the model's minimum; the error names the minimum.
     """
     if needs.expert_bytes:
         return _plan_experts(needs, limit)
@@ -277,9 +277,9 @@ def plan_residency(needs: Needs, limit: Limit) -> ResidencyPlan:
 
 
 def _plan_experts(needs: Needs, limit: Limit) -> ResidencyPlan:
-    """Decide what stays of a mixture of experts: first of what every token uses, then of its experts.
+    """Plan a mixture of experts: memory goes first to what every token uses, and then to experts.
 
-    A byte of the former that stays saves a byte of every pass, of the latter as often as it is chosen.
+    A byte kept of the former saves a byte in every pass; a byte of an expert saves one only when the expert is chosen.
     """
     shared, least = replace(needs, expert_bytes=0), needs.least_expert_bytes
     budget_bytes, room = limit.budget_bytes, needs.expert_bytes
@@ -305,14 +305,14 @@ def _plan_experts(needs: Needs, limit: Limit) -> ResidencyPlan:
 
 
 def needs_behind(needs: Needs, nearer: ResidencyPlan, order: Needs) -> Needs:
-    """What a model needs in host memory, where it computes on a device with a plan of its own.
+    """What a model needs in host memory if it computes on a device that has its own plan.
 
-    What stays on the device is read once and handed on. Only the others recur here, each used when it is copied.
+    Chunks pinned on the device are read once and passed on. Only the others recur here, each used when it is copied.
 
     Args:
-        needs: the model in host memory, if it computed there.
+        needs: of the model in host memory, as if it computed there.
         nearer: the plan of the device.
-        order: its needs, with their schedule.
+        order: the needs on the device, with their schedule.
     """
     kept = nearer.pinned
     return replace(
@@ -329,7 +329,7 @@ def needs_behind(needs: Needs, nearer: ResidencyPlan, order: Needs) -> Needs:
 def least_bytes(needs: Needs) -> int:
     """The smallest budget that the model runs with: its fixed chunks, a ring for the others, and the overhead.
 
-    That of `needs.in_pieces()` does for the source at hand, that of `needs.from_anywhere()` for whatever source.
+    Pass `needs.in_pieces()` for the minimum with the current source, `needs.from_anywhere()` for that with any source.
     """
     least = _everything(needs, Limit()).peak_bytes
     sizes, overhead = needs.in_memory()
@@ -350,7 +350,7 @@ def _everything(needs: Needs, limit: Limit) -> ResidencyPlan:
 
 
 def _plan_layers(needs: Needs, cache_layers: int, policy: Policy) -> ResidencyPlan:
-    """Keep a number of chunks of any size, and have memory for one more on its way."""
+    """Keep a number of chunks of any size, with memory for one more in flight."""
     others = {name: size for name, size in needs.sizes.items() if name not in needs.fixed}
     buffers = max(cache_layers + 1, needs.together)
     if buffers >= len(others):
@@ -367,19 +367,19 @@ def _plan_layers(needs: Needs, cache_layers: int, policy: Policy) -> ResidencyPl
 
 
 def _plan_budget(needs: Needs, limit: Limit, budget_bytes: int) -> ResidencyPlan | None:
-    """The plan for a budget that reads least; None if the budget is too small."""
+    """The plan for this budget that reads the fewest bytes per pass; None if the budget is too small."""
     everything = _everything(needs, limit)
     if everything.peak_bytes + limit.reserved_bytes <= budget_bytes:
         return everything
     streamable = {size for name, size in needs.in_memory()[0].items() if name not in needs.fixed}
-    # The ring's size decides what is too large for it and has to stay. No rule finds the best one, so all are tried.
+    # Chunks that are too large for the ring have to be pinned. No rule finds the best ring size, so all are tried.
     tried = [_plan_ring(needs, limit, budget_bytes, size) for size in [*sorted(streamable, reverse=True), 0]]
     plans = [plan for plan in tried if plan is not None]
     return min(plans, key=lambda plan: (plan.bytes_per_pass, sum(plan.streamed.values())), default=None)
 
 
 def _plan_ring(needs: Needs, limit: Limit, budget_bytes: int, ring_bytes: int) -> ResidencyPlan | None:
-    """The plan with ring buffers of this size; None if the budget is too small for it."""
+    """The plan with ring buffers of this size; None if the budget is too small."""
     sizes, overhead = needs.in_memory()
     fixed = needs.fixed & set(sizes)
     stays = fixed | {name for name, size in sizes.items() if size > ring_bytes}
@@ -404,11 +404,11 @@ def _plan_ring(needs: Needs, limit: Limit, budget_bytes: int, ring_bytes: int) -
 
 
 SMALLER_CACHE = ", or have the KV cache quantised, which is not exact (generate(cache_implementation='quantized'))"
-"""What an error about a KV cache that has no room advises besides."""
+"""Further advice in errors about a KV cache that does not fit."""
 
 
 def _too_small(needs: Needs, limit: Limit, budget_bytes: int) -> BudgetTooSmallError:
-    """The error about a budget that the model does not run with: one that the user gave, or the default."""
+    """The error about a budget, given or default, that is too small for the model."""
     reserve = f", {format_size(limit.reserved_bytes)} of it for the KV cache" if limit.reserved_bytes else ""
     here = least_bytes(needs.in_pieces())
     tokens = f", or ask for fewer tokens{SMALLER_CACHE}" if limit.reserved_bytes and here <= budget_bytes else ""
@@ -436,7 +436,7 @@ def _too_small(needs: Needs, limit: Limit, budget_bytes: int) -> BudgetTooSmallE
 
 
 def _choose(sizes: Mapping[str, int], free: int, needs: Needs) -> tuple[frozenset[str], frozenset[str]]:
-    """Which chunks stay, and which share the free memory because not even those that recur all fit."""
+    """Which chunks are pinned, and which float because not even the recurring ones all fit."""
     uses = Counter(name for name in needs.cycle if name in sizes)
     recurring = [name for name, count in uses.items() if count > 1]
     needed = sum(sizes[name] for name in recurring)
@@ -456,7 +456,7 @@ def _choose(sizes: Mapping[str, int], free: int, needs: Needs) -> tuple[frozense
 def spread_over_groups(
     names: Sequence[str], sizes: Mapping[str, int], before: Collection[str], free: int
 ) -> Iterator[str]:
-    """As many chunks as fit: those that also ran before the cycle first, then the large ones; spread among equals."""
+    """As many chunks as fit: those that also ran before the cycle, then the largest; evenly spread among equals."""
     rank = {name: (name not in before, -sizes[name]) for name in names}
     for (_, negative), group in groupby(sorted(names, key=rank.__getitem__), key=rank.__getitem__):
         equal, size = list(group), -negative
@@ -468,19 +468,20 @@ def spread_over_groups(
 def floating_victims(
     name: str, held: Mapping[str, int], size: int, free: int, next_use: Mapping[str, int]
 ) -> list[str] | None:
-    """Which floating chunks make way for one that has just been used, so that it can stay until its next use.
+    """Which floating chunks to evict so that a chunk that was just used can be kept until its next use.
 
-    Belady's rule with bypass: it replaces those that are needed after it, and does not stay at all if there are none.
+    Belady's rule with bypass: it replaces chunks that are needed later than itself, and is not kept if they do not
+    free enough memory.
 
     Args:
-        name: the chunk, which is not held.
+        name: the chunk that was just used and is not held.
         held: the floating chunks that are kept, with their sizes.
         size: the chunk's size.
-        free: memory for floating chunks that is not taken.
+        free: unused memory for floating chunks.
         next_use: how soon each chunk is needed again, if ever.
 
     Returns:
-        The chunks to evict, the last needed first; None if it does not stay.
+        The chunks to evict, the one needed last first; None if the chunk is not kept.
     """
     never = len(next_use) + max(next_use.values(), default=0) + 1
     when = next_use.get(name, never)
@@ -496,7 +497,7 @@ def floating_victims(
 
 
 def next_uses(future: Sequence[str]) -> dict[str, int]:
-    """How soon each chunk is needed, from a sequence of coming uses."""
+    """How soon each chunk is needed: the index of its first use in a sequence of upcoming uses."""
     found: dict[str, int] = {}
     for index, name in enumerate(future):
         found.setdefault(name, index)
@@ -504,9 +505,9 @@ def next_uses(future: Sequence[str]) -> dict[str, int]:
 
 
 def bytes_per_pass(plan: ResidencyPlan, cycle: Sequence[str]) -> int:
-    """What one pass reads once all that stays is there: every use but those of what is kept, or was used just before.
+    """What one pass reads in the steady state: every use of a chunk that is not kept and was not used just before.
 
-    Where the ring has buffers for all that is streamed, that stays there too. A smaller LRU cache is taken to miss
+    If the ring has a buffer for every streamed chunk, those are kept, too. A smaller LRU cache is assumed to miss
     everything that is not pinned.
     """
     cycle = [name for name in cycle if name not in plan.passing]

@@ -1,13 +1,13 @@
-"""Memory that runs short while models are open: what the kernel reports of it, and which models give some back.
+"""Memory pressure while models are open: detects it from the kernel's reports, and makes models free memory.
 
-A budget is decided once, and others may take memory later. While a model is open, a thread looks every half second at
-the limits that this process is under. There is pressure where the kernel reports it, as stalls (PSI) or as a limit that
-was reached, and little is left besides what cannot be reclaimed: reaching a limit alone is what reading files through
-the page cache does all the time. Half as little is enough without a report: where no page cache is left, the next thing
-that the kernel does is to kill.
+A budget is decided once, but other processes may take memory later. While a model is open, a thread checks the limits
+of this process every half second. There is pressure if the kernel reports it, as stalls (PSI) or as a limit that was
+reached, and little memory is left besides what cannot be reclaimed. Reaching a limit alone is no sign: reading files
+through the page cache does so all the time. If only half of that memory is left, no report is needed: with no page
+cache left to drop, the kernel kills processes next.
 
-Then models give back what is missing, the largest first, and stream more. They keep what they need to run, and do not
-take it again by themselves.
+Models then free the missing memory, the largest first, and stream more. They keep what they need to run, and do not
+take the memory again by themselves.
 """
 
 import logging
@@ -26,24 +26,24 @@ logger = logging.getLogger("surfw.runtime")
 INTERVAL_SECONDS = 0.5
 
 _LOW_BYTES, _LOW_SHARE = 48 * MIB, 0.02
-"""So much of a limit has to be left, whichever is more: with less, code of libraries is read again and again."""
+"""The part of a limit that has to be left, whichever is more: with less, code of libraries is read again and again."""
 
 _STALLED_SHARE = 0.1
-"""The part of the time that some task waited for memory."""
+"""The share of time for which some task waited for memory; from here on it counts as pressure."""
 
 _PAUSE = 2
-"""After models have given memory back, so many looks go by until they may again."""
+"""The number of checks to skip after models have freed memory."""
 
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """What the kernel said of one limit.
+    """The state of one limit, as reported by the kernel.
 
     Attributes:
-        limit: the limit, and what of it cannot be reclaimed.
+        limit: the limit, and how much of it is in use and cannot be reclaimed.
         reached: how often it was reached so far.
-        stalled_seconds: how long some task waited for memory under it so far.
-        at_seconds: when that was.
+        stalled_seconds: how long some task under it has waited for memory so far.
+        at_seconds: the time of the report.
     """
 
     limit: MemoryLimit
@@ -53,12 +53,12 @@ class Look:
 
     @property
     def left_bytes(self) -> int:
-        """What could still be taken."""
+        """How much memory can still be taken."""
         return self.limit.limit_bytes - self.limit.in_use_bytes
 
 
 def missing_bytes(before: Look, now: Look) -> int:
-    """How much is missing under a limit, by two looks at it; 0 where there is no pressure."""
+    """How much memory is missing under a limit, from two reports; 0 if there is no pressure."""
     low = max(_LOW_BYTES, int(now.limit.limit_bytes * _LOW_SHARE))
     passed = now.at_seconds - before.at_seconds
     is_stalled = passed > 0 and (now.stalled_seconds - before.stalled_seconds) / passed >= _STALLED_SHARE
@@ -68,7 +68,7 @@ def missing_bytes(before: Look, now: Look) -> int:
 
 
 def look(root: Path = Path("/")) -> dict[Path, Look]:
-    """What the kernel says now of all limits, by their places."""
+    """The current state of all limits, by place."""
     return {one.place: _look_at(one) for one in read_limits(root)}
 
 
@@ -103,13 +103,12 @@ def _read_reached(folder: Path) -> int:
 
 @dataclass(frozen=True, eq=False, slots=True, weakref_slot=True)
 class Yielder:
-    """A model that can give memory back, as long as this is kept; its functions are called from a thread of the watch.
+    """A model that can free memory, as long as this object is alive. Its functions are called from the watch's thread.
 
     Attributes:
         name: of the model.
-        held_bytes: tells what it holds that the system counts as in use.
-        give_back: gives about so many bytes back, and returns what its budget was before and is now; None if it can
-            give nothing.
+        held_bytes: returns how much memory it holds that the kernel counts as in use.
+        give_back: frees about this many bytes, and returns the budget before and after; None if it can free nothing.
     """
 
     name: str
@@ -118,10 +117,10 @@ class Yielder:
 
 
 class PressureWatch:
-    """Watches while there is somebody who can give memory back."""
+    """Checks for memory pressure in a thread, while there are models that can free memory."""
 
     def __init__(self, root: Path = Path("/"), interval_seconds: float = INTERVAL_SECONDS) -> None:
-        """Watch nothing yet; `root` is a folder that stands for a machine."""
+        """Start no thread yet; `root` is a folder that stands for a machine."""
         self._root, self._interval = root, interval_seconds
         self._lock = threading.Lock()
         self._yielders: WeakSet[Yielder] = WeakSet()
@@ -129,7 +128,7 @@ class PressureWatch:
         self._thread: threading.Thread | None = None
 
     def add(self, yielder: Yielder) -> None:
-        """Ask this one too, from now on."""
+        """Include this model from now on."""
         with self._lock:
             self._yielders.add(yielder)
             if self._thread is None:
@@ -140,7 +139,7 @@ class PressureWatch:
                 self._thread.start()
 
     def remove(self, yielder: Yielder) -> None:
-        """Do not ask this one any more; a thread of the watch may be asking it still."""
+        """Exclude this model from now on; the watch's thread may still be calling its functions."""
         with self._lock:
             self._yielders.discard(yielder)
             if self._yielders or self._thread is None or self._wake is None:
@@ -166,7 +165,7 @@ class PressureWatch:
 
 
 def relieve(missing: int, where: Look, yielders: Sequence[Yielder]) -> None:
-    """Have models give back what is missing, those that hold most first."""
+    """Make models free what is missing, those that hold the most first."""
     for one in sorted(yielders, key=lambda one: -one.held_bytes()):
         if missing <= 0:
             return
@@ -183,4 +182,4 @@ def relieve(missing: int, where: Look, yielders: Sequence[Yielder]) -> None:
 
 
 watch = PressureWatch()
-"""Of this process."""
+"""The watch of this process."""

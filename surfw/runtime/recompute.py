@@ -1,14 +1,14 @@
-"""Gradients through units whose weights come and go: the backward pass runs each unit once more, in reverse.
+"""Gradients through streamed units: the backward pass runs each unit once more, in reverse order.
 
-A forward pass with gradients keeps nothing of a unit but its inputs: its weights go as soon as it has run, so whatever
-autograd saved of them would be other weights by then. In the backward pass a unit's weights are brought again, its
-forward is computed again from the same inputs with the same random numbers, and its gradients are taken before the
-weights go. So memory holds one unit's activations at a time, and the inputs of all (T. Chen et al., «Training Deep Nets
-with Sublinear Memory Cost», arXiv:1604.06174).
+A forward pass with gradients keeps only the inputs of each unit. A unit's weights are removed as soon as it has run, so
+by the backward pass, their memory would hold other weights. The backward pass loads a unit's weights again, recomputes
+its forward from the same inputs with the same random numbers, and takes its gradients before the weights are removed.
+So memory holds the activations of one unit at a time, and the inputs of all (T. Chen et al., «Training Deep Nets with
+Sublinear Memory Cost», arXiv:1604.06174).
 
-To autograd a unit is one operation of its inputs and of the parameters in it that learn. The operations inside are the
-resident model's, in its order; so are the bits, unless a tensor goes into several units and learns: its gradients are
-added up unit by unit.
+To autograd, a unit is one operation on its inputs and its trainable parameters. The operations inside are those of the
+resident model, in the same order, and give the same bits, except for a trainable tensor that several units use: its
+gradients are summed unit by unit.
 """
 
 from collections import Counter
@@ -32,24 +32,24 @@ Forward = Callable[..., Any]
 
 
 class Recomputing:
-    """Has the units of a model run again in the backward pass, until `detach`.
+    """Makes the units of a model run again in the backward pass, until `detach`.
 
     Attributes:
-        unit_bytes: the most that one unit takes while its gradients are computed, as seen so far: what autograd keeps
-            of it, and its outputs.
+        unit_bytes: the most memory that one unit has taken so far while its gradients were computed: what autograd
+            saves, and its outputs.
     """
 
     def __init__(self, hooks: StreamingHooks, before_backward: Callable[[], object]) -> None:
-        """Begin; the streamed weights themselves do not learn from now on.
+        """Begin; from now on the streamed weights themselves are frozen.
 
         Args:
-            hooks: bring the weights.
-            before_backward: is called whenever a unit is to run again, before its weights come.
+            hooks: put the weights in place.
+            before_backward: called before the weights of a unit are loaded for its backward pass.
         """
         self.unit_bytes = 0
         self._hooks = hooks
         self._before_backward = before_backward
-        self._kept: Counter[_Piece] = Counter()  # by how many runs each piece of memory is kept
+        self._kept: Counter[_Piece] = Counter()  # how many calls keep each piece of memory
         self._changed: list[nn.Module] = []
         self._is_over = False
         hooks.freeze()
@@ -59,7 +59,7 @@ class Recomputing:
             self._changed.append(module)
 
     def detach(self) -> None:
-        """Leave the modules as they were; what is left of a backward pass fails."""
+        """Restore the modules; backward passes that are not finished fail."""
         self._is_over = True
         for module in reversed(self._changed):
             del module.forward
@@ -68,11 +68,11 @@ class Recomputing:
 
     @property
     def kept_bytes(self) -> int:
-        """What the inputs take that are kept for backward passes to come."""
+        """Memory of the inputs that are kept for later backward passes."""
         return sum(size for _, size in self._kept)
 
     def _run(self, path: str, module: nn.Module, forward: Forward, /, *args: Any, **kwargs: Any) -> Any:
-        """A unit's forward, as one operation for autograd if anything learns from it."""
+        """A unit's forward, as one operation for autograd if any input or parameter requires gradients."""
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
         leaves, shape = tree_flatten((args, kwargs))
@@ -91,13 +91,13 @@ class Recomputing:
     def note(
         self, call: "_Call", inputs: Sequence[torch.Tensor], saved: "Sequence[_Piece]", outputs: Sequence[torch.Tensor]
     ) -> None:
-        """Count a unit's memory: its inputs for as long as the call lives, and what autograd would keep of it.
+        """Count a unit's memory: its inputs for as long as the call lives, and what autograd would save.
 
         Args:
-            call: one run of the unit.
-            inputs: of it.
-            saved: what autograd asked to keep.
-            outputs: of it.
+            call: one call of the unit.
+            inputs: its inputs.
+            saved: what autograd asked to save.
+            outputs: its outputs.
         """
         places = {_piece(one) for one in inputs}
         self._kept.update(places)
@@ -115,10 +115,10 @@ class Recomputing:
     def gradients(
         self, call: "_Call", inputs: Sequence[torch.Tensor], learning: Sequence[torch.Tensor], given: Sequence[Any]
     ) -> list[torch.Tensor | None]:
-        """Run a unit again, and take its gradients: of those inputs that want one, and of all that learns.
+        """Run a unit again, and take the gradients of all inputs and parameters that require them.
 
         Raises:
-            ModelError: the training is over.
+            ModelError: the training has ended.
             SurfwError: its weights could not be read.
         """
         if self._is_over:
@@ -134,17 +134,17 @@ class Recomputing:
             pairs = [(out, one) for out, one in zip(outputs, given, strict=True) if out.requires_grad]
             pairs = [(out, one) for out, one in pairs if one is not None]
             found = torch.autograd.grad([out for out, _ in pairs], wanted, [one for _, one in pairs], allow_unused=True)
-            del outputs, pairs  # before the weights go
+            del outputs, pairs  # before the weights are removed
         results = iter(found)
         return [next(results) if one.requires_grad else None for one in [*fresh, *learning]]
 
 
 @dataclass(eq=False)
 class _Call:
-    """One run of a unit in a pass with gradients: what it was given, and what comes of it.
+    """One call of a unit in a pass with gradients: its arguments and its outputs.
 
     Attributes:
-        inputs: how many of the tensors that autograd sees are inputs; the others are parameters that learn.
+        inputs: how many of the tensors that autograd sees are inputs; the others are trainable parameters.
     """
 
     owner: Recomputing
@@ -163,7 +163,7 @@ class _Call:
         self.leaves = [_TENSOR if isinstance(one, torch.Tensor) else one for one in self.leaves]
 
     def compute(self, tensors: Sequence[torch.Tensor]) -> list[Any]:
-        """Run the unit on these tensors in the places of those that it was given; what it puts out, flattened."""
+        """Run the unit with these tensors in place of its original inputs; returns the flattened outputs."""
         given = iter(tensors)
         leaves = [next(given) if one is _TENSOR else one for one in self.leaves]
         args, kwargs = tree_unflatten(leaves, self.shape)
@@ -171,17 +171,17 @@ class _Call:
         return flat
 
     def complete(self, outputs: Sequence[torch.Tensor]) -> Any:
-        """The unit's result, with the tensors that autograd knows."""
+        """The unit's result, with the tensors that autograd tracks."""
         given = iter(outputs)
         return tree_unflatten([next(given) if one is _TENSOR else one for one in self.outputs], self.result_shape)
 
 
 _TENSOR = object()
-"""Stands where a tensor belongs."""
+"""A placeholder for a tensor."""
 
 
 class _State:
-    """Random numbers and autocasting as they are now, to be as they were when a unit runs again."""
+    """A snapshot of the random number generators and of autocasting, restored when a unit runs again."""
 
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
         self._random = torch.get_rng_state()
@@ -195,7 +195,7 @@ class _State:
 
     @contextmanager
     def restored(self) -> Iterator[None]:
-        """Have them as they were during the body, and as they are now after it."""
+        """Restore the snapshot during the body, and the current state afterwards."""
         with ExitStack() as stack:
             kind = self._kind or "cuda"
             stack.enter_context(torch.random.fork_rng(self._devices, device_type=kind))
@@ -216,10 +216,10 @@ def _piece(tensor: torch.Tensor) -> _Piece:
 
 
 class _Saved:
-    """What autograd asks to keep: each piece of memory once. Where one is gone, the next may come to lie.
+    """The memory that autograd asks to save, each piece once. Freed memory may be reused, and then counts again.
 
     Attributes:
-        pieces: all of them; one that is still there, but is seen by another tensor now, may be there twice.
+        pieces: all of them. A live piece may appear twice if the tensor that was first seen with it is gone.
     """
 
     def __init__(self) -> None:
@@ -227,7 +227,7 @@ class _Saved:
         self._seen: dict[_Piece, ref[torch.Tensor]] = {}
 
     def drop(self, tensor: torch.Tensor) -> None:
-        """Count a tensor, and keep nothing of it."""
+        """Count a tensor without keeping it."""
         piece = _piece(tensor)
         before = self._seen.get(piece)
         if before is None or before() is None:
@@ -236,13 +236,13 @@ class _Saved:
 
 
 class _Unit(torch.autograd.Function):
-    """A unit, for autograd: a function of its inputs and of the parameters in it that learn."""
+    """A unit as autograd sees it: a function of its inputs and its trainable parameters."""
 
     @staticmethod
     def forward(ctx: Any, call: _Call, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         inputs = tensors[: call.inputs]
         saved = _Saved()
-        # With gradients, so that everything goes the way of the resident model, but nothing is kept for them.
+        # Gradients are enabled so that torch takes the same paths as for a resident model, but nothing is saved.
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(saved.drop, _refuse):
             flat = call.compute([one.detach().requires_grad_(one.requires_grad) for one in inputs])
         call.outputs = [_TENSOR if isinstance(one, torch.Tensor) else one for one in flat]

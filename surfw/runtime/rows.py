@@ -1,14 +1,14 @@
-"""Tables of embeddings that are looked up without being in memory: only the blocks that their rows lie in are read.
+"""Looks up rows of embedding tables that are not in memory: only the blocks that contain the rows are read.
 
-An embedding uses one row of its table for each token. To look ids up, the rows of the distinct ones are gathered into a
-small table, and torch looks the ids up in that: a gather, so the bits are those of the whole table. Rows of a quantised
-table get their values first. `tables_of` finds such tables in a model by what its modules are; no architecture is
-named. The rest of a module that holds one (a norm, small embeddings, a bias) is read alone, once, and stays.
+An embedding uses one row of its table per token. The rows of the distinct ids are gathered into a small table, in which
+torch looks up the ids; a gather copies values, so the bits are those of the whole table. Rows of a quantised table are
+dequantised first. `tables_of` finds such tables by the types of a model's modules, not by architecture. The other
+tensors of a module that holds a table (a norm, small embeddings, a bias) are read once and stay resident.
 
-Invariants: a source delivers whole blocks of 1 MiB, and no block is used that was not verified. Memory is bounded by
-`RowReader.buffer_bytes`, however many rows are asked for (a single range longer than the scratch buffer makes it grow).
-Where the rows take several groups of blocks, the next group is on its way while one is waited for. Used by one forward
-pass at a time.
+Invariants: sources deliver whole blocks of 1 MiB, and only verified blocks are used. `RowReader.buffer_bytes` bounds
+the memory, however many rows are requested (except that a single range longer than the scratch buffer makes it grow).
+If the rows take several groups of blocks, the next group is in flight while one is awaited. Used by one forward pass at
+a time.
 """
 
 import time
@@ -39,11 +39,11 @@ from surfw.source import ChunkSource, Read
 _DEMAND = 0
 
 Range = tuple[int, int]
-"""Stored bytes of a chunk, end-exclusive."""
+"""A range of a chunk's stored bytes: start and exclusive end."""
 
 
 class RowReader:
-    """Looks up rows of tensors of one model, and reads its small tensors alone."""
+    """Reads rows, and single tensors, of one model without loading their chunks."""
 
     def __init__(
         self,
@@ -63,13 +63,13 @@ class RowReader:
         Args:
             source: of the model.
             manifest: the model.
-            io: the thread that reads work in.
-            metrics: counts what is read, and how long was waited.
-            run: tells which run waits.
-            dtypes: the dtypes of the tensors that do not get the stored one.
-            prove: is waited for before parts of a chunk are read.
-            scratch_bytes: the most that is read at a time, at least one block.
-            keep_bytes: how much of the blocks used last stays in memory; 0 keeps none.
+            io: the thread for reads.
+            metrics: counts what is read, and how long reads are awaited.
+            run: returns the run that waits for a read.
+            dtypes: the dtypes of tensors that do not keep the stored one.
+            prove: awaited before parts of a chunk are read.
+            scratch_bytes: the most that is read at a time; at least one block.
+            keep_bytes: the size of the cache of recently used blocks; 0 for none.
         """
         self._source = source
         self._manifest = manifest
@@ -85,11 +85,11 @@ class RowReader:
 
     @property
     def buffer_bytes(self) -> int:
-        """The most memory that this keeps between two uses."""
+        """The most memory that is kept between two uses."""
         return (self._scratch_blocks + self._keep_blocks) * BLOCK_BYTES
 
     def lookup(self, name: str, ids: torch.Tensor) -> torch.Tensor:
-        """`torch.nn.functional.embedding(ids, table)` for the tensor of that name; counted as one of `row_reads`.
+        """`torch.nn.functional.embedding(ids, table)` for the named tensor; counted as one of `row_reads`.
 
         Args:
             name: the table, of shape (rows, …).
@@ -99,7 +99,7 @@ class RowReader:
             Shape (*ids.shape, …), in the dtype that the model computes with.
 
         Raises:
-            IndexError: an id is not one of a row, with torch's own text.
+            IndexError: an id is out of range; the message is torch's.
             SurfwError: a block could not be read, or the run was interrupted.
         """
         chunk, info = self._manifest.home[name], self._manifest.tensors[name]
@@ -120,7 +120,7 @@ class RowReader:
         return torch.nn.functional.embedding(places, table.view(len(rows), *info.shape[1:]))
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The whole tensor of that name, in memory of its own.
+        """The whole named tensor, in new memory.
 
         Raises:
             SurfwError: a block could not be read, or the run was interrupted.
@@ -135,20 +135,20 @@ class RowReader:
         return stored.view(torch_dtype(info.dtype)).to(dtype).view(info.shape)
 
     def clear(self) -> None:
-        """Give all memory back."""
+        """Free all memory."""
         self._scratch = None
         self._kept.clear()
 
     def _dtype(self, info: TensorInfo) -> torch.dtype:
-        """What the model computes with."""
+        """The dtype that the model computes with."""
         return self._dtypes.get(info.name, torch_dtype(info.dtype))
 
     def _rows(self, chunk: Chunk, rows: Sequence[int], first: int, width: int) -> torch.Tensor:
-        """The bytes of sorted rows of a width, the first row of which begins at a stored byte."""
+        """The bytes of sorted rows, each `width` bytes long; row 0 begins at stored byte `first`."""
         return self._assemble(chunk, [(first + row * width, first + (row + 1) * width) for row in rows])
 
     def _assemble(self, chunk: Chunk, ranges: Sequence[Range]) -> torch.Tensor:
-        """The stored bytes in sorted ranges of equal lengths, one range behind the other."""
+        """The stored bytes of sorted ranges of equal lengths, concatenated."""
         stored = torch.empty(sum(stop - start for start, stop in ranges), dtype=torch.uint8)
         view, done = stored.numpy().data, 0
         for piece in self._pieces(chunk, ranges):
@@ -157,7 +157,7 @@ class RowReader:
         return stored
 
     def _pieces(self, chunk: Chunk, ranges: Sequence[Range]) -> Iterator[memoryview]:
-        """The bytes of each range; valid until the next one is asked for."""
+        """The bytes of each range; valid until the next one is requested."""
         groups = list(plan_groups([one for one in ranges if one[0] < one[1]], self._scratch_blocks))
         with closing(self._bring(chunk, [blocks for _, blocks in groups])) as brought:
             for scratch, (group, blocks) in zip(brought, groups, strict=True):
@@ -169,8 +169,8 @@ class RowReader:
     def _bring(self, chunk: Chunk, groups: Sequence[Sequence[int]]) -> Generator[memoryview, None, None]:
         """The blocks of each group, side by side in the scratch buffer.
 
-        Where there are several groups, the next one is under way while one is waited for, and used: in the memory of
-        the blocks used last, of which so many groups would leave nothing anyway.
+        With several groups, the next one is in flight while the current one is awaited and used. It takes the memory of
+        the cached blocks, which so many groups would evict anyway.
         """
         if not groups:
             return
@@ -179,10 +179,10 @@ class RowReader:
         if is_ahead:
             self._kept.clear()
         if self._scratch is not None and self._scratch.capacity_bytes < most * BLOCK_BYTES:
-            self._scratch = None  # before there is a larger one
+            self._scratch = None  # freed before a larger one is allocated
         buffers = [self._scratch or Buffer(most * BLOCK_BYTES)]
         buffers += [Buffer(most * BLOCK_BYTES)] if is_ahead else []
-        self._scratch = None  # until the end: it may still be written to
+        self._scratch = None  # not reused before the end: reads may still write to it
         under_way: deque[tuple[dict[int, memoryview], Future[None]]] = deque()
         begun = 0
         try:
@@ -199,17 +199,17 @@ class RowReader:
             for _, job in under_way:
                 job.cancel()
         self._scratch = buffers[at % len(buffers)]
-        buffers.clear()  # before there is anything in its place
+        buffers.clear()  # free the second buffer before blocks are cached in its place
         if is_ahead:
             self._keep(chunk, missing)
 
     def _start(
         self, chunk: Chunk, blocks: Sequence[int], scratch: memoryview
     ) -> tuple[dict[int, memoryview], Future[None]]:
-        """Fill in the blocks of a group that were kept, and start to read the others, all in one fetch.
+        """Copy the cached blocks of a group, and start one fetch for the others, with one read per run of neighbours.
 
         Returns:
-            Where the others go, and what reads them: each run of neighbours at once.
+            Where each of the other blocks goes, and the fetch.
         """
         form, missing = form_in_parts(chunk), {}
         for place, block in enumerate(blocks):
@@ -231,7 +231,7 @@ class RowReader:
         return missing, done
 
     def _wait(self, job: Future[None]) -> None:
-        """Wait for what was started; if the run is interrupted, or the wait is, it is cancelled."""
+        """Wait for a fetch; cancel it if the run or the wait is interrupted."""
         run = self._run()
         try:
             if not job.done():
@@ -261,10 +261,10 @@ class RowReader:
 
 
 def form_in_parts(chunk: Chunk) -> Form:
-    """The form of a chunk of which parts can be read alone: the packed one, if the run reads that, or the plain one.
+    """The form of a chunk whose parts can be read on their own: the packed one, if the run reads it, or the plain one.
 
     Raises:
-        ManifestError: the chunk is stored otherwise.
+        ManifestError: the chunk has neither.
     """
     form = packed_form(chunk) or chunk.form("none")
     if form is None:
@@ -274,22 +274,22 @@ def form_in_parts(chunk: Chunk) -> Form:
 
 
 def _part_of(chunk: Chunk, name: str) -> Part | None:
-    """Where a tensor lies in the packed form of its chunk; None if the run reads another one."""
+    """Where a tensor lies in the packed form of its chunk; None if the run reads another form."""
     form = packed_form(chunk)
     return next(part for part in parts_of(chunk, form) if part.name == name) if form else None
 
 
 def _has_rows(chunk: Chunk, name: str) -> bool:
-    """Whether rows of a tensor lie together, in a form that parts can be read of: those of int4 do not."""
+    """Whether each row of a tensor is contiguous in a form that can be read in parts; int4 rows are not."""
     part = _part_of(chunk, name)
     return part.kind != "int4" if part else chunk.form("none") is not None
 
 
 def plan_groups(ranges: Iterable[Range], most_blocks: int) -> Iterator[tuple[list[Range], list[int]]]:
-    """Cut sorted ranges of stored bytes into groups that lie in at most that many blocks, a longer range alone.
+    """Group sorted ranges of stored bytes so that each group has at most `most_blocks` blocks, or a single range.
 
-    Returns:
-        Each group, and the blocks it lies in, in order.
+    Yields:
+        Each group, and the blocks that contain it, in order.
     """
     group: list[Range] = []
     blocks: list[int] = []
@@ -306,7 +306,7 @@ def plan_groups(ranges: Iterable[Range], most_blocks: int) -> Iterator[tuple[lis
 
 
 def plan_runs(blocks: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Sorted blocks as runs of neighbours: the first and the last block of each."""
+    """The runs of neighbours among sorted blocks: the first and the last block of each."""
     for _, run in groupby(enumerate(blocks), key=lambda one: one[1] - one[0]):
         neighbours = [block for _, block in run]
         yield neighbours[0], neighbours[-1]
@@ -314,12 +314,12 @@ def plan_runs(blocks: Sequence[int]) -> Iterator[tuple[int, int]]:
 
 @dataclass(frozen=True, slots=True)
 class TableUnit:
-    """A unit that can run while its tables are not in memory. All names are those of the manifest's tensors.
+    """A unit that can run while its tables are not in memory. Tensor names are the manifest's.
 
     Attributes:
-        chunks: the chunks that its tensors lie in.
-        looked_up: tables of embeddings, which rows are read of.
-        others: its other tensors, which are read alone and stay.
+        chunks: the chunks that contain its tensors.
+        looked_up: embedding tables, which are looked up by rows.
+        others: its other tensors, which are read once and stay resident.
     """
 
     chunks: tuple[str, ...]
@@ -328,21 +328,21 @@ class TableUnit:
 
 
 class StreamedTables:
-    """The tables of one model, read while it runs.
+    """Embedding tables of one model, looked up by rows while it runs.
 
     Attributes:
-        row_wise: tells of a module's path whether it now runs without its tables in memory.
+        row_wise: whether the module at a path now runs without its tables in memory.
     """
 
     def __init__(self, units: Mapping[str, TableUnit], rows: RowReader, row_wise: Callable[[str], bool]) -> None:
-        """Serve these units with rows from a reader."""
+        """Serve these units with rows from this reader."""
         self._units = units
         self._rows = rows
         self.row_wise = row_wise
         self._others: dict[str, torch.Tensor] = {}
 
     def others(self, path: str) -> Mapping[str, torch.Tensor]:
-        """The unit's tensors that are no tables; read once.
+        """The unit's tensors other than tables; read once.
 
         Raises:
             SurfwError: a block could not be read, or the run was interrupted.
@@ -354,10 +354,10 @@ class StreamedTables:
         return {name: self._others[name] for name in names}
 
     def apply(self, name: str, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """`embedding` row by row; NotImplemented for what needs the whole table.
+        """Compute torch's `embedding` by rows; NotImplemented for functions that need the whole table.
 
         Raises:
-            IndexError: an id is not one of a row.
+            IndexError: an id is out of range.
             SurfwError: a block could not be read, or the run was interrupted.
         """
         if function is nn.functional.embedding:
@@ -365,7 +365,7 @@ class StreamedTables:
         return NotImplemented
 
     def clear(self) -> None:
-        """Give all memory back."""
+        """Free all memory."""
         self._rows.clear()
         self._others.clear()
 
@@ -379,7 +379,7 @@ class StreamedTables:
         *_: Any,
         **__: Any,
     ) -> Any:
-        """As torch's `embedding`; what only gradients would need makes no difference."""
+        """As torch's `embedding`; arguments that only affect gradients are ignored."""
         ids = type(input) is torch.Tensor and input.dtype in {torch.int32, torch.int64}
         padded = padding_idx is not None and not -weight.shape[0] <= padding_idx < weight.shape[0]
         if not ids or padded or max_norm is not None:
@@ -390,9 +390,9 @@ class StreamedTables:
 def tables_of(skeleton: Skeleton, manifest: Manifest, *, least_bytes: int = MIB) -> dict[str, TableUnit]:
     """The units that can run without their tables in memory, by path. Pure.
 
-    A table is a matrix of at least `least_bytes` in a unit outside of the layers that is the weight of embeddings and
-    of nothing else. The unit's other tensors must be smaller than its tables, and all have to be in chunks that are
-    stored as they are, or packed: no part of others can be read alone.
+    A table is a matrix of at least `least_bytes`, in a unit outside of the layers, that only embeddings use as their
+    weight. The unit's other tensors must be smaller than its tables. All of them must be in chunks that are stored
+    plain or packed, since other forms cannot be read in parts.
     """
     home, stored, found = manifest.home, manifest.tensors, {}
     for unit in (unit for unit in skeleton.units if unit.kind == "part"):

@@ -1,7 +1,7 @@
-"""A run of a model, which can be interrupted from outside; where it runs, and the event loop that it waits for.
+"""Runs of a model, which another thread can interrupt, and the event loop thread that they wait for.
 
-Models are not asynchronous; sources are. Coroutines run on an `IoThread`, and a run waits for them with
-`Run.wait_for`, so that an interrupt ends the wait as well. Asynchronous callers run models with `run_in_executor`.
+Models are synchronous; sources are asynchronous. Coroutines run on an `IoThread`, and a run waits for them with
+`Run.wait_for`, so that an interrupt also ends the wait. Asynchronous callers run models with `run_in_executor`.
 """
 
 import asyncio
@@ -20,44 +20,44 @@ T = TypeVar("T")
 _WORKERS = 8
 
 current_run: "ContextVar[Run | None]" = ContextVar("surfw_run", default=None)
-"""The run that this thread works for, so that those who wait for the thread can interrupt it."""
+"""The run that this thread works for, so that whoever waits for the thread can interrupt it."""
 
 
 class Run:
-    """A forward, or a generation, that another thread may interrupt.
+    """A forward or a generation that another thread may interrupt.
 
-    What runs calls `pause` at every layer, and waits with `wait_for`, so that it ends within one layer's computation.
+    It calls `pause` at every layer and waits with `wait_for`, so it ends within one layer's computation.
     """
 
     def __init__(self) -> None:
-        """Begin; nothing has interrupted it."""
+        """Begin, not interrupted."""
         self._stop: Future[None] = Future()
 
     def interrupt(self, error: Exception) -> None:
-        """Make the run end with this error; the first one counts."""
+        """Make the run end with this error; only the first call has an effect."""
         with suppress(InvalidStateError):
             self._stop.set_exception(error)
 
     def check(self) -> None:
-        """Go on, unless the run was interrupted.
+        """Raise if the run was interrupted.
 
         Raises:
-            Exception: what it was interrupted with.
+            Exception: the error that it was interrupted with.
         """
         if self._stop.done():
             self._stop.result()
 
     def pause(self) -> None:
-        """As `check`, but first wait while another thread builds a model under another default dtype."""
+        """As `check`, but first wait while another thread builds a model with a different default dtype."""
         while (build := runs.build) is not None and runs.builder != threading.get_ident():
             self.wait_for(build)
         self.check()
 
     def wait_for(self, future: "Future[Any]") -> None:
-        """Wait until a future is done, however it ends.
+        """Wait until a future is done, successfully or not.
 
         Raises:
-            Exception: what the run was interrupted with in the meantime.
+            Exception: the run was interrupted with this error in the meantime.
         """
         with runs.resting():
             wait([future, self._stop], return_when=FIRST_COMPLETED)
@@ -67,21 +67,21 @@ class Run:
 class Job(Future[T]):
     """A coroutine on an I/O thread.
 
-    Done only when the coroutine has ended. `cancel` asks it to end early; until it has, the job is not done, and
-    the memory that the coroutine writes to is still its own.
+    It is done only once the coroutine has ended. `cancel` asks it to end early; until it has, the job is not done, and
+    the memory that the coroutine writes to must not be reused.
     """
 
     _task: asyncio.Task[T] | None = None
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Name the loop, on which `begin` comes before all else."""
+        """Use this loop; `begin` has to be called on it first."""
         super().__init__()
         self._loop = loop
         self._is_unwanted = False
 
     @property
     def is_ending(self) -> bool:
-        """Whether it was asked to end, and has not yet."""
+        """Whether it was cancelled and has not ended yet."""
         return self._is_unwanted and not self.done()
 
     def cancel(self) -> bool:
@@ -103,7 +103,7 @@ class Job(Future[T]):
         self._task.add_done_callback(self._end)
 
     def _end(self, task: asyncio.Task[T]) -> None:
-        self._task = None  # a cancelled one holds its frames, and with them the memory that it was to fill
+        self._task = None  # a cancelled task keeps its frames alive, and with them the memory that it was to fill
         if task.cancelled():
             super().cancel()
             self.set_running_or_notify_cancel()
@@ -140,10 +140,10 @@ class IoThread:
         return job
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine to its end; an interrupt, of the program or of the run this belongs to, cancels it.
+        """Run a coroutine to its end; interrupting the program or the current run cancels it.
 
         Raises:
-            ModelClosedError: the thread is closed, or was closed meanwhile.
+            ModelClosedError: the thread is closed, or was closed in the meantime.
         """
         job = self.submit(work)
         try:
@@ -157,7 +157,7 @@ class IoThread:
             raise
 
     def close(self) -> None:
-        """Cancel what still runs, and end the thread. Closing twice is fine."""
+        """Cancel what still runs, and end the thread. Closing twice has no effect."""
         with self._lock:
             if self._closed:
                 return
@@ -169,7 +169,7 @@ class IoThread:
 
 
 async def _end_others() -> None:
-    """Cancel all other work of this loop, and wait for it and for its threads."""
+    """Cancel all other tasks of this loop, and wait for them and for its executor."""
     await cancel_all(asyncio.all_tasks() - {asyncio.current_task()})
     await asyncio.get_running_loop().shutdown_default_executor()
 
@@ -177,7 +177,8 @@ async def _end_others() -> None:
 async def run_in_executor(executor: ThreadPoolExecutor, work: Callable[[], T]) -> T:
     """Do the work in a thread of the executor, as a run of its own.
 
-    When this is cancelled, the run is interrupted, or never begins; this ends only when the thread has let go of it.
+    Cancelling this interrupts the run, or keeps it from starting; the cancellation takes effect only once the thread
+    has ended the work.
     """
     run, context = Run(), copy_context()
     context.run(current_run.set, run)
@@ -193,11 +194,11 @@ async def run_in_executor(executor: ThreadPoolExecutor, work: Callable[[], T]) -
 
 
 async def wait_until_done(future: "Future[Any]") -> None:
-    """Wait until a future is done, however it ends; cancelling the wait does not cancel it."""
+    """Wait until a future is done, successfully or not; cancelling the wait does not cancel the future."""
     loop, is_done = asyncio.get_running_loop(), asyncio.Event()
 
     def tell(_: object) -> None:
-        with suppress(RuntimeError):  # the loop is closed, and with it the wait
+        with suppress(RuntimeError):  # the loop is closed, so nobody waits any more
             loop.call_soon_threadsafe(is_done.set)
 
     future.add_done_callback(tell)

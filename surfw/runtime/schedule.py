@@ -1,8 +1,8 @@
-"""Which chunk is used next: the model's structure at first, then what was seen. Pure.
+"""Predicts which chunk is used next: from the model's structure at first, then from what ran. Pure.
 
-The successor of a module is learned together with the module before it. Two steps of history tell apart what one
-cannot: a T5 enters its encoder and its decoder through the same embedding, and ALBERT runs one layer many times. Where
-a run begins, history begins anew, so that the second prompt is not taken for the next token of the first.
+The successor of a module is learned for each pair of that module and the one before it. One step of history would not
+be enough: a T5 enters its encoder and its decoder through the same embedding, and ALBERT runs one layer many times. The
+history is reset when a run begins, so that a second prompt is not mistaken for the next token of the first.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -19,8 +19,8 @@ class Phases:
     """What is known of a model's schedule before it runs: module paths, in the order in which they run.
 
     Attributes:
-        once: what runs before the cycle begins, as an encoder does.
-        cycle: what then runs again and again; it may name modules of `once` too.
+        once: what runs before the cycle begins, such as an encoder.
+        cycle: what runs repeatedly after that; it may include modules of `once`.
     """
 
     once: tuple[str, ...] = ()
@@ -28,11 +28,11 @@ class Phases:
 
 
 class Schedule:
-    """Predicts the coming modules, and the chunks they use, from the modules that ran.
+    """Predicts the next modules, and the chunks they use, from the modules that ran.
 
     Attributes:
         uses: the chunks of each module.
-        version: a new number whenever the prediction may have changed.
+        version: changes whenever the prediction may have changed.
     """
 
     def __init__(self, order: Sequence[Use], phases: Phases | None = None, *, row_wise: Collection[str] = ()) -> None:
@@ -41,7 +41,7 @@ class Schedule:
         Args:
             order: the modules, and the chunks of each, see `Manifest.order`.
             phases: in which order they run; default: that order, as a cycle.
-            row_wise: modules that can look rows up in tables which are not in memory.
+            row_wise: modules that can look up rows in tables that are not in memory.
         """
         self.uses = {use.module: use.chunks for use in order}
         self._row_wise = row_wise
@@ -58,7 +58,7 @@ class Schedule:
             self.begin()
 
     def begin(self) -> None:
-        """Note that a run begins: what comes does not follow from what came."""
+        """Note that a run begins, which resets the history."""
         self._state = (None, None)
 
     def observe(self, module: str) -> None:
@@ -69,7 +69,7 @@ class Schedule:
         self._state = (self._state[1], module)
 
     def upcoming(self, count: int) -> Iterator[str]:
-        """The next `count` modules, as far as the prediction goes."""
+        """The next `count` modules, as far as they can be predicted."""
         state = self._state
         for _ in range(count):
             following = self._following(state)
@@ -79,7 +79,7 @@ class Schedule:
             state = (state[1], following)
 
     def upcoming_chunks(self, tables: Collection[str]) -> Iterator[str]:
-        """The chunks of the next modules in order, each once; not those of `tables` that only rows are looked up in."""
+        """The chunks of the next modules in order, each once, without `tables` that are only looked up by rows."""
         seen: set[str] = set()
         for name in self._chunks(self.upcoming(len(self.uses)), tables):
             if name not in seen:
@@ -91,7 +91,7 @@ class Schedule:
         return next_uses(list(self._streamed(self.upcoming(2 * len(self.uses)), needs)))
 
     def cycle(self) -> tuple[list[str], list[str]]:
-        """The modules that run from the beginning of a run on: once before the cycle, and in the cycle."""
+        """The modules of a run, in order: those that run once before the cycle, and those of the cycle."""
         state: _State = (None, None)
         seen: dict[_State, int] = {}
         walk: list[str] = []
@@ -99,7 +99,7 @@ class Schedule:
             state = (state[1], following)
             if state in seen:
                 before, cycle = walk[: seen[state]], walk[seen[state] :]
-                while before and before[-1] == cycle[-1]:  # it began before history could tell
+                while before and before[-1] == cycle[-1]:  # the cycle began before two steps of history were known
                     cycle.insert(0, cycle.pop())
                     before.pop()
                 return before, cycle
@@ -112,12 +112,12 @@ class Schedule:
         return self.cycle()[1][:1] == [module]
 
     def apply_to(self, needs: Needs) -> Needs:
-        """The same needs with the chunks that this schedule uses before its cycle, and in it."""
+        """The same needs, with the chunks that this schedule uses before and in its cycle."""
         before, cycle = self.cycle()
         return replace(needs, before=tuple(self._streamed(before, needs)), cycle=tuple(self._streamed(cycle, needs)))
 
     def _streamed(self, modules: Iterable[str], needs: Needs) -> Iterator[str]:
-        """The chunks that modules use, in order, without those that stay in any plan."""
+        """The chunks that modules use, in order, without those that every plan pins."""
         return (name for name in self._chunks(modules, needs.tables) if name not in needs.fixed)
 
     def _chunks(self, modules: Iterable[str], tables: Collection[str]) -> Iterator[str]:

@@ -1,11 +1,11 @@
-"""Memory of equal chunks, which all models of a process share: fine-tunes of one model have most of their layers.
+"""Shares the memory of equal chunks between the models of a process: fine-tunes of a model share most of its layers.
 
-Two chunks are equal if the bytes that were verified are: the digests of all blocks of the form that was read, with the
-same tensors in the same dtypes. What a manifest merely says of a payload is not enough.
+Two chunks are equal if their verified bytes are: the same digests of all blocks of the form that was read, and the same
+tensors in the same dtypes. A payload digest that only the manifest states is not enough.
 
-Shared are mapped files, and buffers that a chunk has to itself, not those of a ring, which are written again. A shared
-buffer is never written again, and either goes when the last model that holds it lets go of it. Each model counts it in
-its own budget.
+Mapped files, and buffers that hold a single chunk, are shared; ring buffers are not, since they are overwritten. A
+shared buffer is never written again. Shared memory is freed when the last model that holds it releases it. Each model
+counts it in its own budget.
 """
 
 import threading
@@ -26,12 +26,12 @@ _lock = threading.Lock()
 def identity(
     chunk: Chunk, form: Form, dtypes: Mapping[str, torch.dtype], *, capacity_bytes: int | None
 ) -> Hashable | None:
-    """What memory with a chunk has to agree in to be that of another; None if it cannot be known, or is secret.
+    """The key under which memory with a chunk is shared; None if block digests are unknown or the form is encrypted.
 
     Args:
         chunk: of a manifest.
-        form: the one that was read, or would be.
-        dtypes: of tensors that do not get the stored one.
+        form: the form that was, or would be, read.
+        dtypes: the dtypes of tensors that do not keep the stored one.
         capacity_bytes: of the buffer; None for a view of the stored bytes.
     """
     if not form.is_known or form.seals:
@@ -41,7 +41,7 @@ def identity(
 
 
 def share(key: Hashable | None, memory: Buffer | View) -> None:
-    """Let others have memory with a chunk, from now on."""
+    """Share memory that holds a chunk, from now on; without a key, do nothing."""
     if key is not None:
         with _lock:
             if isinstance(memory, Buffer):
@@ -50,12 +50,12 @@ def share(key: Hashable | None, memory: Buffer | View) -> None:
 
 
 def find(key: Hashable | None) -> Buffer | View | None:
-    """The memory of an equal chunk, if any model holds some, and no file shows that it has changed since."""
+    """The memory of an equal chunk, if a model holds one and its mapped file has not changed."""
     with _lock:
         memory = None if key is None else _held.get(key)
     if isinstance(memory, View):
         try:
             memory.expect_unchanged()
-        except SurfwError:  # whoever uses it hears of that; a file in its place may be right
+        except SurfwError:  # its users will get the error; a replaced file may be valid again
             return None
     return memory

@@ -1,8 +1,9 @@
-"""A device without hardware: ordinary memory, and threads that copy and decode when they please.
+"""A device without hardware: ordinary memory, and threads that copy and decode with random delays.
 
-It behaves as badly as a device may. Its memory is garbage until what comes into it has been waited for; copies and
-decodings begin late, unless somebody waits; and a copy into memory that computing or decoding may still read, or out of
-memory that has changed, is noticed. Tests run models on it, and so does `surfw bench device` where there is no card.
+It behaves as badly as a device may. Memory holds garbage until its copy or decoding has been awaited; copies and
+decodings begin late unless somebody waits for them; a copy into memory that computing or decoding may still read is
+detected, and a copy from memory that changes too early delivers the changed bytes. Tests run models on it, and so does
+`surfw bench device` on machines without a GPU.
 """
 
 import queue
@@ -25,7 +26,7 @@ from surfw.runtime.exponents import Decode, Piece
 from surfw.runtime.memory import DefaultBudget
 
 _GARBAGE = 0xFF
-"""Floating-point numbers of such bytes are no numbers."""
+"""Floating-point numbers made of this byte are NaN."""
 
 
 @dataclass(slots=True, eq=False)
@@ -33,10 +34,10 @@ class _Work:
     """A copy or a decoding, and the point in its stream where it ends.
 
     Attributes:
-        do: does it.
-        after: what of the other stream it waits for.
+        do: performs it.
+        after: work of the other stream that it waits for.
         address: of the memory that it fills.
-        is_waited_for: whether copies wait for it.
+        is_waited_for: whether later copies wait for it.
     """
 
     do: Callable[[], object]
@@ -64,7 +65,7 @@ class _Work:
 
 
 class _Stream:
-    """Works that are done one after another, by a thread that takes its time."""
+    """Runs work in order, in a thread that delays it."""
 
     def __init__(self, name: str, latest_seconds: float, seed: int) -> None:
         self.last: _Work | None = None
@@ -75,7 +76,7 @@ class _Stream:
         self._thread: threading.Thread | None = None
 
     def add(self, work: _Work) -> _Work:
-        """Have it done after those before it."""
+        """Queue work."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
             self._thread.start()
@@ -84,7 +85,7 @@ class _Stream:
         return work
 
     def synchronize(self) -> None:
-        """Wait until all is done."""
+        """Wait until all queued work is done."""
         if self._thread is not None:
             self.add(_Work(_nothing)).synchronize()
 
@@ -105,20 +106,20 @@ class _Stream:
             start = time.perf_counter()
             try:
                 work.do()
-            except Exception as exc:  # noqa: BLE001 - whoever waits is told
+            except Exception as exc:  # noqa: BLE001 - raised again for whoever waits
                 work.failed = exc
             work.took_seconds = time.perf_counter() - start
-            work.do, work.after = _nothing, ()  # no memory is kept for it any longer
+            work.do, work.after = _nothing, ()  # so that they keep no memory alive
             work.done.set()
             del work
 
 
 class SimulatedDevice(Device):
-    """Memory of this machine that stands for a device's.
+    """Memory of this machine that simulates a device's.
 
     Attributes:
-        in_use_bytes, peak_bytes: memory that was asked for and still lives, now and at most.
-        computing_seconds: what `time` says.
+        in_use_bytes, peak_bytes: allocated memory that is still alive, now and at its peak.
+        computing_seconds: what `time` returns.
     """
 
     torch_device = torch.device("cpu")
@@ -126,22 +127,22 @@ class SimulatedDevice(Device):
     computing_seconds = 0.0
 
     def __init__(self, *, seed: int = 0, latest_seconds: float = 0.002) -> None:
-        """Begin copies that nobody waits for after up to so many seconds."""
+        """Begin copies that nobody waits for after a random delay of up to `latest_seconds`."""
         self.decoder: Decode | None = exponents.decode
         self.in_use_bytes = self.peak_bytes = 0
         self._time = self._let_go = 0
-        self._read: dict[int, int] = {}  # when memory was last handed to those who compute
-        self._decoded: dict[int, _Work] = {}  # what was decoded last out of some memory, or into it
+        self._read: dict[int, int] = {}  # by address, when memory was last handed to a computation
+        self._decoded: dict[int, _Work] = {}  # by address, the last decoding that reads or writes the memory
         self._copies = _Stream("surfw-simulated-copies", latest_seconds, seed)
         self._decodes = _Stream("surfw-simulated-decoder", latest_seconds, seed + 1)
         self._lock = threading.Lock()
 
     def find_budget(self) -> DefaultBudget:
-        """Some memory."""
+        """A fixed amount of memory."""
         return DefaultBudget(4 * GB, "a simulated device has 4 GB")
 
     def allocate(self, size_bytes: int) -> torch.Tensor:
-        """Garbage."""
+        """Memory full of garbage."""
         with torch.inference_mode(mode=False):
             memory = torch.full((size_bytes,), _GARBAGE, dtype=torch.uint8)
         with self._lock:
@@ -153,15 +154,15 @@ class SimulatedDevice(Device):
         return memory
 
     def reset_peak(self) -> None:
-        """Count the peak anew."""
+        """Restart the measurement of the peak."""
         self.peak_bytes = self.in_use_bytes
 
     def page_lock(self, buffer: Buffer) -> None:
-        """Nothing to do."""
+        """Only mark the buffer as locked."""
         buffer.is_locked = True
 
     def copy(self, into: torch.Tensor, source: torch.Tensor) -> Copy:
-        """Spoil the memory now, if nothing is decoded out of it, and fill it later."""
+        """Fill the memory with garbage now, unless something is decoded from it, and copy into it later."""
         with self._lock:
             self._expect_unread(into)
             reader = self._decoded.get(_address(into))
@@ -171,7 +172,7 @@ class SimulatedDevice(Device):
             return self._copies.add(_Work(partial(into.copy_, source), address=_address(into)))
 
     def decode(self, coded: torch.Tensor, piece: Piece, into: torch.Tensor) -> Copy:
-        """Spoil the memory now, and decode into it later."""
+        """Fill the memory with garbage now, and decode into it later."""
         with self._lock:
             self._expect_unread(into)
             into.view(torch.uint8).fill_(_GARBAGE)
@@ -181,7 +182,7 @@ class SimulatedDevice(Device):
             return self._decodes.add(work)
 
     def wait_for_decoding(self, decoded: Copy) -> None:
-        """Let the copies wait."""
+        """Make later copies wait."""
         assert isinstance(decoded, _Work), "decoding has an end"
         with self._lock:
             decoded.is_waited_for = True
@@ -189,18 +190,18 @@ class SimulatedDevice(Device):
 
     @contextmanager
     def between_copies(self) -> Iterator[None]:
-        """Wait for the copies: what computes here has no stream."""
+        """Wait for the copies on the host: computing has no stream here."""
         self._copies.synchronize()
         yield
 
     def time(self, work: Callable[[], object]) -> float:
-        """Do it; the figure means nothing."""
+        """Do the work; the returned figure is fixed and means nothing."""
         with self.between_copies():
             work()
         return self.computing_seconds
 
     def wait(self, copied: Copy) -> object:
-        """Wait for the copy: what computes here has no stream that could."""
+        """Wait for the copy on the host: computing has no stream here that could wait."""
         assert isinstance(copied, _Work), "computing waits for copies"
         copied.synchronize()
         with self._lock:
@@ -209,7 +210,7 @@ class SimulatedDevice(Device):
         return None
 
     def wait_for_computing(self, stream: object) -> None:
-        """Note it: torch on the CPU has computed all that it was told to."""
+        """Only note it: torch on the CPU computes synchronously, so there is nothing to wait for."""
         self._let_go = self._time
 
     def synchronize(self) -> None:
@@ -227,11 +228,11 @@ class SimulatedDevice(Device):
         assert read <= self._let_go, "a copy does not wait for those who read the memory that it writes to"
 
     def _free(self, size_bytes: int) -> None:
-        self.in_use_bytes -= size_bytes  # without the lock: this may come at any time, in a thread that has it
+        self.in_use_bytes -= size_bytes  # without the lock: a finalizer may run in a thread that holds it
 
 
 def _address(memory: torch.Tensor) -> int:
-    """Where the memory begins that this is a part of."""
+    """The address of the underlying storage."""
     return memory.untyped_storage().data_ptr()
 
 
@@ -241,4 +242,4 @@ def _decode(coded: torch.Tensor, piece: Piece, into: torch.Tensor) -> None:
 
 
 def _nothing() -> None:
-    """Nothing is to be done."""
+    """Do nothing."""

@@ -1,23 +1,23 @@
-"""Which chunk is in which slot of a tier of memory, and what has to happen next. Pure: no threads, devices or I/O.
+"""Which chunk is in which slot of a memory tier, and what to load and evict next. Pure: no threads, devices or I/O.
 
-A `SlotTable` keeps to a `ResidencyPlan`. It knows names and sizes in bytes, never what a slot is made of. Its methods
-note what they decide and return it as a `Decision`: what to evict, what to load, what to wait for. The engine carries
-that out, and reports with `ended` how each load ended; `misplaced` says which loads it is to cancel. A slot goes from
-loading to ready or failed; a chunk without a slot is not in this tier.
+A `SlotTable` follows a `ResidencyPlan`. It knows only names and sizes in bytes, not what a slot consists of. Its
+methods record what they decide and return it as a `Decision`: what to evict, load, or wait for. The engine carries it
+out and reports with `ended` how each load ended; `misplaced` says which loads to cancel. A slot goes from loading to
+ready or failed; a chunk without a slot is not in this tier.
 
-Pinned chunks have memory of their own and stay. The others pass through the ring: a few slots of one size, which are
-used again and again. Chunks that are needed next are loaded early, into slots of the ring that are not in use; one that
-was loaded early by mistake is evicted. Floating chunks run several times in a pass, and there is memory for some of
-them: after a use, one moves out of the ring if it is needed sooner than those it replaces (`plan.floating_victims`).
+Pinned chunks have memory of their own and are not evicted. The others are streamed through the ring: a few slots of one
+size, which are reused. Chunks that are needed next are prefetched into idle slots of the ring; wrong prefetches are
+evicted. Floating chunks run several times in a pass, and there is memory for some of them: after a use, one leaves the
+ring if it is needed sooner than those it replaces (`plan.floating_victims`).
 
 Invariants, after any sequence of calls:
 
-- at most `plan.ring_buffers` slots are in the ring, loading ones included, unless more are in use at once;
+- at most `plan.ring_buffers` slots are in the ring, including loading ones, unless more are in use at once;
 - the other slots take no more than the plan's pinned chunks and its `floating_bytes`;
 - a chunk in use is never evicted, and a loading one only by `clear`;
-- a failed load leaves nothing behind: its slot goes as soon as its chunk is asked for again, or the slot is needed.
+- a failed load leaves nothing behind: its slot is evicted once its chunk is requested again or the slot is needed.
 
-After a change of plan the first two hold as soon as what was in use, or loading, is not any more.
+After a change of plan, the first two hold once the slots that were in use or loading are idle.
 """
 
 from collections import OrderedDict
@@ -32,7 +32,7 @@ from surfw.runtime.plan import ResidencyPlan, floating_victims
 _LEAST_IN_FLIGHT_BYTES = 64 * MIB
 
 UseKind = Literal["hits", "prefetched", "stalls"]
-"""How execution found a chunk: resident already; fetched for this very use, and ready in time; or not ready."""
+"""How execution found a chunk: already resident; fetched for this use and ready in time; or not ready."""
 
 
 class SlotState(Enum):
@@ -50,10 +50,10 @@ class Slot:
     Attributes:
         name: the chunk.
         size_bytes: the memory that the slot takes.
-        in_ring: whether it is one of the ring; if not, the chunk has memory of its own.
-        state: how far its chunk is.
-        users: how many modules use the chunk at the moment.
-        is_known: whether the chunk was used, or loaded by `fetch`; if not, it was loaded early, for its next use.
+        in_ring: whether it belongs to the ring; if not, the chunk has memory of its own.
+        state: the state of its chunk.
+        users: how many modules use the chunk now.
+        is_known: whether the chunk was used, or loaded by `fetch`; if not, it was loaded for its next use.
     """
 
     name: str
@@ -80,10 +80,10 @@ class Decision:
     """What a driver has to do, in this order.
 
     Attributes:
-        evict: slots that are gone. The memory of one of the ring can be used for one that is loaded.
+        evict: slots that were removed. Memory of an evicted ring slot can be reused for a loaded one.
         load: new slots, whose chunks are to be loaded.
-        cancel: a slot that was guessed wrong and is needed now. Its load is to be cancelled; once that has ended, the
-            driver asks again.
+        cancel: a slot that is needed now but holds a wrong prefetch. The driver cancels its load and, once that has
+            ended, calls again.
     """
 
     evict: list[Slot] = field(default_factory=list)
@@ -95,15 +95,15 @@ class SlotTable:
     """The slots of one tier.
 
     Attributes:
-        plan: what it keeps to; see `adopt`.
+        plan: the plan that it follows; see `adopt`.
     """
 
     def __init__(self, sizes: Mapping[str, int], plan: ResidencyPlan) -> None:
         """Start empty.
 
         Args:
-            sizes: the bytes that each chunk takes in this tier, also those that the plan keeps out of it.
-            plan: what to keep to.
+            sizes: the bytes that each chunk takes in this tier, including chunks that the plan keeps out of it.
+            plan: the plan to follow.
         """
         self._sizes = sizes
         self._slots: OrderedDict[str, Slot] = OrderedDict()  # least recently used first
@@ -132,30 +132,30 @@ class SlotTable:
 
     @property
     def spare_ring_slots(self) -> int:
-        """How many slots the ring may still come to have."""
+        """How many slots the ring may still grow by."""
         return max(0, self.plan.ring_buffers - len(self._ring()))
 
     @property
     def is_complete(self) -> bool:
-        """Whether every chunk that the plan lets in has a slot, those left out that only pass."""
+        """Whether every chunk of the plan has a slot, apart from those that only pass through."""
         if passing := self.plan.passing:
             return len(self._slots.keys() - passing) >= len(self.plan.sizes.keys() - passing)
         return len(self._slots) >= len(self.plan.sizes)
 
     def is_ready(self, names: Iterable[str]) -> bool:
-        """Whether all of these chunks are in memory."""
+        """Whether all of these chunks are ready."""
         slots = (self._slots.get(name) for name in names)
         return all(slot is not None and slot.state is SlotState.READY for slot in slots)
 
     def has_place(self, name: str) -> bool:
-        """Whether a chunk that is needed now has a slot, or gets one without the ring growing beyond the plan."""
+        """Whether a chunk has a slot, or can get one without growing the ring beyond the plan."""
         if name in self._slots or name in self.plan.pinned:
             return True
         ring = self._ring()
         return len(ring) < max(1, self.plan.ring_buffers) or any(not slot.users for slot in ring)
 
     def adopt(self, plan: ResidencyPlan) -> Decision:
-        """Keep to another plan: what it has no memory for goes at once if it is idle, else after its use."""
+        """Follow another plan. Chunks that it has no memory for are evicted at once if idle, else after their use."""
         self.plan = plan
         self._own_bytes = plan.pinned_bytes + plan.floating_bytes
         self._most_in_flight = max(_LEAST_IN_FLIGHT_BYTES, 2 * max(plan.sizes.values(), default=0))
@@ -165,7 +165,7 @@ class SlotTable:
         return self._trim(Decision())
 
     def make_ready(self, names: Sequence[str]) -> Decision:
-        """Have the chunks that are needed now on their way, if need be at the cost of one that was fetched ahead."""
+        """Load the chunks that are needed now, if necessary by evicting prefetched ones."""
         decision = Decision()
         for name in names:
             slot = self._slots.get(name)
@@ -176,11 +176,11 @@ class SlotTable:
         while through_ring and len(ring := self._ring()) + len(through_ring) > self.plan.ring_buffers:
             victims = [slot for slot in ring if not slot.users and slot.name not in names]
             if not victims:
-                break  # more are in use at once than the ring has slots: it grows for them until the next `release`
-            # A chunk that has been used goes before one that was fetched for a use to come; of equals, the oldest.
+                break  # more chunks are in use than the ring has slots: it grows for them until the next `release`
+            # Evict a chunk that was already used before a prefetched one; among equals, the least recently used.
             victim = min(victims, key=lambda slot: not slot.is_known)
             if victim.state is SlotState.LOADING:
-                decision.cancel = victim  # its memory is still written to
+                decision.cancel = victim  # the load still writes to its memory
                 return decision
             self._evict(victim, decision)
         for name in through_ring:
@@ -188,7 +188,7 @@ class SlotTable:
         return decision
 
     def hold(self, names: Iterable[str]) -> list[Slot]:
-        """Mark chunks as used until they are let go, which `make_ready` has found or made slots for."""
+        """Mark chunks as in use, until `let_go` or `release`; `make_ready` has to have given them slots."""
         slots = [self._slots[name] for name in names]
         for slot in slots:
             slot.users += 1
@@ -196,17 +196,17 @@ class SlotTable:
         return slots
 
     def let_go(self, names: Iterable[str]) -> None:
-        """Undo `hold`; what has no slot any more is passed over."""
+        """Undo `hold`; chunks that have no slot any more are ignored."""
         for name in names:
             if slot := self._slots.get(name):
                 slot.users -= 1
 
     def release(self, names: Sequence[str], next_use: Mapping[str, int]) -> Decision:
-        """Let chunks go that were used, and evict what has no place.
+        """Undo `hold` after a use, and evict what the plan has no memory for.
 
         Args:
             names: the chunks.
-            next_use: how soon each chunk is used again; asked only of floating ones.
+            next_use: how soon each chunk is used again; needed only if floating ones are released.
         """
         self.let_go(names)
         decision = Decision()
@@ -217,13 +217,13 @@ class SlotTable:
         return decision
 
     def trim(self) -> Decision:
-        """Evict what has no place, without letting anything go."""
+        """Evict what the plan has no memory for, without releasing anything."""
         return Decision() if self._everything_fits and self._is_settled else self._trim(Decision())
 
     def misplaced(self) -> list[Slot]:
-        """The slots that are loading, and have to go, as idle ones are too few: the driver is to cancel their loads.
+        """The loading slots that the plan has no memory for, as idle ones are too few; the driver cancels their loads.
 
-        Of those that have memory of their own, and of those of the ring, the ones that were begun last.
+        Both inside and outside of the ring, those are chosen that were started last.
         """
         loading = [slot for slot in reversed(self._slots.values()) if slot.state is SlotState.LOADING]
         excess, found = self._excess_bytes(), list[Slot]()
@@ -232,23 +232,23 @@ class SlotTable:
                 found.append(slot)
                 excess -= slot.size_bytes
         in_ring = [slot for slot in loading if slot.in_ring and not slot.users]
-        large = [slot for slot in in_ring if slot.size_bytes > self.plan.ring_bytes]  # of a ring that was wider
+        large = [slot for slot in in_ring if slot.size_bytes > self.plan.ring_bytes]  # of an earlier, larger ring
         rest = [slot for slot in in_ring if slot.size_bytes <= self.plan.ring_bytes]
         surplus = max(0, len(self._ring()) - len(large) - self.plan.ring_buffers)
         return found + large + rest[:surplus]
 
     def prefetch(self, upcoming: Iterable[str], in_use: Collection[str] = ()) -> Decision:
-        """Load what is used next, as far as there are slots for it, and a bounded number of bytes at a time.
+        """Load what is used next, as far as there are slots, with a bounded number of bytes in flight.
 
         Args:
-            upcoming: the chunks in the order of their next uses, each once; read as far as there is memory.
-            in_use: chunks of the ring that do not make way for them.
+            upcoming: the chunks in the order of their next uses, each once; consumed as far as there is memory.
+            in_use: chunks of the ring that must not be evicted for them.
         """
         decision = Decision()
         in_flight, sooner = self.in_flight_bytes, set(in_use)
         for name in upcoming:
             if name in self.plan.passing:
-                continue  # it is asked for when it is handed on
+                continue  # it is loaded when the nearer tier requests it
             if name not in self._slots:
                 if in_flight and in_flight + self._sizes[name] > self._most_in_flight:
                     break
@@ -259,7 +259,7 @@ class SlotTable:
         return decision
 
     def fetch(self, names: Sequence[str]) -> Decision:
-        """Load chunks that are asked for on their own, as many as there are slots for once idle ones are evicted."""
+        """Load chunks on explicit request, as many as there are slots for once idle ones are evicted."""
         decision = Decision()
         wanted: set[str] = set()
         for name in names:
@@ -269,28 +269,28 @@ class SlotTable:
             if name not in self._slots:
                 if not self._load_ahead(name, wanted, decision):
                     continue
-                self._slots[name].is_known = True  # the use that finds it there is a hit
+                self._slots[name].is_known = True  # so that its first use counts as a hit
             wanted.add(name)
             self._slots.move_to_end(name)
         return decision
 
     def ended(self, name: str, *, failed: bool) -> None:
-        """Note that the load of a chunk has ended: well, or not (also by being cancelled)."""
+        """Note that the load of a chunk has ended; `failed` if it did not succeed or was cancelled."""
         self._slots[name].state = SlotState.FAILED if failed else SlotState.READY
 
     def forget(self, slots: Iterable[Slot]) -> None:
-        """Take slots back in any state, such as those whose loads could not even be started."""
+        """Remove slots in any state, such as those whose loads could not be started."""
         for slot in slots:
             del self._slots[slot.name]
         self._is_settled = False
 
     def release_all(self) -> None:
-        """Nothing runs: all that was held may be evicted."""
+        """Undo every `hold`; nothing runs any more."""
         for slot in self:
             slot.users = 0
 
     def clear(self, keep: Collection[str] = ()) -> Decision:
-        """Evict every chunk that is not in use, loading ones included, but for these."""
+        """Evict every chunk that is not in use, including loading ones, except those in `keep`."""
         decision = Decision()
         for slot in list(self):
             if not slot.users and slot.name not in keep:
@@ -298,7 +298,7 @@ class SlotTable:
         return decision
 
     def _load_pinned(self, name: str, decision: Decision, needed: Collection[str] = ()) -> bool:
-        """Load a chunk into memory of its own, if the plan pins it; what is not pinned any more is evicted for it."""
+        """Load a chunk into memory of its own, if the plan pins it; chunks that are no longer pinned are evicted."""
         if name not in self.plan.fixed:
             if name not in self.plan.pinned:
                 return False
@@ -309,7 +309,7 @@ class SlotTable:
         return True
 
     def _load_ahead(self, name: str, sooner: Collection[str], decision: Decision) -> bool:
-        """Load a chunk, evicting one from the ring that is not needed sooner; False if there is no slot for it."""
+        """Load a chunk, evicting from the ring one that is not needed sooner; False if there is no slot."""
         if self._load_pinned(name, decision):
             return True
         ring = self._ring()
@@ -335,11 +335,11 @@ class SlotTable:
         return [slot for slot in self if slot.in_ring]
 
     def _excess_bytes(self) -> int:
-        """By how much the slots outside of the ring take more than the plan allows; negative where there is memory."""
+        """How much more the slots outside of the ring take than the plan allows; negative if memory is left."""
         return sum(slot.size_bytes for slot in self if not slot.in_ring) - self._own_bytes
 
     def _evict_unpinned(self, size_bytes: int, decision: Decision, needed: Collection[str] = ()) -> bool:
-        """Evict idle slots outside of the ring that are not pinned, until so much is free; False if it is not."""
+        """Evict idle, unpinned slots outside of the ring until this much is free; False if that is not enough."""
         for slot in list(self):
             if size_bytes <= 0:
                 break
@@ -349,7 +349,7 @@ class SlotTable:
         return size_bytes <= 0
 
     def _float(self, name: str, next_use: Mapping[str, int], decision: Decision) -> None:
-        """Take a floating chunk that has just been used out of the ring, if it is better kept than others are."""
+        """Move a floating chunk that was just used out of the ring, if it is needed sooner than those it replaces."""
         slot = self._slots.get(name)
         if slot is None or name not in self.plan.floating or not slot.in_ring or slot.users:
             return
@@ -363,20 +363,20 @@ class SlotTable:
         if victims is None:
             return
         for victim in (self._slots[one] for one in victims):
-            victim.in_ring = True  # its buffer joins the ring, in exchange for that of `slot`
+            victim.in_ring = True  # its buffer joins the ring in exchange for that of `slot`
             self._evict(victim, decision)
         slot.in_ring = False
 
     def _trim(self, decision: Decision) -> Decision:
-        """Evict what the plan has no memory for and is idle."""
+        """Evict idle slots that the plan has no memory for."""
         fits = self._evict_unpinned(self._excess_bytes(), decision)
         for slot in [one for one in self._ring() if one.is_idle and one.size_bytes > self.plan.ring_bytes]:
-            self._evict(slot, decision)  # of a ring that was larger
+            self._evict(slot, decision)  # of an earlier, larger ring
         ring = self._ring()
         surplus = max(0, len(ring) - self.plan.ring_buffers)
         for slot in [one for one in ring if one.is_idle][:surplus]:
             self._evict(slot, decision)
-        ring = self._ring()  # what is in use, or loading, may still be too much
+        ring = self._ring()  # slots that are in use or loading may still be too many
         fits &= len(ring) <= self.plan.ring_buffers and all(one.size_bytes <= self.plan.ring_bytes for one in ring)
         self._is_settled = fits and self.is_complete
         return decision

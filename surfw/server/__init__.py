@@ -1,4 +1,4 @@
-"""A store behind a WebSocket, through a cache. Imports neither torch nor transformers."""
+"""Serves a store over WebSocket, through a cache. Imports neither torch nor transformers."""
 
 from surfw.server.server import AdvancedWeightServer, WeightServer
 from surfw.wire import ServerHealth, ServerStats

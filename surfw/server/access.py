@@ -1,12 +1,12 @@
-"""Who is let in, and which models each may read: one token for everybody, or a file of tokens with names.
+"""Who is admitted, and which models each may read: one token for everyone, or a file of named tokens.
 
     [ci]
     token = "7Gk…"
-    models = ["org/*", "demo"]      # patterns as of file names; without this line, all models
-    expires = 2027-01-31            # its beginning in UTC; or 2027-01-31T18:00:00+01:00
+        models = ["org/*", "demo"]      # patterns as for file names; without this line, all models
+        expires = 2027-01-31            # at 00:00 UTC; or a time such as 2027-01-31T18:00:00+01:00
 
-Tokens are kept as SHA-256, and compared in constant time. What a connection may do is looked up at each of its
-requests, so that a token which expires, or is taken out of the file, loses new requests at once.
+Tokens are stored as SHA-256 and compared in constant time. Permissions are checked for each request, so that a token
+that expires or is removed from the file is refused new requests at once.
 """
 
 import fnmatch
@@ -40,13 +40,13 @@ _TOML_PLACE = re.compile(r"\((at [a-z0-9 ,]+)\)$")
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """What a token lets its bearer do.
+    """What a token permits.
 
     Attributes:
-        name: of the token; empty for one without.
+        name: the name of the token; empty if it has none.
         digest: the SHA-256 of the token.
-        models: the names that may be read, as patterns; None for all.
-        expires: in seconds since 1970; None for never.
+        models: the names of the models that may be read, as a pattern; None for all.
+        expires: the expiry time, in seconds since 1970; None for never.
     """
 
     name: str = ""
@@ -56,24 +56,24 @@ class Grant:
 
     @property
     def shown(self) -> str:
-        """The token in words, by its name."""
+        """The token's name for messages."""
         return f"token {self.name!a}" if self.name else "the token"
 
     @property
     def has_expired(self) -> bool:
-        """Whether it is not valid any more."""
+        """Whether the token has expired."""
         return self.expires is not None and time.time() >= self.expires
 
     def may_read(self, model: str) -> bool:
-        """Whether the model may be read by this token."""
+        """Whether the token permits reading the model."""
         return self.models is None or self.models.match(model) is not None
 
     def choose(self, models: Iterable[str]) -> list[str]:
-        """The models that may be read by this token."""
+        """Return those of the models that the token permits reading."""
         return [model for model in models if self.may_read(model)]
 
     def limit(self, stats: ServerStats) -> ServerStats:
-        """The statistics without other models, their heat, those who read them, and events, which may name them."""
+        """Return the statistics without other models, their heat and their readers, and without events."""
         if self.models is None:
             return stats
         limited = stats.copy()
@@ -87,7 +87,7 @@ class Grant:
 
 
 EVERYTHING = Grant()
-"""What a server without a token lets everybody do."""
+"""The grant of everyone on a server without tokens."""
 
 
 class Access:
@@ -95,14 +95,14 @@ class Access:
 
     Attributes:
         is_open: whether no token is needed.
-        file: what is to be read before the first request, and again when it changes; None without a file.
+        file: the token file, to be read before the first request and when it changes; None without one.
     """
 
     def __init__(self, token: str | None, token_file: str | Path | None, journal: Journal) -> None:
-        """Admit this token, or those in the file, or everybody.
+        """Admit this token, or those in the file, or everyone.
 
         Raises:
-            ConfigurationError: both are given, or the token cannot be used.
+            ConfigurationError: both are given, or the token is invalid.
         """
         expect("token", token, str | None, "a text or None")
         expect("token_file", token_file, str | Path | None, "the path of a file, or None")
@@ -118,23 +118,23 @@ class Access:
         self._grants = {grant.digest: grant for grant in grants}
 
     def find(self, shown: Sequence[str]) -> Grant | None:
-        """What the values of a request's `Authorization` headers allow, which may have expired; None for nothing."""
+        """Return the grant for a request's `Authorization` headers, which may have expired; None if it has none."""
         if self.is_open:
             return EVERYTHING
         token = shown_token(shown)
         digest = hashlib.sha256((token or "").encode(errors="surrogatepass")).digest()
         found = None
-        for grant in self._grants.values():  # all of them, so that the time it takes says nothing
+        for grant in self._grants.values():  # all of them, so that the time taken reveals nothing
             if hmac.compare_digest(grant.digest, digest):
                 found = grant
         return None if token is None else found
 
     def check(self, admitted: Grant, model: str | None) -> Grant:
-        """What a connection that was admitted may do now.
+        """Return the current grant of a connection.
 
         Args:
-            admitted: what it was admitted with.
-            model: which it wants to read, if any.
+            admitted: the grant it was admitted with.
+            model: the model it wants to read, if any.
 
         Raises:
             RefusedError: its token has expired, was removed, or may not read the model.
@@ -194,7 +194,7 @@ class _TokenFile(FromFiles):
 
 
 def parse_tokens(contents: bytes, where: str) -> list[Grant]:
-    """The tokens in a file; `where` names it in errors, which show no token.
+    """Parse the tokens in a file; `where` names it in errors, which never show a token.
 
     Raises:
         ConfigurationError: it holds neither one token nor a table for each of several.
@@ -254,7 +254,7 @@ def _grant(token: str, name: str = "", patterns: Sequence[str] | None = None, ex
 
 
 def _read_time(value: object, where: str) -> float | None:
-    """Seconds since 1970, from a date of TOML, which begins in UTC, or a time with its zone."""
+    """Return seconds since 1970 for a TOML date, which means 00:00 UTC, or a time with its zone."""
     if value is None:
         return None
     if isinstance(value, datetime) and value.tzinfo is not None:

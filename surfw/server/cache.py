@@ -1,4 +1,4 @@
-"""The server's caches: mappings with a budget in bytes. No I/O, no locks. What is evicted is decided here."""
+"""The server's caches and their eviction policies: mappings with a budget in bytes. No I/O, no locks."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, MutableMapping
@@ -9,23 +9,23 @@ Value = TypeVar("Value")
 
 
 class LruCache(MutableMapping[Key, Value]):
-    """Keeps as many values as fit the budget, and evicts the least recently used. One larger than that is not kept.
+    """Keeps as many values as fit the budget; evicts the least recently used. A value above the budget is not kept.
 
-    Reading a value (`cache[key]`, `get`) is a use of it; `in` is not, nor is iterating. That goes from the least to the
-    most recently used.
+    Reading a value (`cache[key]`, `get`) uses it; `in` and iterating do not. Iteration goes from the least to the most
+    recently used.
 
     Attributes:
         policy: the name of the policy, for people.
         capacity_bytes: the budget.
-        bytes: what the values take, at most the budget.
+        bytes: the total size of the values, at most the budget.
         evictions: how many values were evicted.
-        on_removed: hears the key of each value that is evicted, replaced or removed.
+        on_removed: called with the key of each value that is evicted, replaced or removed.
     """
 
     policy = "lru"
 
     def __init__(self, capacity_bytes: int, size_of: Callable[[Value], int]) -> None:
-        """Start empty; `size_of` tells what a value takes of the budget."""
+        """Start empty; `size_of` returns the size of a value."""
         self.capacity_bytes = capacity_bytes
         self.bytes = 0
         self.evictions = 0
@@ -70,17 +70,17 @@ class LruCache(MutableMapping[Key, Value]):
 
 
 class ProvingCache(LruCache[Key, Value]):
-    """Evicts values that were hardly used before those that were, so that nobody can flush it with what is not used.
+    """Evicts values that were hardly used before those that were, so that unused data cannot flush the cache.
 
-    A new value is on trial until half of its size was used (`note_use`); one that replaces a proven value is proven.
-    While those on trial take more than a quarter of the budget, they make room; otherwise the proven values do, and of
-    each kind the least recently used. Where all values prove themselves, this is an `LruCache`.
+    A new value is on trial until half of its size was used (`note_use`); one that replaces a proven value is proven. If
+    values on trial take more than a quarter of the budget, they are evicted first, otherwise the proven ones; of each
+    kind, the least recently used first. If all values prove themselves, this is an `LruCache`.
     """
 
     def __init__(self, capacity_bytes: int, size_of: Callable[[Value], int]) -> None:
-        """Start empty; `size_of` tells what a value takes of the budget."""
+        """Start empty; `size_of` returns the size of a value."""
         super().__init__(capacity_bytes, size_of)
-        self._trial: OrderedDict[Key, int] = OrderedDict()  # how much was used of each; least recently used first
+        self._trial: OrderedDict[Key, int] = OrderedDict()  # bytes used of each; least recently used first
         self._trial_bytes = 0
         self._proven: OrderedDict[Key, None] = OrderedDict()
 
@@ -109,7 +109,7 @@ class ProvingCache(LruCache[Key, Value]):
             self._trial_bytes -= before - self.bytes
 
     def note_use(self, key: Key, used_bytes: int, *, foreseen: bool = False) -> None:
-        """Count the bytes of a value that were used, if it is still there; half of its size proves it.
+        """Count the bytes of a value that were used, if it is still cached; half of its size proves it.
 
         Whether the use was foreseen makes no difference here; see `ScheduledCache`.
         """
@@ -125,7 +125,7 @@ class ProvingCache(LruCache[Key, Value]):
             self._proven[key] = None
 
     def victim(self) -> Key:
-        """Return the least recently used value on trial if those take too much, or all are; else of the proven ones."""
+        """Return the least recently used value on trial if those take too much or are all; else a proven one."""
         if self._trial and (4 * self._trial_bytes > self.capacity_bytes or not self._proven):
             return next(iter(self._trial))
         return self.proven_victim()

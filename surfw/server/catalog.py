@@ -1,10 +1,10 @@
-"""The models of a store, as a server knows them. Here the names that requests give are looked up.
+"""The models of a store as a server knows them. The names in requests are looked up here.
 
-Names, chunk ids and file names from clients are only ever compared with the store's own listing, and with what its
-manifests list. Nothing that is not listed there becomes a storage key.
+Names, chunk ids and file names from clients are only compared with the store's listing and its manifests. Nothing that
+is not listed there becomes a storage key.
 
-A manifest is read once for all who ask meanwhile, and parsed in a thread. The result is kept until the stored bytes
-change. The store is listed again for a name that is not in the listing, and when that is older than `FRESH_SECONDS`.
+Concurrent requests for a manifest share one read; it is parsed in a thread. The result is kept until the stored bytes
+change. The store is listed again for an unknown name, and when the listing is older than `FRESH_SECONDS`.
 """
 
 import asyncio
@@ -27,16 +27,16 @@ from surfw.storage import Store
 from surfw.wire import Get, GetFile
 
 FRESH_SECONDS = 2.0
-"""How old the listing may be when a chunk or a file is looked up. So much later, a removed model is gone here too."""
+"""The maximum age of the listing when a chunk or a file is looked up; a removed model disappears within this time."""
 
 _CACHE_BYTES = 64 * MIB
-"""What all models that are kept may take."""
+"""The most memory for cached models."""
 _LEAST_KEPT = 4
-"""The fewest models that are kept, however large: those that are used at the same time must not evict each other."""
+"""The fewest models that are cached, however large: models in use at the same time must not evict each other."""
 _MOST_NOTED = 3
-"""How many models that have come or gone are named in one event."""
+"""The most models that an event names."""
 _READS = 2
-"""The most manifests that are read at a time: while it is parsed, one takes many times its size."""
+"""The most manifests read at a time: parsing one takes many times its size in memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +44,13 @@ class Entry:
     """A model as it is in the store.
 
     Attributes:
-        manifest: as it is stored, with locations, but without what is not looked up here, such as tensors.
-        chunks: its chunks by identity: that in the stored manifest, and that which it has with its digests.
-        public: the manifest as it may cross the wire, encoded.
+        manifest: the stored manifest with locations, without what is not looked up here, such as tensors.
+        chunks: its chunks by id: by the one in the stored manifest, and by the one with learned digests.
+        public: the manifest that clients receive, encoded.
         digest: the BLAKE3 of `public`.
-        revision: the storage's revision of the stored manifest, if it can tell.
+        revision: the storage's revision of the stored manifest, if the storage has revisions.
         stored: the BLAKE3 of the stored manifest.
-        kept_bytes: what all of this takes in memory.
+        kept_bytes: the memory used by all of this.
     """
 
     manifest: Manifest
@@ -65,13 +65,13 @@ class Entry:
 class Catalog:
     """Looks up what requests name.
 
-    What the store does not have is refused: a `RefusedError` has a code and a text for the client. All lookups raise
-    `StorageError` or `ManifestError` if the manifest cannot be read. `reader` is who waits, and pays; None for the
-    server itself.
+    Names that the store does not have raise `RefusedError`, with a code and a text for the client. All lookups raise
+    `StorageError` or `ManifestError` if the manifest cannot be read. `reader` waits and pays for reads; None stands for
+    the server itself.
     """
 
     def __init__(self, store: Store, journal: Journal | None = None, *, fresh_seconds: float = FRESH_SECONDS) -> None:
-        """Look up in this store; nothing is read yet. The journal notes which models come and go."""
+        """Use this store; nothing is read yet. The journal notes which models are added and removed."""
         self.names: Sequence[str] = ()
         """The models in the last listing."""
         self._store = store
@@ -87,13 +87,13 @@ class Catalog:
         self._listings = SingleFlight(self._list, 1)
 
     def known(self) -> list[Manifest]:
-        """Return the models whose manifests are kept, those that were asked for last at the end."""
+        """Return the cached manifests, least recently used first."""
         return [self._entries[name].manifest for name in list(self._entries)]
 
     async def models(self, reader: Reader | None = None) -> Sequence[str]:
-        """List the models that the store has now, and forget what is kept of others.
+        """List the models in the store now, and drop cached models that are gone.
 
-        A listing that is under way may be too old already: those who ask meanwhile share the next one.
+        A listing in progress may already be out of date: callers meanwhile share the next one.
         """
         self._listings.detach("models")
         return await self._listings.join("models", reader)
@@ -110,10 +110,10 @@ class Catalog:
         return self.names
 
     async def reload(self) -> str:
-        """List the models anew, read the manifests anew that are kept, and return what is there now in words.
+        """List the models and reread all cached manifests; return a summary in words.
 
         Raises:
-            SurfwError: something could not be read, and is kept as it was.
+            SurfwError: something could not be read; it is kept as it was.
         """
         await self.models()
         failures = []
@@ -127,7 +127,7 @@ class Catalog:
         return count(len(self.names), "model")
 
     def _note_changes(self, before: Sequence[str]) -> None:
-        """Note which models have come, and which have gone, since the listing before."""
+        """Note which models were added and removed since the previous listing."""
         if before == self.names:
             return
         for names, what in (
@@ -140,7 +140,7 @@ class Catalog:
                 self._journal.note("models", f"{count(len(names), 'model')} {what}: {few}{more}")
 
     def pass_bytes(self, model: str) -> int:
-        """Return the least that a client reads of a whole model; 0 if that is not known at the moment."""
+        """Return the fewest bytes that one pass over a model reads; 0 if not known at the moment."""
         entry = self._entries.get(model)
         chunks = entry.manifest.chunks if entry else ()
         return sum(min(form.stored_bytes for form in chunk.forms) for chunk in chunks)
@@ -150,12 +150,12 @@ class Catalog:
         if model in self.names or model in await self.models(reader):
             try:
                 return await self._reads.join(model, reader)
-            except UnknownModelError:  # it was removed since it was listed
+            except UnknownModelError:  # removed since it was listed
                 await self.models(reader)
         raise RefusedError(f"there is no model {model[:80]!a} here", code="unknown-model")
 
     async def document(self, model: str, reader: Reader | None = None) -> Document:
-        """Return the model's manifest as it is now, to be sent. Loading it raises `StorageError` if it was replaced."""
+        """Return the model's current manifest, to be sent. Loading it raises `StorageError` if it was replaced."""
         entry = await self.read(model, reader)
         name, size, digest = entry.manifest.name, len(entry.public), entry.digest
 
@@ -168,12 +168,12 @@ class Catalog:
         return Document(size, digest, load)
 
     async def entry(self, model: str, reader: Reader | None = None) -> Entry:
-        """Return the model as it was when its manifest was last asked for, or else as it is now."""
+        """Return the cached model, or else the model as it is now."""
         if time.monotonic() - self._listed >= self._fresh_seconds:
-            self._listed = time.monotonic()  # one request lists, and the others go on
+            self._listed = time.monotonic()  # one request lists; the others continue
             try:
                 await self.models(reader)
-            except StorageError as exc:  # what is in the cache can be served without the storage
+            except StorageError as exc:  # cached data can be served without the storage
                 self._outages.note("the models of the store cannot be listed", str(exc))
         return self._entries.get(model) or await self.read(model, reader)
 
@@ -190,7 +190,7 @@ class Catalog:
         return entry
 
     def _make_entry(self, name: str, data: bytes, revision: str | None, kept: Entry | None) -> Entry:
-        """Parse a stored manifest, unless it is the one that is kept; runs in a thread."""
+        """Parse a stored manifest, unless it is the cached one; runs in a thread."""
         stored = payload_digest(data)
         if kept and kept.stored == stored and not self._has_learned(kept):
             return replace(kept, revision=revision)
@@ -207,14 +207,14 @@ class Catalog:
         return not self._store.with_digests(kept.manifest).by_id.keys() <= kept.chunks.keys()
 
     async def close(self) -> None:
-        """Stop reading, and forget everything."""
+        """Stop reading, and clear the cache."""
         await self._listings.close()
         await self._reads.close()
         self._outages.flush()
         self._entries.clear()
 
     async def chunk(self, request: Get, reader: Reader | None = None) -> Form:
-        """Return the form of a chunk whose stored bytes are asked for: it says where they lie."""
+        """Return the requested form of a chunk, with the locations of its stored bytes."""
         manifest, chunk = await self.find(request.model, request.chunk, reader)
         form = chunk.form(request.form)
         if form is None:
@@ -229,7 +229,7 @@ class Catalog:
         return form
 
     async def find(self, model: str, identity: str, reader: Reader | None = None) -> tuple[Manifest, Chunk]:
-        """Return the model's manifest, and the chunk that has this identity."""
+        """Return the model's manifest, and the chunk with this id."""
         entry = await self.entry(model, reader)
         chunk = entry.chunks.get(identity)
         if chunk is None:
@@ -237,7 +237,7 @@ class Catalog:
         return entry.manifest, chunk
 
     async def file(self, request: GetFile, reader: Reader | None = None) -> tuple[Location, str]:
-        """Return where a file of the model lies, and its digest."""
+        """Return the location of a file of the model, and its digest."""
         manifest = (await self.entry(request.model, reader)).manifest
         for file in manifest.files:
             if file.path == request.path:
@@ -246,7 +246,7 @@ class Catalog:
 
 
 def _without_details(manifest: Manifest) -> Manifest:
-    """The part of a manifest that requests are looked up in; the rest, most of a large one, is only ever sent."""
+    """Return the part of a manifest that requests are looked up in; the rest, most of a large one, is only sent."""
     chunks = tuple(
         replace(chunk, tensors=(), forms=tuple(replace(form, frames=()) for form in chunk.forms))
         for chunk in manifest.chunks
@@ -255,7 +255,7 @@ def _without_details(manifest: Manifest) -> Manifest:
 
 
 def _footprint(*roots: Any) -> int:
-    """What objects take in memory, with all that they refer to, each counted once."""
+    """Return the memory used by objects and all that they refer to, each counted once."""
     total, seen, rest = 0, set[int](), list(roots)
     while rest:
         one = rest.pop()

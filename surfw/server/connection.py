@@ -1,7 +1,7 @@
-"""One client of the server: takes its messages, and answers each request in a task of its own.
+"""One client of the server: receives its messages, and answers each request in a task of its own.
 
-What the client does wrong closes its connection, with a code and a reason, and nothing else. What the store or the
-server does wrong is an `error` for the request; the details, such as where things lie, go to the log only.
+A client's mistake closes its connection, with a code and a reason, and affects nothing else. A failure of the store or
+the server is an `error` for the request; details such as storage locations go only to the log.
 """
 
 import asyncio
@@ -53,12 +53,12 @@ _REASON_BYTES = 120
 """A close frame has room for 123 bytes of reason."""
 
 _MOST_FUTURES = 2
-"""Of how many models one client's schedules count; those of more are ignored. One takes 0.3 MB at most."""
+"""The most models that one client's schedules may cover; further ones are ignored. Each takes at most 0.3 MB."""
 
 
 @dataclass(slots=True)
 class _Open:
-    """A request that is being answered: its task, its reader, and the progress that the client was told."""
+    """A request that is being answered: its task, its reader, and the progress last reported to the client."""
 
     task: asyncio.Task[None]
     reader: Reader
@@ -68,11 +68,10 @@ class _Open:
 class Connection:
     """Serves one client until it leaves.
 
-    A client joins with its first request. One that says hello and leaves, as whoever only looks for a server does, is
-    not worth a word.
+    A client has joined once it sends a request. One that leaves after its hello, such as a probe, is not logged.
 
     Attributes:
-        open_requests: those that are being answered, by their ids.
+        open_requests: the requests being answered, by id.
     """
 
     def __init__(
@@ -89,7 +88,7 @@ class Connection:
     ) -> None:
         """Take over an open WebSocket; counts `requests` and their latency, and `slow_clients`.
 
-        It sends at a pace, and is closed if the client takes nothing of what it asked for in `slow_seconds`.
+        The client is sent data at its `pace`, and is disconnected if it takes none of it for `slow_seconds`.
         """
         self._number = number
         self._since = time.monotonic()
@@ -112,7 +111,7 @@ class Connection:
         self._log = client_log
 
     async def serve(self) -> None:
-        """Answer until the client leaves, is closed for what it sent, or the server stops."""
+        """Answer requests until the client leaves, is closed for what it sent, or the server stops."""
         telling = asyncio.create_task(self._tell_progress())
         try:
             self._websocket.opened()
@@ -140,7 +139,7 @@ class Connection:
 
     @property
     def facts(self) -> ClientFacts:
-        """Who the client is, and what it has had so far."""
+        """Facts about the client for the statistics."""
         return {
             "number": self._number,
             "name": self._session.client,
@@ -152,9 +151,9 @@ class Connection:
         }
 
     def take_no_more(self) -> Iterable[asyncio.Task[None]]:
-        """Begin no more requests, and return the tasks that answer those that were made before.
+        """Accept no more requests, and return the tasks of those being answered.
 
-        A request that comes from now on has no answer: the connection is closed soon, and says why.
+        A request that arrives from now on gets no answer: the connection is closed soon, with a reason.
         """
         self._takes_requests = False
         return [request.task for request in self.open_requests.values()]
@@ -172,7 +171,7 @@ class Connection:
             self._log.departures.note(f"{self._session.client} at {self._peer} {how}")
 
     def _note_model(self, model: str) -> None:
-        """Remember which model the client reads; the store has it."""
+        """Remember which model the client reads; the model exists."""
         if model != self._model:
             self._model = model
             self._served.note_reading(model)
@@ -192,7 +191,7 @@ class Connection:
             case Schedule():
                 self._take_schedule(message)
             case Credit():
-                if message.bytes >= self._limits.frame_bytes:  # it belongs to what was sent, and causes no work
+                if message.bytes >= self._limits.frame_bytes:  # follows from what was sent, and costs little
                     self._websocket.give_back_turn()
                 self._sender.grant()
             case Cancel():
@@ -209,10 +208,10 @@ class Connection:
                 task.add_done_callback(lambda task: self._answered(message, task))
 
     def _take_schedule(self, schedule: Schedule) -> None:
-        """Expect that a client reads by a schedule, instead of by what it announced of the same model before."""
+        """Replace a client's schedule for a model."""
         try:
             self._access.check(self._websocket.grant, schedule.model)
-        except RefusedError:  # which its requests are told; a schedule has no answer
+        except RefusedError:  # reported when it sends requests; a schedule has no answer
             return
         futures = self._served.pages.futures
         if self._served.recording:
@@ -223,9 +222,9 @@ class Connection:
             self._futures[schedule.model] = futures.add(schedule.cycle, schedule.kept)
 
     async def _tell_progress(self) -> None:
-        """Tell a client whose requests wait for the storage, every now and then, how far that has got.
+        """Periodically report the storage's progress to a client whose requests wait for it.
 
-        One that keeps what it asked for waiting for too long is closed.
+        A client that takes nothing of what it requested for too long is disconnected.
         """
         taken, since = 0, time.monotonic()
         while True:
@@ -279,7 +278,7 @@ class Connection:
         catalog = self._served.catalog
         model = None if isinstance(request, ListModels) else request.model
         grant = self._access.check(self._websocket.grant, model)
-        looking_up = Reader(reader.account)  # the same account pays, but the client hears no progress of it
+        looking_up = Reader(reader.account)  # the same account pays, but progress is not reported
         match request:
             case ListModels():
                 await self._send_models(request.id, grant.choose(await catalog.models(reader)))
@@ -321,7 +320,7 @@ class Connection:
     async def _send_stored(
         self, number: int, start: int, stop: int, pieces: AsyncGenerator[StoredPiece, None], *, priority: int = 0
     ) -> None:
-        """Send bytes `start` to `stop` of an answer, in pieces. While one is sent, the next ones are read."""
+        """Send bytes `start` to `stop` of an answer in pieces, while the next ones are read."""
         if start == stop:
             self._sender.send(Data(number, start, stop))
         async with contextlib.aclosing(pieces):

@@ -1,7 +1,7 @@
-"""A server's numbers as Prometheus metrics: what `/metrics` answers.
+"""A server's counters and state as Prometheus metrics, for `/metrics`.
 
-Names and labels are stable, and every label has a small set of values, which no client can add to: no addresses, no
-names of models. `_COUNTERS` and `_GAUGES` come from the statistics; the others from where they are counted.
+Names and labels are stable. Every label has a small set of values that no client can extend: no addresses, no names of
+models. `_COUNTERS` and `_GAUGES` come from the statistics; other metrics come from where they are counted.
 """
 
 from collections.abc import Iterator
@@ -35,7 +35,7 @@ _COUNTERS = {
     "sent_bytes": ("Bytes of models sent", "bytes_sent"),
     "read_bytes": ("Bytes read from the storage", "bytes_read"),
 }
-"""What each is, and where in the statistics it stands."""
+"""By name: the help text, and the path in the statistics."""
 _REDIS_COUNTERS = {
     "redis_hits": ("Segments that Redis had", "redis", "hits"),
     "redis_misses": ("Segments that Redis lacked", "redis", "misses"),
@@ -68,22 +68,22 @@ _KINDS = (
     "reload",
     "stopping",
 )
-"""Kinds of events that are there from the start, at 0, so that their first occurrence is an increase."""
+"""Kinds of events that are present from the start, at 0, so that their first occurrence is an increase."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Exposition(Collector):
-    """What a server's metrics are made of.
+    """The sources of a server's metrics.
 
     Attributes:
         stats: its statistics.
         served: the store that it serves.
-        journal: where its events are counted.
-        reloads: what came of looking at things again.
-        newcomers: connections that are not open yet.
-        accepted: connections that were ever open.
-        most_clients: the most connections at a time.
-        draining: whether it takes nothing new.
+        journal: counts its events.
+        reloads: counts its reloads.
+        newcomers: the number of connections that are not open yet.
+        accepted: the number of connections ever opened.
+        most_clients: the maximum number of connections at a time.
+        draining: whether it accepts nothing new.
     """
 
     stats: Any

@@ -1,17 +1,17 @@
-"""Whose turn it is when many connections want the same thing: the event loop's time, or reads of the storage.
+"""Fair sharing of the event loop's time, and of reads from the storage, between connections.
 
-Every connection has an `Account` for each of the two. A turn has a price, and the next one goes to the account that has
-paid least so far (*start-time fair queueing*, Goyal, Vin and Cheng, 1996). A client that wants little gets it at once,
-and one that wants much waits behind what it already had. Turns cannot be saved up.
+Every connection has an `Account` for each of the two. A turn has a price, and the next turn goes to the account that
+has paid least so far (*start-time fair queueing*, Goyal, Vin and Cheng, 1996). A client that wants little is served at
+once; one that wants much waits in proportion to what it has already had. Turns cannot be saved up.
 
-`Turns` shares the loop's time. `Flights` shares reads, and reads once what several want. Its invariants:
+`Turns` shares the loop's time. `Flights` shares reads, and reads only once what several clients want. Its invariants:
 
-- A request for a key that is being worked on joins that work. Giving up a wait does not stop the work for the others.
-- Work is queued on the account of each request for it, so that nobody waits longer because others want the same. It
+- A request for a key that is being worked on joins that work. Cancelling a wait does not stop the work for the others.
+- Work is queued on the account of each request for it, so that no one waits longer because others want the same. It
   begins at the first of these turns, and that account pays.
-- Work that nobody waits for any more is dropped while it is queued; once it has begun, it runs to its end.
-- A failure goes to all who wait. If nobody does, it is dropped.
-- Each who waits can see progress; see `Reader.progress_bytes`.
+- Queued work that no one waits for is dropped; once it has begun, it runs to its end.
+- A failure is raised for everyone who waits. If no one does, it is ignored.
+- Everyone who waits can observe progress; see `Reader.progress_bytes`.
 """
 
 import asyncio
@@ -38,14 +38,14 @@ class Account:
 
 
 class FairQueue(Generic[Item]):
-    """Items that wait for their turn: of an account, the most urgent first. It only decides, and does nothing itself.
+    """Queued items, by account, and within an account by priority. It only decides the order; it does no work itself.
 
-    An item is needed now, if its priority is at most 0, or else wanted ahead. One that is needed now goes before what
-    other accounts want ahead, unless its own account has paid more than theirs by `lead` or more.
+    An item with a priority of at most 0 is needed now; others are prefetches. An item that is needed now goes before
+    the prefetches of other accounts, unless its own account has paid more than theirs by `lead` or more.
     """
 
     def __init__(self, is_over: Callable[[Item], bool], lead: float = 0.0) -> None:
-        """Start empty. An item that `is_over` when its turn comes is skipped, and costs nothing."""
+        """Start empty. Items that are over (`is_over`) when their turn comes are skipped, and cost nothing."""
         self._is_over = is_over
         self._lead = lead
         self._waiting: dict[Account, list[tuple[int, int, float, Item]]] = {}
@@ -57,8 +57,8 @@ class FairQueue(Generic[Item]):
         return sum(map(len, self._waiting.values()))
 
     def put(self, account: Account, price: float, item: Item, priority: int = 0) -> None:
-        """Queue an item; the account will pay for its turn. Lower numbers are more urgent."""
-        if account not in self._waiting:  # it comes now: no turns are saved up
+        """Queue an item; the account pays for it when its turn comes. Lower priorities are more urgent."""
+        if account not in self._waiting:  # a new account starts at the current level: no turns are saved up
             self._waiting[account] = []
             account.paid = max(account.paid, self._now)
         self._asked += 1
@@ -66,13 +66,13 @@ class FairQueue(Generic[Item]):
         insort(self._waiting[account], entry, key=lambda one: one[:2])
 
     def drop(self, account: Account, item: Item) -> None:
-        """Remove an item that the account queued, once, if it is still there."""
+        """Remove an item that the account queued, if it is still queued; once if it was queued several times."""
         self._pick(account, lambda waiting: waiting is item)
 
     def take(self) -> Item | None:
-        """Remove and return the item whose turn it is; None if the queue is empty."""
+        """Remove and return the next item; None if the queue is empty."""
         while self._waiting:
-            account = min(self._waiting, key=self._turn)  # of equals, the one that has waited longest
+            account = min(self._waiting, key=self._turn)  # among equals, the one that has waited longest
             queue = self._waiting.pop(account)
             *_, price, item = queue.pop(0)
             if queue:
@@ -85,7 +85,7 @@ class FairQueue(Generic[Item]):
         return None
 
     def take_too(self, belongs: Callable[[Item], bool]) -> Item | None:
-        """Remove and return an item that belongs to the turn that was just taken, and has its account pay for it."""
+        """Remove and return an item that `belongs` to the last turn, if any; the account of that turn pays for it."""
         account = self._last
         entry = self._pick(account, lambda item: belongs(item) and not self._is_over(item))
         if entry is None:
@@ -104,27 +104,27 @@ class FairQueue(Generic[Item]):
         return picked
 
     def _turn(self, account: Account) -> float:
-        """Where the account's next turn starts: at what it has paid, or later, if its most urgent item can wait."""
+        """The account's start tag: what it has paid, plus `lead` if its most urgent item is a prefetch."""
         return account.paid + (self._lead if self._waiting[account][0][0] > 0 else 0.0)
 
 
 class Turns:
-    """Turns in the event loop: each pass of it has one step of one connection, besides everybody's input and output.
+    """Turns in the event loop: each iteration has one step of one connection, besides the I/O of all.
 
-    So passes stay short, and work that comes in faster than it can be done waits with the client that sent it.
+    This keeps iterations short, and work that arrives faster than it can be done waits at the client that sent it.
     """
 
     def __init__(self) -> None:
-        """Start with nobody waiting. Belongs to the event loop that it is first used in."""
+        """Start with no one waiting. Belongs to the event loop in which it is first used."""
         self._steps: FairQueue[asyncio.Future[None]] = FairQueue(asyncio.Future.done)
         self._taken = False
 
     async def turn(self, account: Account) -> None:
-        """Wait for a turn; what the caller does before its next `await` is the step."""
+        """Wait for a turn; the caller's code up to its next `await` is the step."""
         await self.ask(account)
 
     def ask(self, account: Account) -> asyncio.Future[None]:
-        """Return a future that is done when the turn comes, which may be at once."""
+        """Return a future that is done when the turn comes, which may be immediately."""
         step: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._steps.put(account, 1, step)
         if not self._taken:
@@ -141,17 +141,17 @@ class Turns:
 
 @dataclass(slots=True, eq=False)
 class Reader:
-    """A request, or other work, that has things read.
+    """A request, or other work, that reads from the storage.
 
     Attributes:
-        account: what pays for the reads.
-        fresh: whether they have to come from the storage again, even if they are cached.
-        priority: how urgent they are: at most 0 if they are needed now, lower first.
-        chunk: the identity of the chunk that they are, if they are one.
-        asked: what is left of them, if the client announced that it reads them again and again.
-        read_bytes: what was read so far, without what is being read now.
+        account: the account that pays for the reads.
+        fresh: whether to read from the storage even if the data is cached.
+        priority: how urgent the reads are: at most 0 if they are needed now; lower is more urgent.
+        chunk: the id of the chunk that is read, if it is one.
+        asked: the rest of the request, if the client announced the chunk in a schedule.
+        read_bytes: bytes read so far, without the reads in progress.
         waits_for: the reads that it waits for, all of one `Flights` at a time.
-        seen_bytes: what that one had read, for anybody, when progress was last counted.
+        seen_bytes: the total `read_bytes` of those `Flights` when progress was last counted.
     """
 
     account: Account = field(default_factory=Account)
@@ -165,11 +165,10 @@ class Reader:
 
     @property
     def progress_bytes(self) -> int:
-        """How far the storage has got with what this reader waits for: a count of bytes that only rises.
+        """The storage's progress on what this reader waits for: a count of bytes that only rises.
 
-        It counts the bytes of its own reads. While all of those are queued, it also counts what is read for others,
-        since that comes first. So a queue that moves is progress, but a read of its own that hangs is not, whatever
-        others get.
+        It counts the bytes of its own reads. While all of those are queued, it also counts reads for others, since they
+        come first. So a moving queue is progress, but a hanging read of its own is not, whatever others get.
         """
         if self.waits_for:
             total = self.waits_for[0].flights.read_bytes
@@ -184,12 +183,12 @@ class Flight(Generic[Key, Value]):
     """Work for one key.
 
     Attributes:
-        flights: what it is one of.
-        key: what is worked on.
-        reader: for whom it reads: a request of its own, which those who wait for it see the progress of.
-        outcome: what comes of it.
-        waiters: how many wait for that.
-        task: what does the work, once it has begun.
+        flights: the `Flights` that it belongs to.
+        key: the key.
+        reader: a reader of its own for the work, whose progress those who wait for it observe.
+        outcome: the result.
+        waiters: how many wait for the result.
+        task: the task that does the work, once it has begun.
     """
 
     flights: "Flights[Key, Value]"
@@ -201,28 +200,28 @@ class Flight(Generic[Key, Value]):
 
     @property
     def has_begun(self) -> bool:
-        """Whether it is being worked on, or was."""
+        """Whether the work has begun."""
         return self.task is not None
 
     def land(self, value: Value) -> None:
-        """Give the outcome to all who wait; nobody joins any more."""
+        """Deliver the result to everyone who waits; no one can join any more."""
         self.flights.forget(self)
         self.outcome.set_result(value)
 
 
 Run = list[Flight[Key, Value]]
-"""Flights that are worked on as one, in order; those that have landed are no longer in it, so that nothing is kept."""
+"""Flights that are worked on as one, in order. Those that have landed are removed, so that their results are freed."""
 
 
 class Flights(ABC, Generic[Key, Value]):
-    """Does the work for a key once for all who ask for it meanwhile, at most `slots` runs of keys at a time.
+    """Does the work for a key once for everyone who asks for it meanwhile, with at most `slots` runs of keys at a time.
 
     Attributes:
-        read_bytes: what was read so far, for anybody.
+        read_bytes: bytes read so far, for anyone.
     """
 
     def __init__(self, slots: int, *, lead: float = 0.0) -> None:
-        """Start with nothing to do; for `lead`, see `FairQueue`."""
+        """Start idle; for `lead`, see `FairQueue`."""
         self.read_bytes = 0
         self._own = Account()
         self._slots = slots
@@ -245,9 +244,9 @@ class Flights(ABC, Generic[Key, Value]):
                 yield from ((flight.key, flight.reader) for flight in run)
 
     async def join(self, key: Key, reader: Reader | None = None, price: float = 1) -> Value:
-        """Wait for the work for a key, and return what it returns, or raise what it raises.
+        """Wait for the work for a key, starting it if needed; return its result or raise its exception.
 
-        The reader sees its progress, and pays the price if the work begins at its turn; None is for the server's own.
+        The reader observes its progress, and pays the price if the work begins at its turn; None stands for the server.
         """
         reader = reader or Reader(self._own)
         flight = self._flights.get(key)
@@ -267,31 +266,31 @@ class Flights(ABC, Generic[Key, Value]):
         finally:
             reader.waits_for.remove(flight)
             flight.waiters -= 1
-            # It may have begun on another account; the queue must not keep it, and its outcome, until our turn comes.
+            # It may have begun on another account; the queue must not keep it and its outcome until our turn.
             self._queue.drop(reader.account, flight)
             if not flight.waiters:
                 self._drop(flight)
 
     def detach(self, key: Key) -> None:
-        """Let nobody join the work for a key that has begun: the next request has it done again."""
+        """Let no one else join the work for a key if it has begun; the next request starts it again."""
         flight = self._flights.get(key)
         if flight is not None and flight.has_begun:
             self.forget(flight)
 
     def belongs(self, run: Run[Key, Value], key: Key) -> bool:
-        """Whether the work for a key, which is queued on the same account, is to be done with that of a run."""
+        """Whether the work for a key, which is queued on the same account, is to be done together with a run."""
         return False
 
     @abstractmethod
     async def do(self, run: Run[Key, Value]) -> None:
-        """Do the work of a run, and land its flights, each taken out of it; those that are left end as this does.
+        """Do the work of a run: remove each flight from it and land it; flights left in it end as this does.
 
-        It adds what it reads to `reader.read_bytes` of each, for those who wait for it, and to `read_bytes`, for those
-        who are queued behind it.
+        It adds what it reads to `reader.read_bytes` of each flight, for those who wait for it, and to `read_bytes`, for
+        those queued behind it.
         """
 
     def _begin(self) -> None:
-        """Begin what is queued, as far as there are slots."""
+        """Begin queued work while slots are free."""
         while len(self._begun) < self._slots and (flight := self._queue.take()) is not None:
             run = [flight]
             while (more := self._queue.take_too(lambda other: self.belongs(run, other.key))) is not None:  # noqa: B023
@@ -310,16 +309,16 @@ class Flights(ABC, Generic[Key, Value]):
                 flight.outcome.cancel()
             elif (exc := task.exception()) is not None:
                 flight.outcome.set_exception(exc)
-                flight.outcome.exception()  # marks it as retrieved, for a failure that nobody waits for any more
+                flight.outcome.exception()  # marks it as retrieved, in case no one waits for it any more
         self._begin()
 
     def forget(self, flight: Flight[Key, Value]) -> None:
-        """Let nobody join it any more. A later flight of the same key is not affected."""
+        """Let no one join it any more. A later flight for the same key is not affected."""
         if self._flights.get(flight.key) is flight:
             del self._flights[flight.key]
 
     def _drop(self, flight: Flight[Key, Value]) -> None:
-        """Give up work that has not begun."""
+        """Cancel work that has not begun."""
         if not flight.has_begun:
             self.forget(flight)
             flight.outcome.cancel()
@@ -335,7 +334,7 @@ class SingleFlight(Flights[Key, Value]):
     """Does `work(key, reader)`, one key at a time in each slot."""
 
     def __init__(self, work: Callable[[Key, Reader], Coroutine[Any, Any, Value]], slots: int) -> None:
-        """Start with nothing to do."""
+        """Start idle."""
         super().__init__(slots)
         self._work = work
 

@@ -1,13 +1,13 @@
-"""When clients will read what again, from the cycles that they announced and what they asked for since. Pure.
+"""When clients will next read what, from the cycles that they announced and what they have requested since. Pure.
 
-A model reads its chunks in a cycle, so its client knows what comes. The best that a cache can do is to evict what is
-needed last (L. A. Belady, «A study of replacement algorithms for a virtual-storage computer», IBM Systems Journal 5(2),
-1966). With one client its own order is enough for that. With several, their orders have to be put on one scale: here
-the bytes that all of them use, which serve as a clock. From how far each client came in that time follows when it will
-be where. So clients need not be in step, nor equally fast.
+A model reads its chunks in a cycle, so its client knows what comes next. The optimal policy for a cache is to evict
+what is needed last (L. A. Belady, «A study of replacement algorithms for a virtual-storage computer», IBM Systems
+Journal 5(2), 1966). With one client, its own order is enough for that. With several, their orders need a common scale:
+the bytes that all of them use, which serve as a clock. A client's progress on this clock predicts when it reads what.
+So clients need not be in step, nor equally fast.
 
-What a client announces is an estimate, and a wrong one costs hits, nothing else. A client that falls silent is expected
-back the later, the longer that lasts, so that its claims fade.
+Announcements are estimates; a wrong one costs hits, nothing else. The longer a client has been silent, the later it is
+expected back, so that its claims fade.
 """
 
 import math
@@ -21,13 +21,13 @@ from typing import NamedTuple
 _FIRST_PACE = 1.0
 
 _LATE = 4
-"""A request this many chunks behind the last one, or less, is late: it was overtaken, or is made again."""
+"""A request at most this many chunks behind the last one is late: it was overtaken, or is a retry."""
 
 _ROUNDING = 1e-9
 
 
 class Part(NamedTuple):
-    """A part of a chunk: shares `start` to `stop` of its stored bytes, from 0 to 1, in whatever form."""
+    """A part of a chunk: `start` to `stop` as fractions (0 to 1) of its stored bytes, in any form."""
 
     chunk: str
     start: float
@@ -36,23 +36,23 @@ class Part(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class Asked:
-    """What is left of a request that is being answered: from `start` on."""
+    """The rest of a request that is being answered: from `start` on."""
 
     start: float
     stop: float
 
 
 class Future:
-    """What one client will read, in which order, and how fast it gets on."""
+    """What one client will read, in which order, and how fast it proceeds."""
 
     def __init__(self, cycle: Sequence[str], kept: Sequence[str], now: float, pace: float) -> None:
         """Start at the beginning of the first pass.
 
         Args:
-            cycle: the chunks in the order in which they are used, again and again; a chunk may recur.
-            kept: those of them that the client keeps: they are read in the first pass at most.
+            cycle: the chunks in the order in which they are used, repeatedly; a chunk may recur.
+            kept: those of them that the client keeps in memory: they are read in the first pass at most.
             now: the time.
-            pace: how long a chunk may take; what is observed takes its place.
+            pace: an estimate of the time per chunk, until it is observed.
         """
         self._cycle = cycle
         self._kept = frozenset(cycle).intersection(kept)
@@ -71,16 +71,16 @@ class Future:
 
     @property
     def pace(self) -> float:
-        """How long it takes for a chunk, over about the last pass."""
+        """The time per chunk, averaged over about the last pass."""
         return self._took / self._moved
 
     def knows(self, chunk: str) -> bool:
-        """Whether it was announced that this chunk will be read, and may still be."""
+        """Whether the client announced reading this chunk, and may still read it."""
         return chunk in self._places
 
     @contextmanager
     def reading(self, part: Part, now: float) -> Iterator[Asked]:
-        """Note that a part of a chunk is asked for, and is needed until the body ends; the body moves `start` on."""
+        """Mark a part of a chunk as requested, and needed until the body ends; the body advances `start`."""
         self._move(part, now)
         asked = Asked(part.start, part.stop)
         self._asked[part.chunk].append(asked)
@@ -92,7 +92,7 @@ class Future:
                 del self._asked[part.chunk]
 
     def _move(self, part: Part, now: float) -> None:
-        """Come to the end of a part, unless the request for it is late."""
+        """Advance to the end of a part, unless the request for it is late."""
         place = self._next_place(part)
         if place is None:
             return
@@ -111,14 +111,14 @@ class Future:
             self._begin_second_pass(self._at % self._length)
 
     def _begin_second_pass(self, at: float) -> None:
-        """What is kept was read, and is not read again."""
+        """Remove kept chunks from the cycle: they were read, and are not read again."""
         self._is_first_pass = False
         place = int(at)
         self._at = at - place + sum(chunk not in self._kept for chunk in self._cycle[:place])
         self._lay_out([chunk for chunk in self._cycle if chunk not in self._kept])
 
     def _next_place(self, part: Part) -> int | None:
-        """Where in the cycle the part is used next; None if nowhere."""
+        """Return where in the cycle the part is used next; None if nowhere."""
         places = self._places.get(part.chunk)
         if not places:
             return None
@@ -126,12 +126,12 @@ class Future:
         return places[index] if index < len(places) else places[0]
 
     def _ahead(self, place: int, part: Part) -> float:
-        """How far ahead the use of a part at a place lies, in chunks."""
+        """Return the distance to the use of a part at a place, in chunks."""
         ahead = place + part.start - self._at
         return max(0.0, ahead) if ahead > -_ROUNDING else ahead + self._length
 
     def next_use(self, part: Part, now: float) -> float:
-        """When the part is needed next: -∞ if it is asked for, ∞ if never."""
+        """Return when the part is needed next: -∞ if it is being requested, ∞ if never."""
         asked = self._asked.get(part.chunk, ())
         if any(one.start < part.stop - _ROUNDING and part.start < one.stop - _ROUNDING for one in asked):
             return -math.inf
@@ -147,11 +147,10 @@ class Futures:
     """The futures of all clients that announced one.
 
     Attributes:
-        now: the time, as the bytes that were used so far, by anybody.
+        now: the time: the bytes used so far, by anyone.
     """
 
     def __init__(self) -> None:
-        """Know of no client."""
         self.now = 0.0
         self._all: dict[Future, None] = {}
 
@@ -159,18 +158,18 @@ class Futures:
         return len(self._all)
 
     def add(self, cycle: Sequence[str], kept: Sequence[str]) -> Future:
-        """Take what a client announces; it counts until it is removed."""
+        """Add a client's announcement; it counts until it is removed."""
         paces = [one.pace for one in self._all]
         future = Future(cycle, kept, self.now, sum(paces) / len(paces) if paces else _FIRST_PACE)
         self._all[future] = None
         return future
 
     def remove(self, future: Future) -> None:
-        """Forget a future, of a client that left or has announced another."""
+        """Remove the future of a client that left or announced another."""
         self._all.pop(future, None)
 
     def next_use(self, part: Part | None) -> float:
-        """When any client needs the part next; ∞ if none does, as far as they said."""
+        """Return when any client needs the part next; ∞ if none announced it."""
         if part is None:
             return math.inf
         return min((one.next_use(part, self.now) for one in self._all), default=math.inf)

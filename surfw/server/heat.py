@@ -1,7 +1,7 @@
-"""What of each model is in a server's cache, and how often it was hit there: a cell for each chunk, in its order.
+"""How much of each model is cached, and how often it was hit: a value for each chunk, in order.
 
-Everybody who asks for statistics has this counted, in the event loop: so what is cached is sorted once, and a chunk's
-part of it is the difference of two sums. Pages are cut from the start of each location, so that none begins in another.
+This is computed for every request for statistics, in the event loop. So the cached pages are sorted once, and a chunk's
+share is the difference of two prefix sums. Pages are cut from the start of each location, so none spans two locations.
 """
 
 from bisect import bisect_left
@@ -18,10 +18,10 @@ _MOST_MODELS, _MOST_CELLS = 16, 256
 
 
 class _Sums:
-    """Sums of what stands at places of objects."""
+    """Prefix sums of counts at positions in objects."""
 
     def __init__(self, counts: Iterable[tuple[str, int, int]]) -> None:
-        """Sort counts: of each an object, a place there, and how many."""
+        """Sort counts, each given as an object, a position in it, and a number."""
         found: defaultdict[str, list[tuple[int, int]]] = defaultdict(list)
         for name, place, count in counts:
             found[name].append((place, count))
@@ -31,7 +31,7 @@ class _Sums:
         }
 
     def within(self, form: Form) -> int:
-        """How many stand where a form lies."""
+        """Return the sum of the counts within a form's locations."""
         total = 0
         for location in form.locations:
             places, sums = self._sums.get(location.object, ([], [0]))
@@ -40,7 +40,7 @@ class _Sums:
 
 
 def heat_of(catalog: Catalog, pages: PageCache) -> list[ModelHeat]:
-    """The models that were read last; a chunk's share is that of the form which is cached most."""
+    """Return the heat of the most recently read models; a chunk's share is that of its most cached form."""
     held = _Sums((page.object, page.start, page.size) for page in pages.cache)
     hits = _Sums((name, start, count) for (name, start), count in pages.hits.items())
     return [_model(manifest, held, hits) for manifest in catalog.known()[-_MOST_MODELS:]]

@@ -1,8 +1,8 @@
 """Plain HTTP on the same port: a page for people, health, statistics and metrics, all read-only.
 
-A server with tokens wants to see one before it tells anything but its health, and before any WebSocket exists. One that
-lets everybody in only answers requests for a name of its own. However often its health is asked for, the storage is
-looked at only every few seconds.
+A server with tokens requires one for everything but its health, and before any WebSocket is opened. A server without
+tokens only answers requests for one of its own names. However often its health is requested, the storage is checked
+only every few seconds.
 """
 
 import json
@@ -28,7 +28,7 @@ This is a surfw server. It speaks {PROTOCOL} over WebSocket here: surfw infer --
 Plain HTTP: GET / (a page), /livez, /readyz, /stats (JSON), /metrics (Prometheus).
 """
 KEPT_SECONDS = 3.0
-"""For how long an answer about the storage's health is reused: so much later, one that is back is noticed."""
+"""How long the result of a storage check is reused; recovery is noticed with at most this delay."""
 
 _MISDIRECTED = """\
 This server is not known by that name. Call it by its address or as localhost, or start it with --allowed-host NAME.
@@ -36,11 +36,11 @@ This server is not known by that name. Call it by its address or as localhost, o
 _FULL = "all places for clients are taken"
 _PATHS = {"/livez", "/readyz", "/stats", "/metrics", "/events"}
 _OPEN_PATHS = {"/livez", "/readyz"}
-"""Paths without a token: they tell no more than that there is a server, and whether it works."""
+"""Paths that need no token: they only reveal that there is a server, and whether it works."""
 
 
 class _Server(Protocol):
-    """What the endpoints ask of the server."""
+    """What the endpoints need of the server."""
 
     @property
     def full(self) -> bool: ...
@@ -59,7 +59,7 @@ class HttpEndpoints:
     """Answers requests that are not for a WebSocket."""
 
     def __init__(self, server: _Server, access: Access, names: Collection[str] | None, journal: Journal) -> None:
-        """Report on a server with this access, which may be called by these names, or None by any."""
+        """Report on a server with this access and these names; None for any name."""
         self._server = server
         self._access = access
         self._names = names
@@ -71,10 +71,10 @@ class HttpEndpoints:
         self._full = Sparse(journal, "refused", logging.WARNING)
 
     async def process_request(self, connection: FairConnection, request: Request) -> Response | None:
-        """Return the answer to a request; None lets the WebSocket handshake go on.
+        """Return the answer to a request; None lets the WebSocket handshake proceed.
 
-        A client that has sent something behind its request that is no WebSocket frame gets none: the library has
-        already taken that for the end, and would fail to answer.
+        A client that sent something other than a WebSocket frame after its request gets no answer: the library has
+        already treated it as the end of the input, and would fail to answer.
         """
         answer = await self._choose(connection, request)
         if connection.protocol.eof_sent:
@@ -98,7 +98,7 @@ class HttpEndpoints:
         return None
 
     def _refuse(self, connection: FairConnection, request: Request, path: str) -> Response | None:
-        """Return the answer to a request that is for another server or an unknown path, or not allowed."""
+        """Return the answer to a request that is for another server or an unknown path, or is not allowed."""
         if not self._is_meant(connection, request):
             return connection.respond(HTTPStatus.MISDIRECTED_REQUEST, _MISDIRECTED)
         if path not in _PATHS and path != "/":
@@ -112,7 +112,7 @@ class HttpEndpoints:
         return None
 
     def _is_meant(self, connection: FairConnection, request: Request) -> bool:
-        """Whether the request is for this server, by its `Host`; with tokens, they decide alone."""
+        """Whether the request's `Host` names this server; not checked if the server has tokens."""
         if self._names is None or not self._access.is_open:
             return True
         hosts = request.headers.get_all("Host")
@@ -126,7 +126,7 @@ class HttpEndpoints:
         return False
 
     def _challenge(self, connection: FairConnection, request: Request) -> str | None:
-        """Admit a request with its token, and return None; or return the challenge to show a valid one."""
+        """Admit a request with a valid token and return None; otherwise return the challenge."""
         shown = request.headers.get_all("Authorization")
         grant = self._access.find(shown)
         if grant is not None and not grant.has_expired:
@@ -162,7 +162,7 @@ class HttpEndpoints:
         return response
 
     async def _is_ready(self) -> bool:
-        """Whether the storage answered when it was last looked at, a few seconds ago at most."""
+        """Whether the storage answered the last check, which was at most a few seconds ago."""
         if time.monotonic() - self._looked >= KEPT_SECONDS:
             await self._looks.join("health")
         return self._ready
@@ -174,7 +174,7 @@ class HttpEndpoints:
         self._looked = time.monotonic()
 
     async def close(self) -> None:
-        """Stop looking at the storage, tell what was only counted, and forget what was seen."""
+        """Stop checking the storage, report pending journal entries, and forget the last check."""
         await self._looks.close()
         self._refusals.flush()
         self._full.flush()

@@ -1,8 +1,8 @@
-"""What happens in a server: each event is a line of its log, and one of the latest that its statistics list.
+"""The events of a server: each is a line of its log, and the latest are listed in its statistics.
 
-Clients can cause events as often as they like, so those are sparse: every ten seconds a few are told, the others
-counted. What an event says goes to everybody who may see the statistics; its details, such as where things lie, go to
-the log and to the server's own screen only. All are counted, by kind.
+Clients can cause events as often as they like, so those are rate-limited: a few are reported every ten seconds, the
+others only counted. The text of an event is for everyone who may see the statistics; its details, such as storage
+locations, are only for the log and the server's own screen. All events are counted by kind.
 """
 
 import logging
@@ -31,15 +31,14 @@ class _Entry:
 class Journal:
     """Logs events, and keeps the latest `KEPT_EVENTS`.
 
-    A line of the log has the parts of its event as attributes of the record: `kind`, `event` (the text), `details`, and
-    `more`, for how many others it stands.
+    Log records have the parts of the event as attributes: `kind`, `event` (the text), `details`, and `more`, the number
+    of unreported events before it.
 
     Attributes:
-        counts: how many events there were of each kind and code, those included that were not told.
+        counts: the number of events of each kind and code, including unreported ones.
     """
 
     def __init__(self) -> None:
-        """Start with none."""
         self._entries: deque[_Entry] = deque(maxlen=KEPT_EVENTS)
         self.counts: Counter[tuple[str, str]] = Counter()
 
@@ -55,11 +54,11 @@ class Journal:
         """Log an event, keep it, and count it.
 
         Args:
-            kind: one of those that `ServerEvent` lists.
-            text: for everybody who may see the statistics.
+            kind: one of the kinds in `ServerEvent`.
+            text: for everyone who may see the statistics.
             details: for the log and the server's own screen.
-            level: of the line in the log.
-            trace: an exception whose traceback goes to the log.
+            level: the log level.
+            trace: an exception whose traceback is logged.
         """
         self.counts[kind, ""] += 1
         self.tell(kind, text, details, level=level, trace=trace)
@@ -74,7 +73,7 @@ class Journal:
         trace: BaseException | None = None,
         more: int = 0,
     ) -> None:
-        """Log and keep an event that was counted; it stands for so many more before."""
+        """Log and keep an event that was already counted; `more` is the number of unreported ones before it."""
         parts = {"kind": kind, "event": text, "details": details, "more": more}
         if more:
             told = f" (and {count(more, 'time')} more before)"
@@ -95,17 +94,17 @@ class Journal:
 
 
 def _cut(text: str) -> str:
-    """The text, without its middle where it is long: in the end it says how often it came."""
+    """Shorten a long text in the middle: its end says how often the event occurred."""
     if len(text) <= _MOST_CHARACTERS:
         return text
     return f"{text[: _MOST_CHARACTERS - _END_CHARACTERS - 1]}…{text[-_END_CHARACTERS:]}"
 
 
 class Sparse:
-    """Events of one kind that come as often as others like: a few are noted at a time, the others counted."""
+    """Events of one kind that others can cause at will: a few are reported, the others only counted."""
 
     def __init__(self, journal: Journal, kind: str, level: int, *, most: int = 1) -> None:
-        """Note at most this many events every ten seconds."""
+        """Report at most `most` events every ten seconds."""
         self._journal = journal
         self._kind = kind
         self._level = level
@@ -115,7 +114,7 @@ class Sparse:
         self._last: tuple[str, str, BaseException | None] = ("", "", None)
 
     def note(self, text: str, details: str = "", *, code: str = "", trace: BaseException | None = None) -> None:
-        """Note the event, or count it; `code` is one of a few, and says more than the kind."""
+        """Report the event, or count it; `code` is one of a few values that refine the kind."""
         self._counted += 1
         self._journal.counts[self._kind, code] += 1
         self._last = text, details, trace
@@ -126,7 +125,7 @@ class Sparse:
             self.flush()
 
     def flush(self) -> None:
-        """Note the last event that was counted, with the number of the others."""
+        """Report the last counted event, with the number of the others."""
         if not self._counted:
             return
         text, details, trace = self._last
@@ -136,10 +135,9 @@ class Sparse:
 
 
 class ClientLog:
-    """What a server notes about its clients: each kind of event is sparse by itself, for all clients together."""
+    """The events that clients cause: each kind is rate-limited separately, for all clients together."""
 
     def __init__(self, journal: Journal) -> None:
-        """Start with nothing counted."""
         self.arrivals = Sparse(journal, "joined", logging.INFO, most=10)
         self.departures = Sparse(journal, "left", logging.INFO, most=10)
         self.closings = Sparse(journal, "closed", logging.WARNING)
@@ -150,6 +148,6 @@ class ClientLog:
         self.bugs = Sparse(journal, "failed", logging.ERROR)
 
     def flush(self) -> None:
-        """Note what was counted, of each kind."""
+        """Report pending events of each kind."""
         for kind in vars(self).values():
             kind.flush()

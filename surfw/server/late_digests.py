@@ -1,7 +1,7 @@
 """Digests of chunks whose manifests lack them, computed by reading all of a chunk's bytes through the server's cache.
 
-A chunk is read once for all who ask meanwhile, and what was computed is kept for good (`storage.digests`).
-Invariants: at most `_READS` chunks are read for this at a time, and of each one page is held while it is digested.
+Concurrent requests for a chunk share one read, and the result is kept for good (`storage.digests`).
+Invariants: at most `_READS` chunks are read for this at a time, holding one page each while it is digested.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ _READS = 2
 class _Wanted:
     """A chunk of an origin, identified by its provisional id.
 
-    It keeps only what reading needs of the manifest and the chunk, since many may wait for long.
+    It keeps only what reading needs of the manifest and the chunk, since many may be queued for long.
     """
 
     origin: str
@@ -35,10 +35,10 @@ class _Wanted:
 
 
 class LateDigests:
-    """Computes digests."""
+    """Computes digests on demand."""
 
     def __init__(self, store: Store, pages: PageCache, catalog: Catalog) -> None:
-        """Name the store, the cache its objects are read through, and the catalog of its models."""
+        """Use this store, the cache that its objects are read through, and the catalog of its models."""
         self._store = store
         self._pages = pages
         self._catalog = catalog
@@ -68,7 +68,7 @@ class LateDigests:
         return await self._store.learned.learn(wanted.manifest, wanted.chunk, self._views(wanted.chunk, reader))
 
     async def _views(self, chunk: Chunk, reader: Reader) -> AsyncGenerator[memoryview, None]:
-        """Yield the chunk's bytes in order, a piece at a time, each of which has to be released before the next one."""
+        """Yield the chunk's bytes in order, in pieces; each has to be released before the next one."""
         (form,) = chunk.forms
         async with contextlib.aclosing(self._pages.read(form.locations, 0, form.stored_bytes, reader)) as pieces:
             async for piece in pieces:

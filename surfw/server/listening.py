@@ -1,4 +1,4 @@
-"""Where a server listens: the address, TLS and the names it answers to; and why it cannot listen there."""
+"""Where a server listens: the address, TLS and the names it accepts; and errors if it cannot listen there."""
 
 import errno
 import logging
@@ -20,13 +20,13 @@ from surfw.server.reception import show_address
 from surfw.wire import PROTOCOL
 
 _library_log = logging.getLogger("surfw.server.websocket")
-_library_log.setLevel(logging.WARNING)  # below that, it repeats our own lines, and shows headers with tokens
+_library_log.setLevel(logging.WARNING)  # below that, it repeats our own lines and logs headers with tokens
 
 _PING_SECONDS = 30
 _PONG_SECONDS = 90
-"""Pings find clients that are gone without a word; nothing else depends on them."""
+"""Pings detect clients that vanished without closing; nothing else depends on them."""
 OPEN_SECONDS = 5
-"""A plain request has to be answered, and a WebSocket to be open, within this."""
+"""The time limit for a plain request to be answered, and for a WebSocket to be opened."""
 _CLOSE_SECONDS = 3
 _MAX_PORT = 65535
 _NUMBERS = re.compile(r"[0-9]+(\.[0-9]+)+")
@@ -35,7 +35,7 @@ _HOST = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,252}")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Listening:
-    """An address to listen on; `tls` is the `ssl` of `WeightServer`, where all of this is explained."""
+    """An address to listen on; `tls` is the `ssl` of `WeightServer`, which documents all of these."""
 
     host: str
     port: int
@@ -46,10 +46,10 @@ class Listening:
     limits: WireLimits
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be used on any machine.
+        """Reject arguments that no machine could use.
 
         Raises:
-            ConfigurationError: an argument cannot be used, such as a TLS context for clients.
+            ConfigurationError: an argument is invalid, such as a TLS context for clients.
         """
         expect("host", self.host, str, "a name or an address")
         expect("port", self.port, int, f"a whole number from 0 to {_MAX_PORT}")
@@ -69,19 +69,19 @@ class Listening:
 
     @property
     def wants_certificate(self) -> bool:
-        """Whether clients have to show a certificate."""
+        """Whether clients must present a certificate."""
         return self.tls is not None and self.tls.verify_mode is ssl.CERT_REQUIRED
 
     @property
     def names(self) -> Sequence[str] | None:
-        """What the server may be called, besides addresses and `localhost`; None for anything.
+        """Host names accepted besides addresses and `localhost`; None for any.
 
-        Client certificates keep web pages out, whatever they call the server.
+        If client certificates are required, web pages cannot connect under any name.
         """
         return None if self.wants_certificate else (self.host, *self.allowed_hosts)
 
     def url(self, port: int) -> str:
-        """Where clients find the server that listens on the port."""
+        """Return the URL that clients use if the server listens on this port."""
         scheme = "ws" if self.tls is None else "wss"
         return f"{scheme}://[{self.host}]:{port}" if ":" in self.host else f"{scheme}://{self.host}:{port}"
 
@@ -91,10 +91,10 @@ class Listening:
         process_request: Callable[[Any, Request], Awaitable[Response | None]],
         create_connection: Any,
     ) -> Server:
-        """Listen.
+        """Start listening.
 
         Raises:
-            ConfigurationError: the address cannot be used, or not without a token and TLS.
+            ConfigurationError: the address cannot be used, or only with a token and TLS.
         """
         self._check_exposure()
         tls: dict[str, Any] = {}
@@ -105,7 +105,7 @@ class Listening:
                 serve_client,
                 self.host,
                 self.port,
-                origins=[None],  # browsers send one: no web page may talk to a server on loopback
+                origins=[None],  # browsers send an origin: no web page may connect to a server on loopback
                 subprotocols=[Subprotocol(PROTOCOL)],
                 compression=None,
                 process_request=process_request,
@@ -124,7 +124,7 @@ class Listening:
             raise ConfigurationError(self._cannot_listen(exc)) from exc
 
     def _check_exposure(self) -> None:
-        """Refuse to be open to other machines without protection, unless that is intended."""
+        """Refuse to listen for other machines without protection, unless `insecure` is set."""
         if self.insecure or is_loopback(self.host) or (self.wants_token and self.tls) or self.wants_certificate:
             return
         if _NUMBERS.fullmatch(self.host):

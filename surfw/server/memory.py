@@ -1,9 +1,9 @@
-"""Memory for pages: mapped, counted, and used again.
+"""Memory for pages: mapped, counted, and reused.
 
-A page's memory comes back when nothing refers to it any more, not when somebody says so: whoever has a view of a page
-has its bytes, also after it was evicted. Memory that has come back is kept for the next page as far as the
-budget has room. Of processor time, 4 MiB of a cached file took 0.2 ms into memory that is used again, 0.3 to 0.5 into
-memory that is mapped and dropped each time, and 2 in ordinary pages instead of huge ones.
+A page's memory is returned when nothing references it any more, not explicitly: a view of a page keeps its bytes, even
+after the page was evicted. Returned memory is kept for later pages as far as the budget allows. Copying 4 MiB of a
+cached file took 0.2 ms of processor time into reused memory, 0.3 to 0.5 into memory that is mapped and unmapped each
+time, and 2 with ordinary pages instead of huge ones.
 """
 
 import ctypes
@@ -15,25 +15,25 @@ from surfw.config import MIB, PAGE_BYTES
 
 
 class PageMemory:
-    """Gives out memory for pages. Belongs to one thread, although views may be dropped in any.
+    """Provides memory for pages. Belongs to one thread, although views may be dropped in any.
 
     Attributes:
-        used_bytes: what was given out, and has not come back.
+        used_bytes: memory provided and not yet returned.
     """
 
     def __init__(self, capacity_bytes: int) -> None:
-        """Have at most so much, in use and kept for use."""
+        """Limit the memory in use and kept for reuse to `capacity_bytes`."""
         self.used_bytes = 0
         self._capacity_bytes = capacity_bytes
         self._kept: list[mmap.mmap | bytearray] = []
 
     @property
     def kept_bytes(self) -> int:
-        """What is kept for use."""
+        """Memory kept for reuse."""
         return len(self._kept) * PAGE_BYTES
 
     def take(self, size: int) -> memoryview:
-        """Return memory for a page. What it holds is not defined."""
+        """Return memory for a page, with undefined contents."""
         is_whole = size == PAGE_BYTES
         block = self._kept.pop() if is_whole and self._kept else _map(size)
         while self._kept and self.used_bytes + size + self.kept_bytes > self._capacity_bytes:
@@ -49,7 +49,7 @@ class PageMemory:
             self._kept.append(block)
 
     def close(self) -> None:
-        """Keep nothing any more."""
+        """Release the memory kept for reuse, and keep none from now on."""
         self._capacity_bytes = 0
         self._kept.clear()
 

@@ -1,7 +1,7 @@
-"""What whoever operates a server asks of it while it runs: to look at things again, and to finish before it stops.
+"""Operating a running server: reloading, and draining before it stops.
 
-A reload changes nothing that is broken: each thing that is looked at again keeps its state if it cannot be read now. A
-drain ends no request early: those that clients have made are answered, within a time, and no others are begun.
+A reload breaks nothing: whatever cannot be read now keeps its state. A drain ends no request early: requests already
+made are answered, within a time limit, and no others are begun.
 """
 
 import asyncio
@@ -15,38 +15,38 @@ from surfw.errors import SurfwError
 from surfw.server.journal import Journal
 
 GOODBYE = "the server is stopping, and may be back soon"
-"""Why connections are closed, and no new ones are taken, in words for clients."""
+"""The text for clients when connections are closed or refused because the server stops."""
 
 
 class Reloads:
-    """What a server looks at again on demand.
+    """What a server reloads on demand.
 
     Attributes:
-        done: how often that went well.
-        failed: how often something stayed as it was, because it could not be read.
+        done: the number of successful reloads.
+        failed: the number of things that could not be read and stayed as they were.
     """
 
     def __init__(self, journal: Journal) -> None:
-        """Start with nothing to look at; the journal notes what came of each reload."""
+        """Start with nothing to reload; the journal notes the result of each reload."""
         self.done = self.failed = 0
         self._journal = journal
         self._all: dict[str, Callable[[], Awaitable[str]]] = {}
         self._alone = asyncio.Lock()
 
     def add(self, what: str, reload: Callable[[], Awaitable[str]]) -> None:
-        """Look at this, too, from now on.
+        """Include something in reloads from now on.
 
         Args:
-            what: in words, such as `the tokens`.
-            reload: looks again, and returns what is there now in words; raises `SurfwError`, having changed nothing.
+            what: its name in messages, such as `the tokens`.
+            reload: reloads it and returns a description; raises `SurfwError` without changing anything.
         """
         self._all[what] = reload
 
     async def run(self, *, after: bool = True) -> bool:
-        """Look at everything again, and return whether all of it could be read.
+        """Reload everything, and return whether all of it could be read.
 
         Args:
-            after: whether that is so of what was looked at for this reload elsewhere.
+            after: whether earlier steps of this reload, done elsewhere, succeeded.
         """
         async with self._alone:
             found, failed = [], self.failed
@@ -65,29 +65,28 @@ class Reloads:
 
 
 class Drainable(Protocol):
-    """What is asked of a connection."""
+    """What a drain needs of a connection."""
 
     def take_no_more(self) -> Iterable[asyncio.Task[None]]:
-        """Begin no more requests, and return the tasks that answer those that were made before."""
+        """Accept no more requests, and return the tasks of those being answered."""
 
 
 class Drain:
-    """How a server finishes.
+    """The draining of a server.
 
     Attributes:
-        is_on: whether no new requests and connections are taken.
+        is_on: whether new requests and connections are refused.
     """
 
     def __init__(self, journal: Journal) -> None:
-        """Take everything."""
         self.is_on = False
         self._journal = journal
 
     async def run(self, connections: Iterable[Drainable], most_seconds: float) -> int:
-        """Take nothing new, wait until what was asked for is answered, and return how many requests were not in time.
+        """Accept nothing new, wait for requests in flight, and return how many did not finish in time.
 
-        Connections stay open meanwhile, also those that wait for nothing more: a client that lost its connection now
-        would look for a server that is not back yet.
+        All connections stay open meanwhile, even idle ones: a client that lost its connection now would look for a
+        server that is not back yet.
         """
         self.is_on = True
         answering = [task for one in connections for task in one.take_no_more()]

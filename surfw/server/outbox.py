@@ -1,8 +1,8 @@
-"""What a client's socket does not take at once: it goes out as the client takes it, without being copied.
+"""Queues what a client's socket does not accept at once, and sends it without copying.
 
-asyncio's transport copies what waits, twice, which with several clients is most of what is sent. So runs are written
-past it, from views of the pages themselves. Everything else that a connection sends goes through the transport; before
-it does, what waits here is handed to the transport, as a copy, so that the order stays.
+asyncio's transport copies queued data twice, which with several clients is most of what is sent. So runs are written to
+the socket directly, from views of the pages. Everything else that a connection sends goes through the transport; before
+that, what is queued here is copied to the transport, so that the order is kept.
 """
 
 import asyncio
@@ -14,24 +14,24 @@ from contextlib import suppress
 
 
 class Outbox:
-    """The runs of one connection, on their way to its socket. Usable once the transport is there."""
+    """The queued runs of one connection. Usable once the transport exists."""
 
     def __init__(self, transport: asyncio.WriteTransport) -> None:
-        """Write to this transport's socket, or, where the transport encrypts, to the transport."""
+        """Write to this transport's socket or, with TLS, to the transport."""
         self._transport = transport
         self._is_plain = transport.get_extra_info("sslcontext") is None
         self._waiting: deque[bytes | memoryview] = deque()
         self._sent: asyncio.Future[None] | None = None
-        self._watched: socket.socket | None = None  # asyncio lets nobody else watch the transport's own descriptor
+        self._watched: socket.socket | None = None  # a duplicate, since asyncio reserves the transport's own
         self.sent_bytes = 0
 
     @property
     def is_waiting(self) -> bool:
-        """Whether something waits here for the socket."""
+        """Whether anything is queued."""
         return bool(self._waiting)
 
     def write(self, parts: Sequence[bytes | memoryview]) -> None:
-        """Send parts, one after the other. What waits of them is referred to, until it is sent or let go of."""
+        """Send parts in order. Queued parts are referenced until they are sent or released."""
         self._waiting.extend(parts)
         if self._is_plain and not self._transport.get_write_buffer_size():
             self._send()
@@ -39,7 +39,7 @@ class Outbox:
             self.let_go()
 
     def _send(self) -> None:
-        """Send what the socket takes."""
+        """Send what the socket accepts."""
         waiting = self._waiting
         try:
             descriptor = self._transport.get_extra_info("socket").fileno()
@@ -53,12 +53,12 @@ class Outbox:
         except BlockingIOError:
             self._watch()
             return
-        except OSError:  # lost: the transport finds out
+        except OSError:  # the connection is lost, which the transport detects
             waiting.clear()
         self._done()
 
     def _drop(self, sent: int) -> None:
-        """Refer no more to what was sent."""
+        """Drop references to the bytes that were sent."""
         self.sent_bytes += sent
         waiting = self._waiting
         while waiting and sent >= len(waiting[0]):
@@ -71,7 +71,7 @@ class Outbox:
             return
         try:
             self._watched = self._watched or self._transport.get_extra_info("socket").dup()
-        except OSError:  # no descriptor is left; the transport has one
+        except OSError:  # out of descriptors; the transport has its own
             self.let_go()
             return
         loop = asyncio.get_running_loop()
@@ -86,7 +86,7 @@ class Outbox:
             self._sent = None
 
     def let_go(self) -> None:
-        """Refer to no part any more: what waits goes to the transport, which copies it."""
+        """Release all parts: the transport copies what is queued."""
         if not self._waiting:
             return
         for part in self._waiting:
@@ -95,12 +95,12 @@ class Outbox:
         self._done()
 
     async def sent(self) -> None:
-        """Wait until nothing waits here."""
+        """Wait until nothing is queued."""
         if self._sent is not None:
             await asyncio.shield(self._sent)
 
     def close(self) -> None:
-        """The connection is over."""
+        """Discard everything, after the connection was lost."""
         self._waiting.clear()
         self._done()
         if self._watched is not None:

@@ -1,9 +1,9 @@
-"""`GET /`: a page for people that shows what the server does, and `GET /events`, where it comes from.
+"""`GET /`: a page for people that shows what the server does, and `GET /events`, its data source.
 
-The page is one file, the same for everybody, and says nothing of the server: it needs no token. It asks `/events` with
-the token that a person types, in a header, never in a URL, and keeps it for the browser's tab. `/events` are
-server-sent events (https://html.spec.whatwg.org/multipage/server-sent-events.html): the statistics once a second, until
-shortly before a plain request has to be answered; then the browser asks again. So no stream outlives its token by more.
+The page is one static file without any data of the server, so it needs no token. It requests `/events` with the token
+that the user enters, in a header, never in a URL, and keeps it for the browser's tab. `/events` are server-sent events
+(https://html.spec.whatwg.org/multipage/server-sent-events.html): the statistics once a second, until shortly before the
+time limit of a plain request; then the browser reconnects. This bounds how long a stream can outlive its token.
 """
 
 import asyncio
@@ -39,11 +39,11 @@ _POLICY = (
     f"default-src 'none'; script-src {_hashes('script')}; style-src {_hashes('style')}; connect-src 'self'; "
     "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-"""Nothing is loaded or asked but from this server, and no other script runs."""
+"""Nothing is loaded from other servers, and no other script runs."""
 
 
 def page_response() -> Response:
-    """The page."""
+    """Return the page."""
     headers = Headers()
     headers["Content-Type"] = "text/html; charset=utf-8"
     headers["Content-Length"] = str(len(PAGE))
@@ -56,10 +56,10 @@ def page_response() -> Response:
 
 
 async def send_events(connection: FairConnection, look: Callable[[], ServerStats]) -> Response:
-    """Send statistics as they come, and hang up; a client that is slow to take them misses some.
+    """Send statistics periodically, then hang up; a client that reads slowly misses some.
 
     Returns:
-        A response that the library will not send, since the connection is closed by then.
+        A response that the library will not send, because the connection is closed by then.
     """
     transport = connection.transport
     transport.write(
@@ -79,7 +79,7 @@ async def send_events(connection: FairConnection, look: Callable[[], ServerStats
 
 
 def _is_over(connection: FairConnection) -> bool:
-    """Whether the client has hung up, the server stops, or the token has expired."""
+    """Whether the client has hung up, the server is stopping, or the token has expired."""
     return (
         connection.protocol.state is State.CLOSED
         or connection.transport.is_closing()

@@ -1,16 +1,17 @@
-"""A storage behind a cache of pages. What was read is kept as long as the budget allows.
+"""A page cache in front of a storage. Pages are kept as long as the budget allows.
 
 A page is a byte range of a stored object, of at most `PAGE_BYTES`. Invariants:
 
-- Uses of a page that is being read join that read; a read that nobody waits for any more is dropped while it is queued.
-- While a page is read anew, everyone else keeps the old one until the new one replaces it.
-- Reads take turns by what each account has paid: the price of a page is its size, and more if little of it is wanted.
+- A use of a page that is being read joins that read. A queued read is dropped once nobody waits for it.
+- While a page is reread, everyone else keeps using the old one until the new one replaces it.
+- Reads are scheduled by what each account has paid. A page costs its size, or more if little of it is wanted.
 - Each use is counted once: as a hit (the page was cached), as coalesced (it was being read for another use), or as a
   miss (it had to be read for this use).
-- Cached pages and pages being read never take more than the budget, which is at least `MIN_CACHE_BYTES`. That holds as
-  long as nobody keeps a view across an `await`.
-- A read that fails leaves nothing in the cache; its error goes to every use that waits for it.
-- Pages of a chunk's form are segments of a Redis, where there is one. It is asked first, and given what it lacks.
+- Cached pages and pages being read never exceed the budget, which is at least `MIN_CACHE_BYTES`. This holds as long as
+  nobody keeps a view across an `await`.
+- A failed read leaves nothing in the cache; its error is raised in every use that waits for it.
+- Pages of a chunk's form are also segments of a Redis, if there is one. Redis is asked before the storage, and is
+  given what it lacks.
 """
 
 import asyncio
@@ -39,20 +40,21 @@ from surfw.storage.origins import Objects
 from surfw.threads import cancel_all
 
 MIN_CACHE_BYTES = 4 * PAGE_BYTES
-"""What a server needs for its work, even if it is told to cache nothing."""
+"""The smallest cache: a server needs this much to work, even if it is told to cache nothing."""
 
 PROGRESS_SECONDS = 1.0
-"""How often a client that waits is told that the storage gets on, if it does: well within any client's patience."""
+"""Interval of progress reports to a waiting client while the storage advances; well below any client's timeout."""
 
 _READS = 8
-"""The most reads at a time; of a storage on this machine, `_NEAR_READS`, since its work takes this processor's time."""
+"""The most reads at a time from a remote storage."""
 _NEAR_READS = 2
+"""The most reads at a time from a local storage, whose work takes time of this processor."""
 
 _NEAR_AHEAD = 3
-"""How many pages of a storage on this machine are read ahead for an answer; of one far away, what the budget lets."""
+"""How many pages of a local storage are read ahead for an answer; for a remote one, the budget decides."""
 
 _LEAD_BYTES = 8 * PAGE_BYTES
-"""So much more than others a client may have had, and still what it needs now goes before what they want ahead."""
+"""Urgent reads go before prefetches unless their account has paid this much more than the others'; see `FairQueue`."""
 
 _MOST_PRICE = 64
 """The highest price of a page of which little is wanted, as a multiple of its size."""
@@ -60,7 +62,7 @@ _MOST_PRICE = 64
 _MOST_COUNTED = 1 << 16
 
 _LITTLE = 16
-"""If at most one in so many bytes of a page is wanted, a near storage rests after the read, for three times as long."""
+"""If at most one in this many bytes of a page is wanted, a local storage pauses for three times the read's duration."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +70,10 @@ class Page:
     """Bytes `start` to `stop` (end-exclusive) of a stored object.
 
     Attributes:
-        anew: whether they are to be read although they are cached.
-        for_little: whether hardly any of them are wanted.
-        part: of which chunk they are which part, if it was asked for as one.
-        segment: as which Redis may have them.
+        anew: whether to read them even if they are cached.
+        for_little: whether only a small part of them is wanted.
+        segment: the segment that Redis may hold them as.
+        part: the part of a chunk that they are, if they were requested as one.
     """
 
     object: str
@@ -84,20 +86,20 @@ class Page:
 
     @property
     def size(self) -> int:
-        """How many bytes."""
+        """The number of bytes."""
         return self.stop - self.start
 
 
 class PageCache:
-    """Pages of a storage, as read-only views. Asking for one that cannot be read raises `StorageError`.
+    """Pages of a storage, as read-only views. Reading a page raises `StorageError` on failure.
 
     Attributes:
-        cache: the pages that are cached.
-        futures: what clients announced that they will read; the clock is the bytes that were used.
-        healthy: whether the storage answered when it was last asked.
-        reads: the pages that are being read, or are queued.
-        hits: of each page, by its object and start; forgotten where there are too many.
-        redis: what is asked before the storage.
+        cache: the cached pages.
+        futures: the reads that clients announced; its clock counts the bytes used.
+        healthy: whether the storage answered the last read.
+        reads: the pages being read or queued.
+        hits: hits per page, by its object and start; cleared when there are too many entries.
+        redis: the Redis to ask before the storage.
     """
 
     def __init__(
@@ -123,7 +125,7 @@ class PageCache:
         self._backend = backend
         self._metrics = metrics
         self._is_near = backend.parallel_reads == 1
-        # Within a quarter of the budget, so that what was read ahead is still cached when its turn comes.
+        # Within a quarter of the budget, so that prefetched pages are still cached when they are used.
         ahead = capacity_bytes // (4 * PAGE_BYTES)
         slots = min(_NEAR_READS if self._is_near else min(_READS, backend.parallel_reads), 2 * ahead)
         self._most_ahead = _NEAR_AHEAD if self._is_near else ahead
@@ -140,10 +142,10 @@ class PageCache:
     def read(
         self, locations: Sequence[Location], start: int, stop: int, reader: Reader, *, form: Form | None = None
     ) -> AsyncGenerator["StoredPiece", None]:
-        """Read bytes `start` to `stop` of what lies at the locations, and yield them as pieces, in order.
+        """Read bytes `start` to `stop` of the concatenated locations, and yield them as pieces, in order.
 
-        From a storage that is far away, several pieces are read ahead. Close the generator to give those up. `form` is
-        what they are the stored bytes of.
+        From a remote storage, several pieces are prefetched. Close the generator to cancel their reads. `form` is the
+        form whose stored bytes they are.
         """
         pieces = plan_pieces(self, locations, start, stop, reader, form=form)
         return use_ahead(pieces, self._read_ahead, self._most_ahead)
@@ -158,7 +160,7 @@ class PageCache:
         future: Future,
         form: Form | None = None,
     ) -> AsyncGenerator["StoredPiece", None]:
-        """As `read`, for a client that announced that it reads the chunk. Meanwhile, what is left of it is needed."""
+        """Like `read`, for a client that announced reading the chunk. Meanwhile, the rest of it counts as needed."""
         size = sum(location.stop - location.start for location in locations) or 1
         with future.reading(Part(reader.chunk, start / size, stop / size), self.futures.now) as reader.asked:
             async with aclosing(self.read(locations, start, stop, reader, form=form)) as pieces:
@@ -166,7 +168,7 @@ class PageCache:
                     yield piece
 
     def use_cached(self, page: Page, reader: Reader | None = None, wanted_bytes: int = PAGE_BYTES) -> bool:
-        """Count a use of the page, if it is cached and need not be read anew; return whether it is."""
+        """If the page is cached and need not be reread, count the use as a hit and return True."""
         is_hit = (reader is None or not reader.fresh) and self.cache.get(page) is not None
         if is_hit:
             self._metrics.add("hits")
@@ -175,7 +177,7 @@ class PageCache:
         return is_hit
 
     async def use(self, page: Page, reader: Reader | None = None, wanted_bytes: int = PAGE_BYTES) -> None:
-        """Read the page unless it is cached, and count the use; `wanted_bytes` of it are wanted."""
+        """Read the page unless it is cached, and count the use, of which `wanted_bytes` are wanted."""
         if reader is not None and reader.fresh:
             page = replace(page, anew=True)
         if not self.use_cached(page, reader, wanted_bytes):
@@ -188,7 +190,7 @@ class PageCache:
         self.hits[page.object, page.start] += 1
 
     async def view(self, page: Page, reader: Reader | None = None, wanted_bytes: int = PAGE_BYTES) -> memoryview:
-        """Return the page's bytes, for use until the next `await`: keeping them longer would exceed the budget.
+        """Return the page's bytes, valid until the next `await`: keeping them longer would exceed the budget.
 
         The page is read again if it was evicted since its `use`.
         """
@@ -200,15 +202,15 @@ class PageCache:
         return view
 
     async def _join(self, page: Page, reader: Reader | None, wanted_bytes: int) -> memoryview:
-        """Read the page, together with everyone else who wants it."""
+        """Read the page, or join the read that is under way."""
         waste = page.size // max(1, wanted_bytes)
         page = replace(page, for_little=waste >= _LITTLE)
         return await self.reads.join(page, reader, page.size * min(_MOST_PRICE, max(1, waste)))
 
     def belongs(self, run: Run[Page, memoryview], page: Page) -> bool:
-        """Whether a page is to be read by the same request as a run, which it has to follow.
+        """Whether to read a page in the same request as a run, which it has to follow.
 
-        A slow storage is read page by page, and so is a Redis.
+        A slow storage is read page by page, and so is Redis.
         """
         first, last = run[0].key, run[-1].key
         if (last.object, last.stop, last.anew) != (page.object, page.start, page.anew) or self._is_slow:
@@ -219,14 +221,14 @@ class PageCache:
         return page.stop - first.start <= most
 
     async def read_run(self, run: Run[Page, memoryview]) -> None:
-        """Read pages, each of which can be used as soon as it is there."""
+        """Read the pages of a run; each can be used as soon as it has arrived."""
         self._make_room()
         try:
             if len(run) == 1:
                 page, reader = run[0].key, run[0].reader
                 memory = self._memory.take(page.size)
                 took = await self._fill(page, memory, reader)
-                if page.for_little and self._is_near:  # reading is this machine's own work, and others need it more
+                if page.for_little and self._is_near:  # local reads take CPU time, and others need it more
                     await asyncio.sleep(3 * took)
                 self._land(run, memory)
             else:
@@ -236,20 +238,20 @@ class PageCache:
             raise
 
     def _make_room(self) -> None:
-        """Make room for all that is being read, also for what has just begun."""
+        """Evict pages until everything being read fits, including what has just begun."""
         reading_bytes = sum(page.size for page, _ in self.reads.running())
         self.cache.trim(self.cache.capacity_bytes - reading_bytes)
 
     def _land(self, run: Run[Page, memoryview], memory: memoryview) -> None:
-        """The first page of a run is there."""
+        """Complete the first page of a run."""
         page, view = run[0].key, memory.toreadonly()
         place = replace(page, anew=False)
-        if page.anew or place not in self.cache:  # one that was read anew meanwhile is newer
+        if page.anew or place not in self.cache:  # a page reread meanwhile is newer
             self.cache[place] = view
         run.pop(0).land(view)
 
     async def _stream(self, run: Run[Page, memoryview]) -> None:
-        """Read a run by one request."""
+        """Read a run with one request."""
         first, pages, started = run[0].key, len(run), time.monotonic()
 
         def count(new: int, of_page: int) -> None:
@@ -278,7 +280,7 @@ class PageCache:
             self._slow.note(f"the storage is slow: reading {format_size(size)} took {took:.1f} s")
 
     async def _fill(self, page: Page, buffer: memoryview, reader: Reader) -> float:
-        """Fill a page from Redis or the storage, and return the seconds that the storage took."""
+        """Fill a page from Redis or the storage; return the seconds that the storage took."""
         if self.redis is None or page.segment is None or page.anew:
             return await self._load(page, buffer, reader)
         took = 0.0
@@ -293,9 +295,9 @@ class PageCache:
         return took
 
     async def _load(self, page: Page, buffer: memoryview, reader: Reader) -> float:
-        """Read a page of the storage, and return the seconds that took.
+        """Read a page from the storage; return the seconds it took.
 
-        If clients need progress in between, it is read block by block.
+        A slow storage is read block by block, so that clients see progress.
         """
         step = BLOCK_BYTES if self._is_slow else page.size
         started = time.monotonic()
@@ -312,7 +314,7 @@ class PageCache:
 
     @contextmanager
     def held(self, page: Page, holder: "Holder") -> Iterator[None]:
-        """During the body, somebody may have views of a page. If it is evicted, or was before, they have to let go."""
+        """Register a holder of views of the page during the body; `let_go` is called if the page is evicted, or was."""
         if page not in self.cache:
             holder.let_go()
         holders = self._holders.setdefault(page, [])
@@ -330,7 +332,7 @@ class PageCache:
             holder.let_go()
 
     async def close(self) -> None:
-        """Stop reading, tell what was only counted, and forget everything."""
+        """Stop reading, report pending journal entries, and drop everything."""
         await self.reads.close()
         self._slow.flush()
         self.cache.clear()
@@ -338,7 +340,7 @@ class PageCache:
 
 
 class _Reads(Flights[Page, memoryview]):
-    """Reads of pages; those that follow each other are one request, where the storage is far away."""
+    """Reads of pages; adjacent pages of a remote storage are read with one request."""
 
     def __init__(self, pages: PageCache, slots: int) -> None:
         super().__init__(slots, lead=_LEAD_BYTES)
@@ -352,7 +354,7 @@ class _Reads(Flights[Page, memoryview]):
 
 
 class Holder(Protocol):
-    """Whoever has views of a page for longer than until the next `await`."""
+    """Someone who keeps views of a page past the next `await`."""
 
     def let_go(self) -> None:
         """Copy what is still needed, and drop the views."""
@@ -370,11 +372,11 @@ class StoredPiece:
 
     @property
     def size(self) -> int:
-        """How many bytes."""
+        """The number of bytes."""
         return self.stop - self.start
 
     def use_cached(self) -> bool:
-        """Count the use, if the page is cached."""
+        """Count the use as a hit if the page is cached; return whether it is."""
         return self.pages.use_cached(self.page, self.reader, self.size)
 
     async def use(self) -> None:
@@ -382,14 +384,14 @@ class StoredPiece:
         await self.pages.use(self.page, self.reader, self.size)
 
     async def view(self, start: int, stop: int) -> memoryview:
-        """Return bytes `start` to `stop` of it, for use until the next `await`."""
-        if self.reader.asked is not None and (part := self.page.part) is not None:  # from now on, it was used
+        """Return bytes `start` to `stop` of the piece, valid until the next `await`."""
+        if self.reader.asked is not None and (part := self.page.part) is not None:  # counts as used from now on
             self.reader.asked.start = part.start + (self.start + stop) / self.page.size * (part.stop - part.start)
         page = await self.pages.view(self.page, self.reader, stop - start)
         return page[self.start + start : self.start + stop]
 
     def held(self, holder: "Holder") -> AbstractContextManager[None]:
-        """Let somebody keep views of it during the body; see `PageCache.held`."""
+        """Register a holder of views during the body; see `PageCache.held`."""
         return self.pages.held(self.page, holder)
 
 
@@ -402,10 +404,10 @@ def plan_pieces(
     *,
     form: Form | None = None,
 ) -> Iterator[StoredPiece]:
-    """Yield the pieces that make up bytes `start` to `stop` of what lies at the locations.
+    """Yield the pieces that make up bytes `start` to `stop` of the concatenated locations.
 
-    Pages are cut from the start of each location, so that all requests for its bytes share the same pages. Those of a
-    form in one piece consist of whole blocks, whose digests are known: they are segments.
+    Pages are cut from the start of each location, so that all requests for its bytes share the same pages. The pages of
+    a form stored in one piece consist of whole blocks with known digests, and so are segments.
     """
     size = sum(location.stop - location.start for location in locations)
     base = 0
@@ -426,19 +428,19 @@ def plan_pieces(
 
 
 def _segment(form: Form, number: int) -> Segment:
-    """A page of a form's stored bytes, as Redis may have it."""
+    """Return page `number` of a form's stored bytes as a Redis segment."""
     each = 32 * PAGE_BYTES // BLOCK_BYTES
     return Segment(form.digest, number, form.blocks[each * number : each * (number + 1)])
 
 
 @dataclass
 class Permits:
-    """Permits for pages that are read ahead, shared by all answers. The next page of each answer needs none."""
+    """Permits for prefetched pages, shared by all answers. The next page of each answer needs none."""
 
     free: int
 
     def take(self) -> bool:
-        """Take a permit, if one is free."""
+        """Take a permit if one is free; return whether it was."""
         if self.free <= 0:
             return False
         self.free -= 1
@@ -455,14 +457,14 @@ Piece = TypeVar("Piece", bound=_Usable)
 
 
 async def use_ahead(pieces: Iterator[Piece], ahead: Permits, most: int) -> AsyncGenerator[Piece, None]:
-    """Yield the pieces in order, each once it was used. By then, the use of at most `most` others has begun.
+    """Yield the pieces in order, each after its use. By then, the uses of at most `most` others have begun.
 
-    All but the first of those need a permit of `ahead`. Close the generator to give up the uses that have begun.
+    All but the first of those need a permit of `ahead`. Close the generator to cancel the uses that have begun.
     """
     begun: deque[tuple[Piece, asyncio.Task[None] | None]] = deque()
 
     def begin() -> None:
-        # The first needs no permit, so that every answer gets on.
+        # The first needs no permit, so that every answer makes progress.
         while len(begun) < most and (not begun or ahead.take()):
             piece = next(pieces, None)
             if piece is None:
@@ -474,7 +476,7 @@ async def use_ahead(pieces: Iterator[Piece], ahead: Permits, most: int) -> Async
     def drop() -> tuple[Piece, asyncio.Task[None] | None]:
         dropped = begun.popleft()
         if begun:
-            ahead.free += 1  # of the one that is the first now
+            ahead.free += 1  # the permit of the piece that is now first
         return dropped
 
     try:

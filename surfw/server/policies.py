@@ -1,4 +1,4 @@
-"""What the server's cache evicts where clients announce what they will read: what is needed last. No I/O, no locks."""
+"""The server's cache policy for announced reads: evict what is needed last. No I/O, no locks."""
 
 import heapq
 from collections import OrderedDict
@@ -8,19 +8,20 @@ from surfw.config import CachePolicy
 from surfw.server.cache import Key, ProvingCache, Value
 
 _FEW = 8
-"""How many values a decision looks up again at most, of each kind."""
+"""The most values that a decision looks up again, of each kind."""
 
 
 class ScheduledCache(ProvingCache[Key, Value]):
     """Evicts the proven value that is needed last, as far as that is known (see `futures`).
 
-    Where all uses of a value were announced, as its next one is, it goes by that. Otherwise it is taken to be needed
-    again as long after its last use as that is ago; so of those, the least recently used goes first, as in `LruCache`.
+    If all uses of a value were announced, including its next one, the announcement counts. Otherwise a value is
+    expected to be needed again after as much time as has passed since its last use; so of those, the least recently
+    used is evicted first, as in `LruCache`.
 
-    A decision looks a few values up, not all: those that were used since the last one, so that a use costs nothing
-    while everything fits. The times of next uses are kept in a heap, and what is at its top is looked up again. What is
-    needed later than the heap says is found when all are looked up again, whenever half as many decisions were made as
-    there are values.
+    A decision looks up only a few values: those used since the last decision, so that a use costs nothing while
+    everything fits. The next uses are kept in a heap, whose top is looked up again. Values that are needed later than
+    the heap says are found when all are looked up again, which happens once per half as many decisions as there are
+    values.
     """
 
     policy = "schedule"
@@ -36,23 +37,23 @@ class ScheduledCache(ProvingCache[Key, Value]):
 
         Args:
             capacity_bytes: the budget.
-            size_of: tells what a value takes of it.
-            next_use: when a value is needed next, as far as that was announced; -∞ if it is now, ∞ if it never is.
-            clock: the time now, on the same scale.
+            size_of: returns the size of a value.
+            next_use: returns when a value is needed next, as announced; -∞ for now, ∞ for never.
+            clock: returns the current time, on the same scale.
         """
         super().__init__(capacity_bytes, size_of)
         self._next_use = next_use
         self._clock = clock
-        self._unforeseen: OrderedDict[Key, float] = OrderedDict()  # times of last uses, the longest ago first
-        self._foreseen: list[tuple[float, int, Key]] = []  # a heap: minus the next use, the entry's number, the key
-        self._latest: dict[Key, int] = {}  # the entry of each key that counts
-        self._fresh: dict[Key, None] = {}  # foreseen, but not looked up before the next decision, in order of use
+        self._unforeseen: OrderedDict[Key, float] = OrderedDict()  # times of last uses, the oldest first
+        self._foreseen: list[tuple[float, int, Key]] = []  # a heap of: minus the next use, the entry's number, the key
+        self._latest: dict[Key, int] = {}  # the valid entry of each key
+        self._fresh: dict[Key, None] = {}  # foreseen, to be looked up at the next decision, in order of use
         self._entries = 0
         self._until_refresh = 0
 
     def __setitem__(self, key: Key, value: Value) -> None:
         super().__setitem__(key, value)
-        if key in self._proven:  # as the value was that it replaces
+        if key in self._proven:  # like the value that it replaces
             self.note_use(key, 0)
 
     def __delitem__(self, key: Key) -> None:
@@ -62,7 +63,7 @@ class ScheduledCache(ProvingCache[Key, Value]):
         self._unforeseen.pop(key, None)
 
     def note_use(self, key: Key, used_bytes: int, *, foreseen: bool = False) -> None:
-        """Count the bytes of a value that were used, and whether by a client that announced its next use, too."""
+        """Count the bytes of a value that were used; `foreseen` if the client announced its next use, too."""
         super().note_use(key, used_bytes, foreseen=foreseen)
         if key not in self._proven:
             return
@@ -89,9 +90,9 @@ class ScheduledCache(ProvingCache[Key, Value]):
         return super().proven_victim() if unforeseen is None else unforeseen
 
     def _find_least_recent(self) -> tuple[float, Key | None]:
-        """Return the value whose last unforeseen use is longest ago, and when it may be needed.
+        """Return the value whose last unforeseen use is oldest, and when it is expected to be needed.
 
-        One that is foreseen to be needed before that goes by what is foreseen from now on.
+        A value with an earlier announced use is treated as foreseen from now on.
         """
         for _ in range(min(_FEW, len(self._unforeseen))):
             key, used = next(iter(self._unforeseen.items()))
@@ -113,7 +114,7 @@ class ScheduledCache(ProvingCache[Key, Value]):
         return -minus_when, key
 
     def _first_foreseen(self) -> tuple[float, int, Key | None]:
-        """Return the top of the heap, without the entries of values that are gone or were used since."""
+        """Return the top of the heap, after removing entries of values that are gone or were used since."""
         while self._foreseen:
             if self._latest.get(self._foreseen[0][2]) == self._foreseen[0][1]:
                 return self._foreseen[0]
@@ -128,7 +129,7 @@ class ScheduledCache(ProvingCache[Key, Value]):
             self._refresh()
 
     def _refresh(self) -> None:
-        """Look all next uses up again."""
+        """Look up all next uses again."""
         self._foreseen = [(-self._next_use(key), entry, key) for key, entry in self._latest.items()]
         heapq.heapify(self._foreseen)
         self._until_refresh = len(self._latest) // 2

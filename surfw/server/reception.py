@@ -1,8 +1,8 @@
-"""What bounds the work that clients can cause before they are answered: input in small portions, in turns.
+"""Bounds the work that clients can cause before they are answered: input is read in small portions, in fair turns.
 
-The library would take in all that has arrived, thousands of messages or pings, before it is anybody else's turn. Here a
-connection reads one portion, hands on the messages in it one by one, and then waits for its turn to read another. What
-it does not read stays with the client, so that nothing piles up here.
+The library would process everything that has arrived, thousands of messages or pings, before any other connection gets
+a turn. Here a connection reads one portion, delivers its messages one by one, and then waits for its turn to read
+another. Unread data stays with the client, so that nothing piles up here.
 """
 
 import asyncio
@@ -19,24 +19,23 @@ from surfw.server.fairness import Account, Turns
 from surfw.server.outbox import Outbox
 
 PORTION_BYTES = 256
-"""About one request, or a few dozen pings: as much work as a turn may be."""
+"""About one request, or a few dozen pings: the most work for one turn."""
 
 _MOST_OPENING = 512
 _MOST_FRAGMENTS = 1024
-"""Of one message. Even empty ones take memory until the last is there."""
+"""The most fragments of a message. Even empty ones take memory until the last one arrives."""
 
 
 class Newcomers:
-    """The connections that are not open yet, from the moment they are accepted, so also during their TLS handshake.
+    """Connections that were accepted but are not open yet, including those in their TLS handshake.
 
     If there are too many, the one that has been silent longest is dropped.
 
     Attributes:
-        account: pays for all of them, so that clients that connect again and again have one client's share.
+        account: pays for all of them, so that clients that keep reconnecting share one client's portion.
     """
 
     def __init__(self) -> None:
-        """Start with no connections."""
         self.account = Account()
         self._connections: dict[FairConnection, None] = {}
 
@@ -47,7 +46,7 @@ class Newcomers:
         return connection in self._connections
 
     def add(self, connection: "FairConnection") -> None:
-        """Add one that was accepted, or that has sent something."""
+        """Add a connection that was accepted, or move one that has sent something to the end."""
         self._connections.pop(connection, None)
         self._connections[connection] = None
         if len(self._connections) > _MOST_OPENING:
@@ -56,7 +55,7 @@ class Newcomers:
             oldest.abort()
 
     def discard(self, connection: "FairConnection") -> None:
-        """Remove one that is open, or gone."""
+        """Remove a connection that is open or closed."""
         self._connections.pop(connection, None)
 
 
@@ -64,9 +63,9 @@ class FairConnection(ServerConnection, asyncio.BufferedProtocol):
     """The library's server connection, with input that waits for its turn.
 
     Attributes:
-        account: pays for turns of the loop.
-        grant: what the token of the request that opened it allows.
-        outbox: what runs go out through; there is one once there is a transport.
+        account: pays for turns of the event loop.
+        grant: the grant of the token in the request that opened the connection.
+        outbox: sends runs; exists once there is a transport.
     """
 
     grant: Grant = EVERYTHING
@@ -74,12 +73,12 @@ class FairConnection(ServerConnection, asyncio.BufferedProtocol):
     def __init__(
         self, *arguments: Any, turns: Turns, newcomers: Newcomers, most_unsent_bytes: int, **options: Any
     ) -> None:
-        """Begin to receive, as one of the newcomers; what else is given is the library's.
+        """Start receiving, as a newcomer; other arguments are the library's.
 
-        The turns of the loop and the newcomers are shared by all connections. While more than `most_unsent_bytes` wait
-        to be sent, nothing is read.
+        `turns` and `newcomers` are shared by all connections. Nothing is read while more than `most_unsent_bytes` are
+        waiting to be sent.
         """
-        super().__init__(*arguments, **options | {"max_queue": None})  # the queue is at most a portion
+        super().__init__(*arguments, **options | {"max_queue": None})  # the queue holds at most a portion
         self.account = newcomers.account
         self._turns = turns
         self._newcomers = newcomers
@@ -88,30 +87,30 @@ class FairConnection(ServerConnection, asyncio.BufferedProtocol):
         self._unread = self._fragments = 0
         self._waits_to_read = False
         self._hang_up: asyncio.TimerHandle | None = None
-        self._accepting = asyncio.current_task()  # the loop's, until there is a transport: for TLS, after the handshake
+        self._accepting = asyncio.current_task()  # runs until there is a transport: with TLS, after the handshake
         if self._accepting is not None:
             self._accepting.add_done_callback(self._accepted)
         newcomers.add(self)
 
     def _accepted(self, _: asyncio.Task[Any]) -> None:
-        """Forget one that got no transport, such as after a failed TLS handshake: the library drops it silently."""
+        """Discard a connection without a transport, as after a failed TLS handshake: the library drops it silently."""
         if not hasattr(self, "transport"):
             self._newcomers.discard(self)
 
     def abort(self) -> None:
-        """Hang up, whether it has a transport yet or not."""
+        """Drop the connection, whether or not it has a transport yet."""
         if hasattr(self, "transport"):
             self.transport.abort()
         elif self._accepting is not None:
             self._accepting.cancel()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Begin to send, too."""
+        """Create the outbox."""
         super().connection_made(transport)
         self.outbox = Outbox(self.transport)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forget the connection."""
+        """Clean up."""
         self._newcomers.discard(self)
         self.outbox.close()
         super().connection_lost(exc)
@@ -119,20 +118,20 @@ class FairConnection(ServerConnection, asyncio.BufferedProtocol):
             self._hang_up.cancel()
 
     def opened(self) -> None:
-        """It is open: newcomers no longer push it out, and from now on it pays from an account of its own."""
+        """Mark the connection as open: newcomers no longer displace it, and it pays from its own account."""
         self._newcomers.discard(self)
         self.account = Account(self._newcomers.account.paid)
 
     async def turn(self) -> None:
-        """Wait for a turn in the loop."""
+        """Wait for a turn of the event loop."""
         await self._turns.turn(self.account)
 
     def give_back_turn(self) -> None:
-        """Make the message that was just received free of charge."""
+        """Refund the turn for the message that was just received."""
         self.account.paid -= 1
 
     async def receive(self) -> Data:
-        """Return the next message, in its turn."""
+        """Return the next message, in turn."""
         if self._unread:
             await self.turn()
         message = await self.recv()
@@ -146,7 +145,7 @@ class FairConnection(ServerConnection, asyncio.BufferedProtocol):
         return self._portion
 
     def buffer_updated(self, nbytes: int) -> None:
-        """Take in a portion. The next is read once its messages were received, in turn, unless too much is unsent."""
+        """Process a portion. The next is read, in turn, once its messages were received, unless too much is unsent."""
         self.transport.pause_reading()
         if self in self._newcomers:
             self._newcomers.add(self)
@@ -155,7 +154,7 @@ class FairConnection(ServerConnection, asyncio.BufferedProtocol):
             self._read_on()
 
     def process_event(self, event: Event) -> None:
-        """Count the messages that are not received yet, and the fragments of one that is not complete."""
+        """Count the messages that were not received yet, and the fragments of an incomplete one."""
         super().process_event(event)
         if not isinstance(event, Frame) or event.opcode not in {Opcode.TEXT, Opcode.BINARY, Opcode.CONT}:
             return
@@ -166,10 +165,10 @@ class FairConnection(ServerConnection, asyncio.BufferedProtocol):
             self.send_data()
 
     def send_data(self) -> None:
-        """Write what is to be sent in one go, such as the answers to many pings.
+        """Write all pending output at once, such as the answers to many pings.
 
-        If the connection is being closed, the client has a few seconds to take that and to hang up: the library would
-        wait for as long as it does neither, up to the next ping.
+        If the connection is closing, the client has a few seconds to read it and to hang up; the library would wait
+        until the next ping for a client that does neither.
         """
         writes = self.protocol.data_to_send()
         if self.protocol.state in {State.CLOSING, State.CLOSED} and self._hang_up is None:
@@ -186,14 +185,14 @@ class FairConnection(ServerConnection, asyncio.BufferedProtocol):
             self.transport.close()
 
     def resume_writing(self) -> None:
-        """Read on, if that waited for the client to take what was sent."""
+        """Resume reading if it was paused until the client takes what was sent."""
         super().resume_writing()
         if self._waits_to_read:
             self._waits_to_read = False
             self._read_on()
 
     def _read_on(self) -> None:
-        """Read the next portion in its turn, or, if too much is unsent, once the client has taken enough of it."""
+        """Read the next portion in turn or, if too much is unsent, once the client has taken enough of it."""
         if self.transport.get_write_buffer_size() > self._most_unsent_bytes:
             self._waits_to_read = True
         elif (turn := self._turns.ask(self.account)).done():
@@ -207,12 +206,12 @@ class FairConnection(ServerConnection, asyncio.BufferedProtocol):
 
     @property
     def shown_address(self) -> str:
-        """Where the client is, as people write it: `127.0.0.1:50412`, `[::1]:50412`."""
+        """The client's address for people: `127.0.0.1:50412`, `[::1]:50412`."""
         return show_address(self.remote_address)
 
 
 def show_address(address: Any) -> str:
-    """Write the address of a socket as people do; one that has none, such as a closed one's, is unknown."""
+    """Format a socket address for people; without one, as for a closed socket, say that it is unknown."""
     if not isinstance(address, tuple):
         return str(address or "an unknown address")
     host, port = address[:2]

@@ -1,7 +1,7 @@
-"""What clients announce and ask for, as a file that `surfw bench cache --trace` reads: one line of JSON for each event.
+"""Records what clients announce and request, for `surfw bench cache --trace`: one line of JSON for each event.
 
-Nothing in it says who the clients are. Lines are collected and written a megabyte at a time. A file that cannot be
-written any more ends the recording, and nothing else.
+It does not identify the clients. Lines are buffered and written a megabyte at a time. If the file cannot be written any
+more, only the recording ends.
 """
 
 import json
@@ -21,7 +21,7 @@ class Recording:
     """A file that is being written."""
 
     def __init__(self, path: Path, journal: Journal) -> None:
-        """Begin a new file; one that is there is replaced.
+        """Create the file; an existing one is replaced.
 
         Raises:
             ConfigurationError: it cannot be written.
@@ -36,11 +36,11 @@ class Recording:
             ) from exc
 
     def scheduled(self, client: int, schedule: Schedule) -> None:
-        """Note what a client announces."""
+        """Record a client's schedule."""
         self._note({"client": client, "model": schedule.model, "cycle": schedule.cycle, "kept": schedule.kept})
 
     def asked(self, client: int, request: Get, locations: Sequence[Location]) -> None:
-        """Note what a client asks for, where it is there."""
+        """Record a valid request, with the size of the form's stored bytes."""
         self._note(
             {
                 "client": client,
@@ -54,7 +54,7 @@ class Recording:
         )
 
     def left(self, client: int) -> None:
-        """Note that a client is gone."""
+        """Record that a client has left."""
         self._note({"client": client})
 
     def _note(self, event: Mapping[str, Any]) -> None:
@@ -69,12 +69,12 @@ class Recording:
         why = exc.strerror or type(exc).__name__
         self._journal.note("failed", "the recording ends", f"{self._path}: {why}", level=logging.WARNING)
         try:
-            self._file.close()  # which writes what is left, and fails again
+            self._file.close()  # writes what is left, and fails again
         except OSError:
             return
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write what is left, and close the file."""
         try:
             self._file.close()
         except OSError as exc:

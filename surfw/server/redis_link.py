@@ -1,7 +1,7 @@
-"""A connection to a Redis, a Redis Cluster included: what the tier asks of it, in the words of `redis-py`.
+"""A connection to a Redis, or a Redis Cluster: the tier's operations, implemented with `redis-py`.
 
-Every question is answered in time, or ends in an `AwayError`, whatever happens in the library or in Redis. The
-credentials in the URL are never shown. `redis` is imported only when there is a URL.
+Every operation is answered in time or raises `AwayError`, whatever happens in the library or in Redis. The credentials
+in the URL are never shown. `redis` is imported only when there is a URL.
 """
 
 import asyncio
@@ -16,42 +16,42 @@ from surfw.errors import ConfigurationError
 T = TypeVar("T")
 
 SECONDS, TRANSFER_SECONDS = 1.0, 2.0
-"""How long Redis may take to answer, its connection included; and how long to send a segment, or to take one."""
+"""The time limit for an answer, including connecting; and for transferring a segment."""
 
 _CLUSTERS = ("redis+cluster://", "rediss+cluster://")
 _ALONE = ("redis://", "rediss://", "unix://")
 _RELEASE = "if redis.call('get', KEYS[1]) == ARGV[1] then return redis.call('del', KEYS[1]) end"
-"""Deletes a lock that is still one's own: https://redis.io/docs/latest/develop/clients/patterns/distributed-locks/."""
+"""Deletes a lock if it is still ours: https://redis.io/docs/latest/develop/clients/patterns/distributed-locks/."""
 
 
 class AwayError(Exception):
-    """Redis did not answer, or not as it should."""
+    """Redis did not answer, or not as expected."""
 
 
 class DeniedError(AwayError):
-    """Redis answered that it will not do it: it is full, or the user may not."""
+    """Redis refused the command: it is full, or the user lacks the permission."""
 
 
 class RedisLink:
     """A client of a Redis. Every method but `close` raises `AwayError` if Redis does not answer."""
 
     def __init__(self, url: str) -> None:
-        """Use the Redis at this URL; nothing is connected yet.
+        """Use the Redis at this URL, without connecting yet.
 
         Raises:
-            ConfigurationError: the URL is not one of a Redis, or the `redis` package is missing.
+            ConfigurationError: the URL is not a Redis URL, or the `redis` package is missing.
         """
         self._client = _make_client(url, display_url(url))
 
     def again(self) -> "RedisLink":
-        """Return another link by the same client, which remembers the nodes of a cluster while no link is open."""
+        """Return another link with the same client, which remembers the nodes of a cluster while no link is open."""
         return copy.copy(self)
 
     async def read(self, key: str, size: int) -> list[bytes]:
-        """Return what the value has in the place of each block, of `size` bytes in all; [] if there is no value.
+        """Return the blocks of a value of `size` bytes; [] if there is no value.
 
-        Reading block by block bounds the memory that a value of somebody else can take. It is also three times as fast
-        as reading the value whole: 1.8 GB/s over loopback, beside 0.6.
+        Reading block by block bounds the memory that a foreign value can take. It is also three times as fast as
+        reading the value whole: 1.8 GB/s over loopback, compared with 0.6.
         """
 
         async def ask() -> list[bytes]:
@@ -71,23 +71,23 @@ class RedisLink:
         return bool(await self._ask(lambda: self._client.exists(key)))
 
     async def write(self, key: str, value: memoryview, seconds: float) -> None:
-        """Keep a value for so long."""
+        """Store a value that expires after `seconds`."""
         await self._ask(lambda: self._client.set(key, value, px=int(seconds * 1000)), TRANSFER_SECONDS)
 
     async def delete(self, key: str) -> None:
-        """Let nobody find the value any more."""
+        """Delete a value."""
         await self._ask(lambda: self._client.delete(key))
 
     async def lock(self, key: str, token: str, seconds: float) -> bool:
-        """Take a lock for at most so long; False if somebody else has it."""
+        """Acquire a lock that expires after `seconds`; return False if another holder has it."""
         return bool(await self._ask(lambda: self._client.set(key, token, nx=True, px=int(seconds * 1000))))
 
     async def unlock(self, key: str, token: str) -> None:
-        """Give a lock back, unless somebody else has it by now."""
+        """Release a lock, unless another holder has acquired it since."""
         await self._ask(lambda: self._client.eval(_RELEASE, 1, key, token))
 
     async def _ask(self, ask: Callable[[], Awaitable[T]], seconds: float = SECONDS) -> T:
-        """Return an answer that comes in time."""
+        """Return the answer, within a time limit."""
         from redis.exceptions import ClusterError, ResponseError
 
         try:
@@ -100,7 +100,7 @@ class RedisLink:
             raise (DeniedError if is_denial else AwayError)(printable(str(exc))[:200] or type(exc).__name__) from exc
 
     async def close(self) -> None:
-        """Disconnect, also from what no longer answers. What is asked meanwhile fails."""
+        """Disconnect, even if Redis no longer answers. Pending operations fail."""
         with suppress(Exception):
             await self._client.aclose()
 
@@ -118,13 +118,13 @@ def _make_client(url: str, shown: str) -> Any:
     patience: dict[str, Any] = {"socket_connect_timeout": SECONDS, "socket_timeout": TRANSFER_SECONDS}
     with suppress(Exception):
         if url.startswith(_CLUSTERS):
-            retry = Retry(NoBackoff(), 1)  # once, with the nodes as they are by then
+            retry = Retry(NoBackoff(), 1)  # once, with the nodes known by then
             return RedisCluster.from_url(
                 url.replace("+cluster", "", 1), require_full_coverage=False, retry=retry, **patience
             )
         if url.startswith(_ALONE):
             client: Any = Redis.from_url(url, retry=Retry(NoBackoff(), 0), **patience)
-            client.connection_pool.make_connection()  # without connecting it: finds options that do not exist
+            client.connection_pool.make_connection()  # without connecting: rejects unknown options
             return client
     # Raised here, so that no traceback shows what could not be parsed: it may be part of a password.
     raise ConfigurationError(

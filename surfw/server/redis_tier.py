@@ -1,16 +1,16 @@
-"""A Redis that servers share, between their caches and their storage. It holds stored bytes in segments of up to 4 MiB.
+"""A Redis shared by servers, between their caches and their storage. It holds stored bytes in segments of up to 4 MiB.
 
-A segment is a page of a chunk's stored bytes, named by their digest and its number, so that it never goes stale. What
-Redis lacks is read from the storage by one of the servers, which writes it; the others wait for that, a little.
+A segment is a page of a chunk's stored bytes, named by their digest and the page number, so it never goes stale. A
+segment that Redis lacks is read from the storage and written by one of the servers; the others wait for it briefly.
 Invariants:
 
-- Bytes from Redis are used only if all their blocks have the digests of the manifest. Others are deleted and counted.
-- Only bytes that have these digests are written.
-- Nothing depends on Redis: whatever goes wrong with it, the storage is read. While it is away, or slower than the
-  storage, it is *bypassed*, and tried again every now and then.
-- Readers never wait for what is written.
-- On top of the cache's budget, at most 120 MiB are taken: the cache reads eight pages at a time, whose segments come in
-  twice their size; `_WRITES` are written, with three times their size, and `_WAITING` more wait for that.
+- Bytes from Redis are used only if all their blocks match the digests of the manifest. Others are deleted and counted.
+- Only bytes that match these digests are written.
+- Nothing depends on Redis: if anything goes wrong with it, the storage is read. While it is unreachable, or slower than
+  the storage, it is *bypassed*, and retried from time to time.
+- Readers never wait for writes.
+- At most 120 MiB are used on top of the cache's budget: the cache reads eight pages at a time, and reading a segment
+  takes twice its size; up to `_WRITES` are being written, at three times their size, and `_WAITING` more are queued.
 """
 
 import asyncio
@@ -31,28 +31,28 @@ from surfw.threads import cancel_all, in_thread
 from surfw.wire import RedisState
 
 _WRITES, _WAITING = 2, 8
-"""The most segments that are written to Redis at a time, and that wait for it."""
+"""The most segments that are being written to Redis, and that are queued for it."""
 _KEPT_SECONDS = 24 * 3600
-"""How long Redis keeps a segment, if it has the room."""
+"""How long Redis keeps a segment, if it has enough memory."""
 _LOCK_SECONDS = 5.0
-"""How long a segment belongs to the server that is to write it."""
+"""How long a server holds the lock on a segment that it is to write."""
 _WAIT_SECONDS = 1.0
-"""How long the other servers wait for that."""
+"""How long the other servers wait for the segment."""
 _DENIED_SECONDS = 30.0
-"""How long nothing is written to a Redis that refused to take it: it may be full."""
+"""How long writes pause after Redis refused one: it may be full."""
 _FIRST_PAUSE, _MOST_PAUSE = 0.5, 60.0
-"""How long Redis is bypassed before it is tried again; that doubles if it has to be bypassed again soon."""
+"""How long Redis is bypassed before it is retried; the pause doubles if it is bypassed again soon."""
 _FEWEST_SAMPLES, _SLOWER = 8, 1.25
-"""So many waits are measured, and so much longer they are, before Redis is called slower than the storage."""
+"""How many waits are measured, and by which factor they must be longer, before Redis counts as slower."""
 
 _PREFIX = "surfw:1:"
 _NONE = f"{_PREFIX}none"
-"""A key that has no value: asking for it tells whether Redis answers."""
+"""A key without a value, to find out whether Redis answers."""
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Page `number` of a chunk's stored bytes, whose BLAKE3 is `digest`; `blocks` are those of its blocks, joined."""
+    """Page `number` of a chunk's stored bytes, whose BLAKE3 is `digest`; `blocks` joins the digests of its blocks."""
 
     digest: str
     number: int
@@ -69,7 +69,7 @@ class Segment:
         return f"{self.key}:lock"
 
     def take(self, blocks: Sequence[bytes], destination: memoryview) -> bool:
-        """Copy its blocks to where they belong; False if one is wrong."""
+        """Copy its blocks to their destination; return False if one is wrong."""
         for index, block in enumerate(blocks):
             place = destination[index * BLOCK_BYTES : (index + 1) * BLOCK_BYTES]
             if len(block) != len(place) or not self._has(index, block):
@@ -78,7 +78,7 @@ class Segment:
         return True
 
     def fits(self, data: memoryview) -> bool:
-        """Whether these are its bytes."""
+        """Whether the data matches the digests."""
         starts = range(0, len(data), BLOCK_BYTES)
         return all(self._has(index, data[start : start + BLOCK_BYTES]) for index, start in enumerate(starts))
 
@@ -87,20 +87,19 @@ class Segment:
 
 
 class Pace:
-    """How long readers wait for a full segment, as a moving average; what they wait for includes each other.
+    """How long readers wait for a full segment, as a moving average; waits for other readers are included.
 
     Attributes:
-        seconds: for a full segment; 0 if none was measured.
-        samples: how many were.
+        seconds: the average for a full segment; 0 before the first sample.
+        samples: the number of samples.
     """
 
     def __init__(self) -> None:
-        """Nothing is measured yet."""
         self.seconds = 0.0
         self.samples = 0
 
     def note(self, seconds: float, size: int) -> None:
-        """Take a wait for so many bytes into account; that for a few bytes says nothing."""
+        """Add a sample: a wait for `size` bytes. Small sizes are ignored because they say nothing."""
         if size >= BLOCK_BYTES:
             full = seconds * PAGE_BYTES / size
             self.seconds = 0.7 * self.seconds + 0.3 * full if self.samples else full
@@ -111,29 +110,29 @@ class Pace:
 
 
 class RedisTier:
-    """A Redis that several servers share. `open` it in the event loop it is used in, and `close` it there."""
+    """A Redis that several servers share. `open` and `close` it in the event loop in which it is used."""
 
     def __init__(self, url: str) -> None:
-        """Use the Redis at this URL; nothing is connected yet.
+        """Use the Redis at this URL, without connecting yet.
 
         Raises:
-            ConfigurationError: the URL is not one of a Redis, or the `redis` package is missing.
+            ConfigurationError: the URL is not a Redis URL, or the `redis` package is missing.
         """
         self.url = display_url(url)
         self._secret_url = url
-        self._link: RedisLink | None = None  # while Redis is bypassed, or this is closed
+        self._link: RedisLink | None = None  # None while Redis is bypassed, or this is closed
         self._tasks: set[asyncio.Task[None]] = set()
         self._reset(Journal())
 
     def _reset(self, journal: Journal) -> None:
-        self._known = RedisLink(self._secret_url)  # never used itself
+        self._known = RedisLink(self._secret_url)  # only a template for links
         self._journal = journal
         self._metrics = Metrics()
-        self._reachable: bool | None = None  # not known until it is asked
-        self._bypassed, self._since = "", time.monotonic()  # why; and since when it is, or is not
+        self._reachable: bool | None = None  # None: unknown until it is asked
+        self._bypassed, self._since = "", time.monotonic()  # the reason, or ""; and the time of the last change
         self._pause = _FIRST_PAUSE
         self._denied_until = float("-inf")
-        self._last: Segment | None = None  # one that Redis had, or was given
+        self._last: Segment | None = None  # the last one that was read or written
         self._redis, self._storage = Pace(), Pace()
         self._writes, self._waiting = asyncio.Semaphore(_WRITES), 0
         self._checking = asyncio.Lock()
@@ -142,7 +141,7 @@ class RedisTier:
 
     @property
     def state(self) -> RedisState:
-        """Where it is, whether it answered when it was last asked, what it did, and why it is bypassed, if it is."""
+        """The URL, whether Redis answered the last time, its counters, and the reason if it is bypassed."""
         count = self._metrics.count
         state: RedisState = {
             "url": self.url,
@@ -159,16 +158,16 @@ class RedisTier:
 
     @property
     def bypasses(self) -> int:
-        """How often it was bypassed after it had been used."""
+        """How often it was bypassed after being in use."""
         return self._metrics.count("bypasses")
 
     @property
     def waits(self) -> Mapping[str, float]:
-        """The seconds that readers wait for a full segment from `redis` and from the `storage`; 0 if not measured."""
+        """The average wait for a full segment from `redis` and the `storage`, in seconds; 0 if not measured."""
         return {"redis": self._redis.seconds, "storage": self._storage.seconds}
 
     async def open(self, journal: Journal) -> None:
-        """Connect. If it cannot be reached, go on; the journal notes that, and when it changes."""
+        """Connect. If Redis is unreachable, continue without it; the journal notes this, and any change."""
         self._reset(journal)
         self._bypass("not reached yet")
         await self.check()
@@ -178,16 +177,16 @@ class RedisTier:
         await cancel_all(self._tasks)
         async with self._checking:
             self._link, self._reachable, self._bypassed = None, None, ""
-        await self._known.close()  # all links have its client, also one whose own closing was cancelled just now
+        await self._known.close()  # all links share its client; this also closes one whose own closing was cancelled
         self._poisonings.flush()
         self._denials.flush()
 
     async def read(
         self, segment: Segment, destination: memoryview, load: Callable[[], Coroutine[Any, Any, None]]
     ) -> bool:
-        """Fill `destination` with all of a segment, and return whether that came from Redis.
+        """Fill `destination` with the whole segment; return whether it came from Redis.
 
-        Otherwise `load` filled it, from the storage; what that raises is raised.
+        Otherwise `load` filled it from the storage; exceptions of `load` are raised.
         """
         link, token = self._link, ""
         if link is not None:
@@ -215,7 +214,7 @@ class RedisTier:
         return False
 
     async def _fetch(self, link: RedisLink, segment: Segment, destination: memoryview) -> bool:
-        """Fill `destination` from Redis, and return whether it had the segment."""
+        """Fill `destination` from Redis; return whether Redis had the segment."""
         started = time.monotonic()
         blocks = await link.read(segment.key, len(destination))
         is_hit = bool(blocks) and await in_thread(segment.take, blocks, destination)
@@ -227,14 +226,14 @@ class RedisTier:
             self._metrics.add("poisoned")
             self._poisonings.note(f"Redis at {self.url} had a wrong value, which is deleted; the storage is read")
             await link.delete(segment.key)
-        # What Redis lacks says nothing, unless even that answer took longer than the storage takes.
+        # A miss says nothing about speed, unless even that answer took longer than the storage takes.
         seconds = time.monotonic() - started
         if is_hit or seconds > self._storage.seconds > 0:
             self._note_wait(link, seconds, len(destination))
         return is_hit
 
     async def _lock(self, link: RedisLink, segment: Segment) -> str:
-        """Become the one who writes a segment, and return the lock's token; "" if somebody else is."""
+        """Lock a segment for writing; return the lock's token, or "" if another server holds the lock."""
         token = secrets.token_hex(8)
         try:
             return token if await link.lock(segment.lock, token, _LOCK_SECONDS) else ""
@@ -243,9 +242,9 @@ class RedisTier:
             return ""
 
     async def _appears(self, link: RedisLink, segment: Segment, size: int, seconds: float) -> bool:
-        """Whether another server has written a segment since it was asked for, or does so within these seconds.
+        """Whether another server has written a segment in the meantime, or does so within these seconds.
 
-        What was waited for in vain counts as slow: locks that nobody gives back must not keep readers waiting for long.
+        A wait in vain is counted as slow: locks that are never released must not keep delaying readers.
         """
         pause, deadline = 0.02, time.monotonic() + seconds
         while link is self._link:
@@ -262,7 +261,7 @@ class RedisTier:
         return False
 
     async def _write(self, link: RedisLink, segment: Segment, data: memoryview | None, token: str) -> None:
-        """Write a segment, if there is room and the storage had what it has to be, and give its lock back."""
+        """Write a segment if there is data that matches its digests, and release its lock."""
         try:
             if data is not None:
                 async with self._writes:
@@ -278,19 +277,19 @@ class RedisTier:
             self._leave(link, str(exc))
 
     def _note_denial(self, exc: DeniedError) -> None:
-        """Write nothing for a while."""
+        """Pause writing for a while."""
         self._denied_until = time.monotonic() + _DENIED_SECONDS
         self._denials.note(f"Redis at {self.url} takes nothing at the moment, and is only read", str(exc))
 
     def _note_wait(self, link: RedisLink, seconds: float, size: int) -> None:
-        """Take a reader's wait into account, and bypass Redis if it has become slower than the storage."""
+        """Add a reader's wait, and bypass Redis if it has become slower than the storage."""
         self._redis.note(seconds, size)
         if self._redis.samples >= _FEWEST_SAMPLES and self._redis.seconds > _SLOWER * self._storage.seconds > 0:
             reason = f"slower than the storage ({self._redis} for a page, beside {self._storage})"
             self._leave(link, reason, is_away=False)
 
     def _leave(self, link: RedisLink, reason: str, *, is_away: bool = True) -> None:
-        """Bypass Redis from now on, unless somebody else has seen to it."""
+        """Bypass Redis from now on, unless that was done already."""
         if link is not self._link:
             return
         self._link = None
@@ -309,21 +308,21 @@ class RedisTier:
         self._spawn(self._come_back(self._since))
 
     async def _come_back(self, since: float) -> None:
-        """Try Redis every now and then, until it is used again."""
+        """Retry Redis from time to time, until it is used again."""
         while self._since == since:
             await asyncio.sleep(self._pause)
             await self.check()
 
     async def check(self) -> None:
-        """Find out whether it answers, within a second. If it is bypassed, use it again if it is not too slow.
+        """Check whether Redis answers, within a second. If it is bypassed, use it again unless it is too slow.
 
-        The journal notes what has changed.
+        The journal notes any change.
         """
         is_under_way = self._checking.locked()
         async with self._checking:
             link = self._link
             if is_under_way:
-                return  # somebody else has just found out
+                return  # another caller has just checked
             if link is not None:
                 try:
                     await link.has(_NONE)
@@ -333,7 +332,7 @@ class RedisTier:
                 await self._try()
 
     async def _try(self) -> None:
-        """Use a Redis that is bypassed again, if it can be reached and is not slower than the storage."""
+        """Use a bypassed Redis again, if it is reachable and not slower than the storage."""
         link, was_reachable = self._known.again(), self._reachable
         try:
             started = time.monotonic()

@@ -1,7 +1,7 @@
-"""What a server reads from files while it serves: tokens and certificates, again whenever they change.
+"""Tokens and certificates that a server reads from files, and rereads whenever they change.
 
-Files are read in a thread, every two seconds and whenever it is asked for. Contents that cannot be used leave what was
-there before in force; that is said once for each of them.
+Files are read in a thread, every two seconds and on demand. If new contents are invalid, the previous ones stay in
+force; each failure is reported once.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ class FromFiles(ABC):
     """Something that is read from files, and replaced when they change."""
 
     shown = ""
-    """What it is, in words."""
+    """Its name in messages."""
     _digest: bytes | None = None
     _complaint = ""
 
@@ -35,32 +35,32 @@ class FromFiles(ABC):
 
     @abstractmethod
     def load(self, contents: bytes) -> Callable[[], str]:
-        """Return what puts the contents in force, and says in words what that is. Runs in a thread.
+        """Return a function that puts the contents in force and returns a description. Runs in a thread.
 
         Raises:
-            ConfigurationError: they cannot be used.
+            ConfigurationError: the contents are invalid.
         """
 
     def look(self, *, anyway: bool) -> Callable[[], str] | None:
-        """Read the files; None if they are as before, and not wanted anyway. Runs in a thread."""
+        """Read and load the files; return None if they have not changed, unless `anyway`. Runs in a thread."""
         before, self._digest = self._digest, None
         contents = self.contents()
         self._digest = hashlib.sha256(contents).digest()
         if self._digest == before and not anyway:
-            return None  # so what cannot be used is not tried again either
+            return None  # so invalid contents are not tried again either
         return self.load(contents)
 
     def is_new(self, complaint: str) -> bool:
-        """Whether this was not complained of last time."""
+        """Whether the complaint differs from the previous one, which it replaces."""
         before, self._complaint = self._complaint, complaint
         return complaint != before
 
 
 class Reloading:
-    """Reads files when the server starts, when they change, and when it is asked for."""
+    """Reads files when the server starts, when they change, and on demand."""
 
     def __init__(self, files: Sequence[FromFiles], journal: Journal) -> None:
-        """Nothing is read yet."""
+        """Start without reading anything."""
         self._files = files
         self._journal = journal
         self._failures = Sparse(journal, "failed", logging.ERROR)
@@ -68,26 +68,26 @@ class Reloading:
         self._polling: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Read everything for the first time, and then whenever it changes.
+        """Read everything for the first time, and start polling for changes.
 
         Raises:
-            ConfigurationError: something cannot be used.
+            ConfigurationError: something is invalid.
         """
-        self._alone = asyncio.Lock()  # of this event loop
+        self._alone = asyncio.Lock()  # for this event loop
         for one in self._files:
             await self._look(one, anyway=True)
         if self._files:
             self._polling = asyncio.create_task(self._poll(), name="surfw reloading")
 
     async def stop(self) -> None:
-        """Read no more."""
+        """Stop polling."""
         if self._polling is not None:
             await cancel_all([self._polling])
             self._polling = None
         self._failures.flush()
 
     async def look(self, *, anyway: bool = False) -> bool:
-        """Read what has changed, or everything anyway; return whether all that was read can be used."""
+        """Read what has changed, or everything if `anyway`; return whether everything read is valid."""
         can_be_used = True
         async with self._alone:
             for one in self._files:
@@ -104,7 +104,7 @@ class Reloading:
         return can_be_used
 
     async def _look(self, one: FromFiles, *, anyway: bool) -> str | None:
-        """Put in force what has changed, and return what that is, in words; None if nothing has."""
+        """Put changes in force and return their description; None if there are none."""
         put_in_force = await asyncio.to_thread(one.look, anyway=anyway)
         if put_in_force is None:
             return None
@@ -116,5 +116,5 @@ class Reloading:
             await asyncio.sleep(POLL_SECONDS)
             try:
                 await self.look()
-            except Exception as exc:  # noqa: BLE001 - no thread, or a bug: a token that is withdrawn later must not stay
+            except Exception as exc:  # noqa: BLE001 - no thread, or a bug: later withdrawals of tokens must still work
                 self._failures.note("files could not be looked at, and are at the next look", trace=exc)

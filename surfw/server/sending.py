@@ -1,11 +1,10 @@
 """The writing side of a connection: its answers take turns by priority, within the client's credit.
 
-A turn sends one run. Turns go to the lowest priority number first, and in order of asking among equals, so that answers
-of the same priority interleave. Writing a run needs no `await`: an announcement and all of its bytes go out together,
-and an answer that waits for credit holds no bytes of the cache meanwhile. What the socket does not take at once waits
-as views of its page (see `outbox`), and is copied if the page is evicted: otherwise a client could keep pages alive for
-as long as it likes. So a client that does not read costs one run, and the messages that end its requests, which are
-counted.
+A turn sends one run. The lowest priority number goes first, and equal ones in order of asking, so that their answers
+interleave. A run is written without `await`: an announcement and all of its bytes go out together, and an answer that
+waits for credit holds no bytes of the cache. What the socket does not accept at once waits as views of its page (see
+`outbox`), and is copied if the page is evicted; otherwise a client could keep pages alive indefinitely. So a client
+that does not read costs one run, and the messages that end its requests, which are counted.
 """
 
 import asyncio
@@ -24,7 +23,7 @@ from surfw.server.reception import FairConnection
 from surfw.wire import Begin, Data, Failed, Models, Progress, ServerSession, binary_header
 
 _RUN_SECONDS = 0.1
-"""Runs that take longer to be sent are made shorter."""
+"""Runs that take longer to send are shortened."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +31,7 @@ class Document:
     """A whole answer, such as a manifest. It holds no bytes while it waits to be sent.
 
     Attributes:
-        size: how many bytes.
+        size: the number of bytes.
         digest: their BLAKE3.
         load: returns them; called for every run.
     """
@@ -42,7 +41,7 @@ class Document:
     load: Callable[[], Awaitable[bytes]]
 
     async def view(self, start: int, stop: int) -> memoryview:
-        """Return bytes `start` to `stop` of it, for use until the next `await`."""
+        """Return bytes `start` to `stop`, valid until the next `await`."""
         return memoryview(await self.load())[start:stop]
 
 
@@ -50,13 +49,13 @@ class Sender:
     """Sends a session's messages and runs over a WebSocket.
 
     Attributes:
-        sent_bytes: how much was sent of models and other answers, without messages.
+        sent_bytes: bytes of models and other answers sent so far, without messages.
     """
 
     def __init__(
         self, websocket: FairConnection, session: ServerSession, metrics: Metrics, pace: ClientPace | None = None
     ) -> None:
-        """Take over the writing side of the connection, which sends at a pace; counts `bytes_sent`."""
+        """Take over the writing side of the connection, limited to a pace; counts `bytes_sent`."""
         self._pace = pace or Pacing().client()
         self._websocket = websocket
         self._session = session
@@ -74,7 +73,7 @@ class Sender:
         self._write_text(self._session.hello())
 
     def send(self, message: Models | Begin | Progress | Failed | Data) -> None:
-        """Write a message. Those that fail a request are counted until the socket has taken them."""
+        """Write a message. Error messages are counted until the socket has taken them."""
         self._write_text(self._session.send(message))
         if isinstance(message, Failed) and self._is_open() and self._websocket.transport.get_write_buffer_size():
             self._untaken += 1
@@ -83,7 +82,7 @@ class Sender:
         """Send a piece, which begins at byte `at` of the answer, in runs, each in its turn.
 
         Raises:
-            StorageError: it cannot be read.
+            StorageError: the piece cannot be read.
         """
         sent = 0
         while sent < piece.size:
@@ -91,13 +90,13 @@ class Sender:
                 sent += await self._send_run(request_id, at + sent, piece, sent, priority)
 
     async def _send_run(self, request_id: int, at: int, piece: Document | StoredPiece, sent: int, priority: int) -> int:
-        """Send what may be sent now of a piece, and return how much that was.
+        """Send as much of a piece as may be sent now; return how much that was.
 
-        While a client keeps us waiting, none of its requests may hold a view: even a single byte would keep a whole
-        page alive, beyond the cache's budget. The run that waits for the socket lets go of its page when it has to.
+        None of a client's requests may hold a view while waiting for the client: even a single byte would keep a whole
+        page alive, beyond the cache's budget. The run that waits for the socket releases its page on eviction.
         """
         room = min(self._run_bytes, self._session.credit_bytes)
-        room = room - room % self._limits.frame_bytes or room  # whole frames, unless there is credit for less than one
+        room = room - room % self._limits.frame_bytes or room  # whole frames, unless credit is less than one
         if (most := self._pace.most_bytes) is not None:
             room = min(room, most)
             await self._pace.wait(min(room, piece.size - sent), priority)
@@ -109,13 +108,13 @@ class Sender:
         if isinstance(piece, StoredPiece):
             with piece.held(outbox):
                 await outbox.sent()
-        else:  # a view would keep all of the document
+        else:  # a view would keep the whole document alive
             outbox.let_go()
         self._adapt(time.monotonic() - started)
         return size
 
     def _adapt(self, seconds: float) -> None:
-        """Make runs shorter while they take long, so that what is more urgent, or a cancellation, need not wait."""
+        """Shorten runs while they are slow, so that more urgent answers and cancellations need not wait."""
         if seconds > _RUN_SECONDS:
             self._run_bytes = max(self._limits.frame_bytes, self._run_bytes // 2)
         else:
@@ -123,7 +122,7 @@ class Sender:
 
     @contextlib.asynccontextmanager
     async def turn(self, priority: int, least_bytes: int) -> AsyncIterator[None]:
-        """Wait for a turn, and for credit of `least_bytes`; the turn ends with the body, which sends one run."""
+        """Wait for a turn and for credit of `least_bytes`; the turn ends with the body, which sends one run."""
         granted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         heapq.heappush(self._waiting, (priority, self._asked, least_bytes, granted))
         self._asked += 1
@@ -141,7 +140,7 @@ class Sender:
             self.grant()
 
     def grant(self) -> None:
-        """Give the next turn, if nobody has one and there is credit for it."""
+        """Give the next turn, if none is in use and there is credit for it."""
         while self._waiting and self._waiting[0][-1].done():
             heapq.heappop(self._waiting)
         if self._busy or not self._waiting or self._session.credit_bytes < self._waiting[0][2]:
@@ -151,18 +150,18 @@ class Sender:
 
     @property
     def taken_bytes(self) -> int:
-        """How much the client has taken so far: what its system took, and what it credited."""
+        """How much the client has taken so far: the bytes its system received plus those it credited."""
         return self._websocket.outbox.sent_bytes + self._session.credited_bytes
 
     @property
     def is_blocked(self) -> bool:
-        """Whether the client keeps what it asked for waiting: it takes nothing, or gives no credit."""
+        """Whether answers wait for the client: it reads nothing, or gives no credit."""
         wants_credit = bool(self._waiting) and not self._busy and self._session.credit_bytes < self._waiting[0][2]
         is_full = self._websocket.outbox.is_waiting or bool(self._websocket.transport.get_write_buffer_size())
         return wants_credit or is_full
 
     async def keep_up(self) -> None:
-        """If as many requests failed as may be open, wait until the client has been told of them."""
+        """If as many errors are unsent as requests may be open, wait until the client has received them."""
         if self._untaken >= self._limits.requests_in_flight:
             self._websocket.transport.set_write_buffer_limits(0)  # until nothing is left
             try:
@@ -171,7 +170,7 @@ class Sender:
                 self._websocket.transport.set_write_buffer_limits(self._limits.frame_bytes)
 
     async def _drain(self) -> None:
-        """Wait until little is left to send. If the connection is lost, its receiving side finds out."""
+        """Wait until little is left to send. If the connection is lost, the receiving side detects it."""
         with contextlib.suppress(OSError):
             await self._websocket.drain()
         if not self._websocket.transport.get_write_buffer_size():
@@ -196,6 +195,6 @@ class Sender:
             frame = run[start : start + self._limits.frame_bytes]
             parts += [prefix + binary_header(len(frame)), frame]
             prefix = b""
-        self.sent_bytes += len(run)  # before the client can have them
+        self.sent_bytes += len(run)  # counted before the client can receive them
         self._metrics.add("bytes_sent", len(run))
         self._websocket.outbox.write(parts)

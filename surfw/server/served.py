@@ -1,7 +1,7 @@
-"""What a server serves, from a start to the next stop: a store, its models, a cache of its pages, and the counters.
+"""What a server serves from start to stop: a store, its models, a cache of its pages, and the counters.
 
-The store lies in a storage that the caller opened, or at a folder or URL. A plain checkpoint there is served from where
-it is: through a private store, which a child process makes, so that this one never loads torch.
+The store is in a storage that the caller opened, or at a folder or URL. A plain checkpoint there is served in place,
+through a private store that a child process creates, so that this process never loads torch.
 """
 
 import asyncio
@@ -31,23 +31,23 @@ from surfw.storage.store import is_checkpoint
 from surfw.wire import CacheShortage
 
 _CHECK_SECONDS = 2
-"""Less than what a plain request may take: it is answered even while the storage hangs."""
+"""Less than the time limit of a plain request, which must be answered even while the storage hangs."""
 
 _MB_STEP = 10
-"""A size of the cache that is recommended is a multiple of this."""
+"""Recommended cache sizes are multiples of this."""
 
 
 class ServedStore:
     """A store as a server reads it. It is opened anew for each start, with an empty cache and counters at zero.
 
     Attributes:
-        url: where it lies, as it may be shown.
+        url: the location of the store, without credentials.
         metrics: the counters.
         catalog: its models.
-        pages: its bytes, through a cache.
-        digests: those that are found out late.
-        recording: of what clients read, if it is recorded.
-        cache_shortage: how far the cache is too small for the largest model that was read; None if it is not.
+        pages: its cached pages.
+        digests: computes digests that manifests lack.
+        recording: the recording of what clients read, if there is one.
+        cache_shortage: by how much the cache is too small for the largest model read so far; None if it is not.
     """
 
     def __init__(
@@ -60,9 +60,9 @@ class ServedStore:
         policy: CachePolicy = "schedule",
         record: Path | None = None,
     ) -> None:
-        """Open the storage; nothing is read yet. A storage that is given, and not named, stays open afterwards.
+        """Open the storage; nothing is read yet. A storage that was passed in stays open afterwards.
 
-        The options are for the storage at that folder or URL, and for the origins of models that were not copied.
+        The options are for the storage at the folder or URL, and for the origins of models that are served in place.
 
         Raises:
             ConfigurationError: the storage cannot be opened.
@@ -78,11 +78,11 @@ class ServedStore:
         self._open()
 
     def put_behind(self, redis: RedisTier) -> None:
-        """Ask a Redis before the storage, from now on. It stays the caller's, who opens and closes it."""
+        """Ask this Redis before the storage from now on. The caller opens and closes it."""
         self._redis = self.pages.redis = redis
 
     def _open(self, private: Path | None = None) -> None:
-        """Open the storage; or instead, the private store that was made for the checkpoint there."""
+        """Open the storage or, if given, the private store for the checkpoint there."""
         source = self._source
         if isinstance(source, StorageBackend):
             backend, place = source, str(source.url)
@@ -101,10 +101,10 @@ class ServedStore:
         self._closed = False
 
     async def start(self) -> None:
-        """Open it again if it was closed, make a private store for a plain checkpoint, and look for models.
+        """Reopen the storage if it was closed, create a private store for a plain checkpoint, and look for models.
 
         Raises:
-            SurfwError: neither a store nor a checkpoint is there, or it cannot be read.
+            SurfwError: there is neither a store nor a checkpoint, or it cannot be read.
         """
         if self._closed:
             self._open()
@@ -119,12 +119,12 @@ class ServedStore:
             self.recording = Recording(self._record, self._journal)
 
     async def look(self) -> None:
-        """Make sure that the store is there and can be read, and look for new models."""
+        """Check that the store exists and can be read, and look for new models."""
         await self.store.check()
         await self.catalog.models()
 
     async def reload(self) -> str:
-        """Look up all models anew, and return what is there now in words; what cannot be read stays as it was.
+        """Reload all models and return a summary in words; what cannot be read stays as it was.
 
         Raises:
             SurfwError: something cannot be read.
@@ -133,7 +133,7 @@ class ServedStore:
         return await self.catalog.reload()
 
     async def is_ready(self) -> bool:
-        """Look as `look` does, and return whether the storage can be reached; log why not."""
+        """Check the store as `look` does; return whether the storage is reachable, and log why not."""
         try:
             async with asyncio.timeout(_CHECK_SECONDS):
                 await self.look()
@@ -148,7 +148,7 @@ class ServedStore:
         return self.pages.healthy
 
     def note_reading(self, model: str) -> None:
-        """A client reads this model: note if the cache is too small for it, and for none that was read before."""
+        """Note that a client reads this model, and report if the cache is too small for it and was not for others."""
         size, known = self.catalog.pass_bytes(model), self.cache_shortage
         if size <= max(self.pages.cache.capacity_bytes, known["pass_bytes"] if known else 0):
             return
@@ -174,11 +174,11 @@ class ServedStore:
 
 
 async def make_private_store(place: str, options: Mapping[str, Any]) -> Path:
-    """Make a store whose one model is the checkpoint at a folder or URL, and return its folder.
+    """Create a store whose one model is the checkpoint at a folder or URL, and return its folder.
 
-    What the child process raises is raised here.
+    Exceptions of the child process are raised here.
     """
-    command = (sys.executable, "-P", "-m", "surfw.chunking.in_place")  # -P: no module is taken from the current folder
+    command = (sys.executable, "-P", "-m", "surfw.chunking.in_place")  # -P: import nothing from the current folder
     try:
         stores = str(await asyncio.to_thread(private_stores))
         work = json.dumps({"place": place, "options": dict(options), "stores": stores}).encode()
@@ -187,7 +187,7 @@ async def make_private_store(place: str, options: Mapping[str, Any]) -> Path:
             f"the storage options of {display_url(place)} cannot be handed to another process ({exc}); give plain "
             "values, or run surfw chunk --in-place, and serve that store"
         ) from exc
-    # In a session of its own, since a terminal's Ctrl-C is for this process, which then ends the child.
+    # In its own session: a terminal's Ctrl-C must reach only this process, which then ends the child.
     child = await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE, start_new_session=True)
     try:
         written, _ = await child.communicate(work)

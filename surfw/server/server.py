@@ -1,7 +1,7 @@
-"""The server: a store, and a port where clients and monitors are answered.
+"""The server: serves a store to clients and monitors on one port.
 
-Its process imports neither torch nor transformers. It trusts no client: see `wire` for what is refused, `listening` for
-who may come, `catalog` for what can be named, `pages` and `sending` for what bounds its memory.
+Its process imports neither torch nor transformers. It trusts no client: `wire` refuses malformed messages, `listening`
+decides who may connect, `catalog` looks up every name, and `pages` and `sending` bound the memory used.
 """
 
 import asyncio
@@ -57,11 +57,11 @@ from surfw.wire import MOST_CONNECTIONS, ClientFacts, SendingState, ServerHealth
 _ADVANCED_CACHE_MB = 1000
 
 _ACCEPT_STEPS = 3
-"""More than the turns of the event loop that it takes to make a connection of what was accepted."""
+"""More iterations of the event loop than asyncio needs to make a connection of an accepted socket."""
 
 
 class WeightServer:
-    """Serves a store; use it as an async context manager, or `start` and `stop` it, as often as you like."""
+    """Serves a store. Use it as an async context manager, or `start` and `stop` it, as often as you like."""
 
     def __init__(
         self,
@@ -85,36 +85,36 @@ class WeightServer:
         max_client_bytes_per_second: float | None = None,
         slow_client_timeout: float = DEFAULT_SLOW_SECONDS,
     ) -> None:
-        """Say what to serve, and where; nothing is read yet.
+        """Configure the server; nothing is read yet.
 
         Args:
-            storage_backend: the storage of the store. It stays the caller's, who closes it.
-            model_path: instead, the store's folder or URL, opened and closed by the server; or that of a plain
-                checkpoint, which is then served from where it is.
+            storage_backend: the storage of the store. The caller remains responsible for closing it.
+            model_path: instead of a backend, the folder or URL of a store, which the server opens and closes; or of
+                a plain checkpoint, which is served in place.
             host: address to listen on; other machines reach it only with a token and `ssl`, or `insecure`.
             port: TCP port; 0 lets the system choose.
             cache_size_mb: budget of the cache of stored bytes, in units of 10^6 bytes; at least 16 MiB are used.
-            token: what clients have to show; without it, and without `token_file`, everybody is let in who reaches
-                the port.
-            token_file: instead, a file with one token, or with several, each with the models that it may read and the
-                time when it expires. It is read again when it changes.
-            ssl: the certificate, for `wss://`: its files, which are read again when they change, or a context.
+            token: the token that clients must send. Without `token` and `token_file`, anyone who reaches the port is
+                admitted.
+            token_file: a file with one token, or with several, each with the models it may read and its expiry
+                time. It is reread when it changes.
+            ssl: the certificate for `wss://`: either its files, which are reread when they change, or a context.
             insecure: listen beyond loopback without a token, or with a token in clear text.
-            clients: the most connections at a time.
-            allowed_hosts: names that the server may be called by, besides addresses, `localhost` and its `host`.
+            clients: the maximum number of connections at a time.
+            allowed_hosts: host names that requests may use for the server, besides addresses, `localhost` and `host`.
                 Without a token, requests for other names are refused: a web page could have made them.
             limits: sizes of messages, frames and windows.
-            storage_options: for the storage that `model_path` names, such as `{"endpoint_url": "http://…"}`.
-            cache_policy: what the cache keeps. `schedule`: what clients need soonest, as they announce it, and else
-                what was used last. `lru`: what was used last.
-            record: a file for what clients read, which `surfw bench cache --trace` reads; replaced at each start.
-            max_bytes_per_second: the most that all clients together are sent, at least 1 MB; None for no limit.
-            max_client_bytes_per_second: the most that each of them is sent, likewise.
-            slow_client_timeout: seconds after which a client is closed that takes nothing of what it asked for. It may
-                connect again.
+            storage_options: options for the storage of `model_path`, such as `{"endpoint_url": "http://…"}`.
+            cache_policy: `schedule` keeps what clients will need soonest by their schedules, then what was used most
+                recently. `lru` keeps what was used most recently.
+            record: a file to record what clients read, for `surfw bench cache --trace`; replaced at each start.
+            max_bytes_per_second: the send rate limit for all clients together, at least 1 MB; None for no limit.
+            max_client_bytes_per_second: the send rate limit for each client, likewise.
+            slow_client_timeout: seconds after which a client that takes none of the data it requested is
+                disconnected. It may reconnect.
 
         Raises:
-            ConfigurationError: one of them cannot be used.
+            ConfigurationError: an argument is invalid.
         """
         check_cache_policy(cache_policy)
         source = _expect_source(storage_backend, model_path, storage_options)
@@ -168,16 +168,16 @@ class WeightServer:
         self._reloads.add("the models", self._served.reload)
 
     def _alone(self) -> asyncio.Lock:
-        """Held while the server starts or stops; each event loop that it is used in has a lock of its own."""
+        """Return the lock that serializes start and stop; each event loop that uses the server gets its own."""
         if self._loop is not asyncio.get_running_loop():
             self._loop, self._changing = asyncio.get_running_loop(), asyncio.Lock()
         return self._changing
 
     async def start(self) -> None:
-        """Listen.
+        """Start listening.
 
         Raises:
-            ConfigurationError: the address cannot be used, or the server is started already.
+            ConfigurationError: the address cannot be used, or the server is already started.
             NotAStoreError: the storage holds no store.
             StorageError: the storage cannot be read.
         """
@@ -202,7 +202,7 @@ class WeightServer:
                 raise
 
     async def stop(self) -> None:
-        """Say goodbye to the clients, stop reading, and free the port. Stopping twice is fine."""
+        """Close the client connections, stop reading, and free the port. Stopping twice is fine."""
         async with self._alone():
             if self._websockets is None:
                 return
@@ -215,29 +215,29 @@ class WeightServer:
             self._stopped.set()
 
     async def drain(self, most_seconds: float = DEFAULT_DRAIN_SECONDS) -> int:
-        """Take no new requests and connections, and answer those that are in flight; then `stop` loses nothing.
+        """Refuse new requests and connections, and answer those in flight; a following `stop` then loses nothing.
 
-        `/readyz` says 503 meanwhile, and clients stay connected: `stop` tells them to connect again.
+        `/readyz` returns 503 meanwhile. Clients stay connected until `stop` tells them to reconnect.
 
         Args:
-            most_seconds: how long that may take.
+            most_seconds: the time limit.
 
         Returns:
-            How many requests were not answered within that time.
+            The number of requests that were not answered in time.
         """
         return await self._drain.run(self._connections, most_seconds)
 
     async def reload(self) -> bool:
-        """Look again at what may have changed beside the server: tokens, certificates, and the models of its store.
+        """Reload what may have changed outside the server: tokens, certificates, and the models of its store.
 
         Returns:
-            Whether all of it could be read; the journal and the log say what could not, and stays as it was.
+            Whether everything could be read. What could not is kept as it was, and noted in the journal and the log.
         """
         return await self._reloads.run(after=await self._reloading.look(anyway=True))
 
     @staticmethod
     async def _stop_accepting(listening: Server) -> None:
-        """Accept no more, and wait for what was accepted just now: asyncio would leave its socket open for good."""
+        """Stop accepting, and wait for sockets that were just accepted: asyncio would never close them."""
         loop = asyncio.get_running_loop()
         for one in listening.sockets:
             loop.remove_reader(one.fileno())
@@ -245,10 +245,10 @@ class WeightServer:
             await asyncio.sleep(0)
 
     async def serve_forever(self) -> None:
-        """Wait until the server is stopped. If it is not started, start it, and stop it if the wait is cancelled.
+        """Wait until the server is stopped. Start it first if needed; then stop it if the wait is cancelled.
 
         Raises:
-            SurfwError: it cannot be started; see `start`.
+            SurfwError: the server cannot be started; see `start`.
         """
         starting = self._websockets is None
         if starting:
@@ -261,7 +261,7 @@ class WeightServer:
             raise
 
     async def _prepare(self) -> None:
-        """Make sure of what the server depends on, before it listens."""
+        """Open what the server needs before it listens."""
         await self._reloading.start()
         await self._served.start()
         self._process.cpu_percent()
@@ -284,24 +284,24 @@ class WeightServer:
 
     @property
     def port(self) -> int:
-        """The port that the server listens on; before that, the one that was asked for."""
+        """The port that the server listens on; before it listens, the configured one."""
         if self._websockets is None or not self._websockets.sockets:
             return self._listening.port
         return int(self._websockets.sockets[0].getsockname()[1])
 
     @property
     def url(self) -> str:
-        """Where clients find the server."""
+        """The address that clients connect to."""
         return self._listening.url(self.port)
 
     @property
     def is_draining(self) -> bool:
-        """Whether no new requests and connections are taken, because it is about to stop."""
+        """Whether new requests and connections are refused because the server is about to stop."""
         return self._drain.is_on
 
     @property
     def full(self) -> bool:
-        """Whether no more clients are taken."""
+        """Whether the limit on clients is reached."""
         return len(self._connections) >= self._clients
 
     async def _serve_client(self, websocket: FairConnection) -> None:
@@ -317,7 +317,7 @@ class WeightServer:
             slow_seconds=self._slow_seconds,
         )
         self._connections.add(connection)
-        if self._drain.is_on:  # it was let in just before
+        if self._drain.is_on:  # it was admitted just before
             connection.take_no_more()
         try:
             await connection.serve()
@@ -327,16 +327,16 @@ class WeightServer:
                 await asyncio.to_thread(_give_memory_back)
 
     async def health(self) -> ServerHealth:
-        """Whether the server listens, and whether its storage can be reached now; looks for new models too."""
+        """Report whether the server listens and can reach its storage now; also checks for new models."""
         live = self._websockets is not None
         ready = live and await self._served.is_ready()
         return {"live": live, "ready": ready, "storage": self._served.url, "models": list(self._served.catalog.names)}
 
     def stats(self, *, details: bool = False) -> ServerStats:
-        """The counters since the start, as `surfw stats --json` prints them.
+        """Return the counters since the start, as `surfw stats --json` prints them.
 
         Args:
-            details: events say where things lie, too, which clients are not told.
+            details: include in events where things are stored, which clients must not see.
         """
         served = self._served
         metrics, cache = served.metrics, served.pages.cache
@@ -383,7 +383,7 @@ class WeightServer:
         return state
 
     def metrics(self, stats: ServerStats | None = None) -> bytes:
-        """All that can be counted of it, as Prometheus reads it; of statistics that are given, what those say."""
+        """Return all metrics in Prometheus' text format, for the given statistics or the current ones."""
         return Exposition(
             stats=stats or self.stats(), served=self._served, journal=self._journal, reloads=self._reloads,
             newcomers=len(self._newcomers), accepted=self._connected, most_clients=self._clients,
@@ -391,13 +391,13 @@ class WeightServer:
         ).text()  # fmt: skip
 
     def _busiest(self) -> list[ClientFacts]:
-        """The clients that are answered now, then the others; of each, those before that were sent most."""
+        """Return the clients with open requests first, then the others; each group by bytes sent, the most first."""
         everybody = (connection.facts for connection in self._connections)
         return heapq.nlargest(MOST_CONNECTIONS, everybody, lambda one: (one["in_flight"] > 0, one["bytes_sent"]))
 
 
 class ServerOptions(TypedDict, total=False):
-    """How a server may be reached, and how it reads its storage; see `WeightServer`."""
+    """Options for access to a server and to its storage; see `WeightServer`."""
 
     token: str | None
     token_file: str | Path | None
@@ -415,9 +415,9 @@ class ServerOptions(TypedDict, total=False):
 
 
 class AdvancedWeightServer(WeightServer):
-    """A `WeightServer` with a Redis, in which servers share what they have read from the storage.
+    """A `WeightServer` with a Redis, through which servers share what they have read from the storage.
 
-    While Redis cannot be reached, or is slower than the storage, it serves as one without.
+    While Redis is unreachable, or slower than the storage, the server works without it.
     """
 
     def __init__(
@@ -429,12 +429,12 @@ class AdvancedWeightServer(WeightServer):
         cache_size_mb: float = _ADVANCED_CACHE_MB,
         **options: Unpack[ServerOptions],
     ) -> None:
-        """Say what to serve, and where; nothing is read yet.
+        """Configure the server; nothing is read yet.
 
         Args:
             chunks_dir: the store's folder or URL, opened and closed by the server.
-            redis_url: `redis://`, `rediss://` (with TLS) or `unix://`; of a cluster, `redis+cluster://` or
-                `rediss+cluster://`, with one of its nodes.
+            redis_url: `redis://`, `rediss://` (with TLS) or `unix://`; for a cluster, `redis+cluster://` or
+                `rediss+cluster://` with one of its nodes.
             host: address to listen on, as for `WeightServer`.
             port: TCP port; 0 lets the system choose.
             cache_size_mb: budget of the cache in the server's own memory, in units of 10^6 bytes.
@@ -443,7 +443,7 @@ class AdvancedWeightServer(WeightServer):
                 `slow_client_timeout`, as for `WeightServer`.
 
         Raises:
-            ConfigurationError: one of them cannot be used, or the `redis` package is missing.
+            ConfigurationError: an argument is invalid, or the `redis` package is missing.
         """
         expect("redis_url", redis_url, str, "redis://…, rediss://…, redis+cluster://… or unix://…")
         self._redis = RedisTier(redis_url)
@@ -459,14 +459,14 @@ class AdvancedWeightServer(WeightServer):
         await super()._release()
 
     async def health(self) -> ServerHealth:
-        """Whether the server listens, and whether its storage can be reached now; looks at Redis too."""
+        """Report whether the server listens and can reach its storage now; also checks Redis."""
         health, _ = await asyncio.gather(super().health(), self._redis.check())
         if "bypassed" in self._redis.state:
             health["redis"] = "bypassed"
         return health
 
     def stats(self, *, details: bool = False) -> ServerStats:
-        """The counters since the start, with `redis`: where it is, what it did, and whether it is bypassed."""
+        """Return the counters since the start, with `redis`: its URL, its counters, and whether it is bypassed."""
         stats = super().stats(details=details)
         stats["redis"] = self._redis.state
         return stats
@@ -475,7 +475,7 @@ class AdvancedWeightServer(WeightServer):
 def _expect_source(
     backend: StorageBackend | None, place: str | Path | None, options: Mapping[str, Any] | None
 ) -> StorageBackend | str | Path:
-    """Return what to serve, whichever of the two says so."""
+    """Return what to serve; exactly one of the two must be given."""
     if (backend is None) == (place is None):
         which, were = ("neither", "was") if place is None else ("both", "were")
         raise ConfigurationError(f"{which} of storage_backend and model_path {were} given; a server serves one of them")
@@ -491,6 +491,6 @@ def _expect_source(
 
 
 def _give_memory_back() -> None:
-    """Return to the system what the allocator keeps of what clients took, where there is a way to ask for it."""
+    """Return the allocator's free memory to the system, where `malloc_trim` exists."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)

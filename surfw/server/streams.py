@@ -1,4 +1,4 @@
-"""A run of pages that one request to a far storage fills: each page can be used as soon as it is there."""
+"""A run of pages filled by one request to a remote storage: each page can be used as soon as it has arrived."""
 
 import asyncio
 import time
@@ -9,13 +9,13 @@ from surfw.config import BLOCK_BYTES
 
 
 class RunStream:
-    """Memory that fills from its beginning to its end, page by page.
+    """Memory that is filled from beginning to end, page by page.
 
-    Nothing here refers to the memory of a page that is full, so that it can be evicted while the others arrive.
+    Full pages are not referenced here, so that they can be evicted while the others arrive.
 
     Attributes:
-        size: how many bytes there are.
-        arrived: how many of them are there.
+        size: the number of bytes.
+        arrived: how many of them have arrived.
     """
 
     def __init__(
@@ -26,13 +26,13 @@ class RunStream:
         *,
         patience_seconds: float,
     ) -> None:
-        """Take the memory of the pages over; belongs to the running event loop.
+        """Take over the memory of the pages; belongs to the running event loop.
 
         Args:
             memory: the memory of each page.
-            on_bytes: called with how many bytes arrived, and how many of the page that is being filled are there.
-            on_page: called with the memory of a page that is full, in order.
-            patience_seconds: from then on, every arrival is told, and not only whole blocks.
+            on_bytes: called with the number of bytes that arrived, and of those present of the current page.
+            on_page: called with the memory of each full page, in order.
+            patience_seconds: after this time, every arrival is reported, not only whole blocks.
         """
         self.size = sum(map(len, memory))
         self.arrived = 0
@@ -45,19 +45,19 @@ class RunStream:
         self._hurries = time.monotonic() + patience_seconds
 
     def take(self) -> Iterator[memoryview]:
-        """Give out the memory of each page, once, to whoever fills it."""
+        """Yield the memory of each page, once, to be filled."""
         while self._unread:
             yield self._unread.popleft()
 
     def note(self, count: int) -> None:
-        """Note, in any thread, that the first `count` bytes are there."""
+        """Report, from any thread, that the first `count` bytes have arrived."""
         self._seen = count
         if count - self._told >= BLOCK_BYTES or count == self.size or time.monotonic() > self._hurries:
             self._told = count
             self._loop.call_soon_threadsafe(self.advance, count)
 
     def advance(self, count: int) -> None:
-        """Note, in the loop, that the first `count` bytes are there."""
+        """Report, in the event loop, that the first `count` bytes have arrived."""
         if count <= self.arrived:
             return
         new, self.arrived = count - self.arrived, count
@@ -67,7 +67,7 @@ class RunStream:
         self._on_bytes(new, count - self._landed)
 
     def end(self) -> None:
-        """Nothing more will arrive; what is told later is too late."""
+        """End the stream; later reports are ignored."""
         self.advance(self._seen)
         self.arrived = self.size
         self._memory.clear()

@@ -1,7 +1,7 @@
-"""The server's side of TLS, from files that may be replaced while it serves.
+"""The server's side of TLS, from files that may be replaced while it runs.
 
-Each handshake takes the certificates that were read last: a new context takes the place of the one before as a whole,
-so that no handshake sees half of a change. Whoever shows no valid client certificate is told so by TLS's own alert.
+Each handshake uses the certificates that were read last: a new context replaces the previous one as a whole, so that no
+handshake sees half of a change. A client without a valid certificate receives TLS's own alert.
 """
 
 import ssl
@@ -19,8 +19,8 @@ _NO_CERTIFICATE = "PEER_DID_NOT_RETURN_A_CERTIFICATE"
 class _Handshake(ssl.SSLObject):
     """A session whose handshake may fail because of the client's certificate.
 
-    asyncio would end the connection at once, and drop the alert that says why. Here the failure waits, as if more were
-    to come, until the client has hung up or the time for the handshake is over; the alert goes out meanwhile.
+    asyncio would end the connection at once, and drop the alert with the reason. Here the failed handshake pretends to
+    wait for more input, until the client hangs up or the handshake times out; meanwhile the alert is sent.
     """
 
     context: "_Context"
@@ -28,7 +28,7 @@ class _Handshake(ssl.SSLObject):
     _has_failed = False
 
     def do_handshake(self) -> None:
-        """Go on with the handshake."""
+        """Continue the handshake."""
         if not self._has_failed:
             try:
                 super().do_handshake()
@@ -39,18 +39,18 @@ class _Handshake(ssl.SSLObject):
                 self.context.refused(exc)
             else:
                 return
-        self.incoming.read()  # or it would pile up
+        self.incoming.read()  # discard input, which would pile up
         raise ssl.SSLWantReadError(ssl.SSL_ERROR_WANT_READ, "the client is being told")
 
 
 class _Context(ssl.SSLContext):
-    """A server's context whose handshakes tell why they fail; `refused` hears of it."""
+    """A server's context whose handshakes report failures to clients and to `refused`."""
 
     sslobject_class = _Handshake
     refused: Callable[[ssl.SSLError], None]
 
     def wrap_bio(self, incoming: ssl.MemoryBIO, *arguments: Any, **options: Any) -> ssl.SSLObject:
-        """Make a session, whose input the handshake can throw away."""
+        """Create a session whose handshake can discard its input."""
         made = super().wrap_bio(incoming, *arguments, **options)
         assert isinstance(made, _Handshake), "which the class says"
         made.incoming = incoming
@@ -61,24 +61,24 @@ class ServerTls(FromFiles):
     """Certificates from files.
 
     Attributes:
-        context: for the listening socket, as long as the server runs; it hands each handshake on to the latest one.
+        context: for the listening socket, as long as the server runs; its handshakes switch to the latest context.
     """
 
     shown = "the certificate"
 
     def __init__(self, files: TlsFiles, refusals: Sparse) -> None:
-        """Nothing is read yet; `refusals` are of clients whose certificates are missing or bad."""
+        """Start without reading anything; `refusals` are of clients whose certificates are missing or invalid."""
         self._files = files
         self._refusals = refusals
         self.context = self._latest = self._make()
         self.context.sni_callback = self._switch
         if files.ca_certs is not None:
-            self.context.verify_mode = ssl.CERT_REQUIRED  # which a handshake keeps from the first context
+            self.context.verify_mode = ssl.CERT_REQUIRED  # a handshake takes this from the first context
 
     def _make(self) -> _Context:
         context = _Context(ssl.PROTOCOL_TLS_SERVER)
-        context.minimum_version = ssl.TLSVersion.TLSv1_3  # whose alerts say what is wrong with a client's certificate
-        context.num_tickets = 0  # a session that is resumed would not show its certificate again
+        context.minimum_version = ssl.TLSVersion.TLSv1_3  # its alerts say what is wrong with a client's certificate
+        context.num_tickets = 0  # a resumed session would not present its certificate again
         context.refused = self._note_refusal
         return context
 
@@ -96,7 +96,7 @@ class ServerTls(FromFiles):
         return read_files(self._files)
 
     def load(self, _: bytes) -> Callable[[], str]:
-        """Read them into a context."""
+        """Load them into a new context."""
         context = self._make()
         fill_context(self._files, context)
 

@@ -1,5 +1,5 @@
-"""A model without its weights: config → class → modules on the meta device, and what transformers would load into them.
+"""Models without weights: configuration → class → modules on the meta device, and how checkpoints map to them.
 
-Private parts of transformers are used here and nowhere else in surfw: the loader's own renamings and conversions
-(`loading`), and its initialisation of buffers (`build`). The release line they follow is pinned in `pyproject.toml`.
+This package is the only one in surfw that uses private parts of transformers: the loader's renamings and conversions
+(`loading`), and its initialisation of buffers (`build`). The matching release line is pinned in `pyproject.toml`.
 """

@@ -1,7 +1,7 @@
-"""Config → model with parameters on the meta device and real buffers, exactly as `from_pretrained` would set them up.
+"""Builds a model from its configuration as `from_pretrained` would: parameters on the meta device, buffers real.
 
-Nothing is trusted before it is checked: a guard watches every parameter and module while the class is being built, so
-a configuration cannot ask for more than the checkpoint or manifest holds.
+The configuration is untrusted: hooks check every parameter and module while the class is being built, so that it
+cannot ask for more than the checkpoint or manifest holds.
 """
 
 import logging
@@ -29,7 +29,7 @@ logger = logging.getLogger("surfw.skeleton")
 
 _MAX_BUFFER_BYTES = 1 << 30
 _BUILDING = threading.Lock()
-"""Transformers sets the default dtype of the process while it builds a class, and torch's `init` functions after it."""
+"""Held because transformers changes the default dtype and torch's `init` functions for the whole process."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Skeleton:
     """A model without weights.
 
     Attributes:
-        model: parameters and checkpointed buffers on the meta device, other buffers real; in evaluation mode, untied.
+        model: in evaluation mode, untied; parameters and checkpointed buffers on the meta device, other buffers real.
         dtype: the dtype it was built with.
     """
 
@@ -51,17 +51,17 @@ class Skeleton:
 
     @cached_property
     def experts(self) -> dict[str, ExpertModule]:
-        """The modules that hold experts of which a router chooses, by path."""
+        """The modules that hold routed experts, by path."""
         return {one.path: one for one in find_experts(self.model)}
 
     @cached_property
     def slots(self) -> dict[str, Slot]:
-        """Every place a tensor of the state dict belongs to, by name."""
+        """Every slot of the state dict, by name."""
         return {slot.name: slot for unit in self.units for slot in unit.slots}
 
     @cached_property
     def inherent_ties(self) -> dict[str, str]:
-        """Slots that hold the very same parameter as an earlier one, without transformers' tying."""
+        """Maps slots that share a parameter by construction, without transformers' tying, to the first such slot."""
         first: dict[int, str] = {}
         original = {name: first.setdefault(id(slot.tensor), name) for name, slot in self.slots.items()}
         return {name: one for name, one in original.items() if one != name}
@@ -70,16 +70,16 @@ class Skeleton:
 def read_config(
     config: Mapping[str, Any], *, where: str, model_class: type[PreTrainedModel] | None = None
 ) -> PreTrainedConfig:
-    """The configuration object for a decoded `config.json`.
+    """Make the configuration object for a decoded `config.json`.
 
     Args:
         config: the decoded file.
         where: names the model in errors.
-        model_class: the caller's own class, whose `config_class` is taken; default: what transformers knows, or what
-            was registered.
+        model_class: the caller's own class, whose `config_class` is used; by default, transformers' class or a
+            registered one for the model type.
 
     Raises:
-        UnsupportedModelError: there is no such model type, it is not that of `model_class`, or its values are refused.
+        UnsupportedModelError: the model type is unknown, is not that of `model_class`, or a value is refused.
     """
     model_type = config.get("model_type")
     if model_class is not None:
@@ -103,7 +103,7 @@ def read_config(
 
 
 def _refuse_implementations(config: PreTrainedConfig, allowed: set[str], where: str) -> None:
-    """Refuse implementations from elsewhere in a configuration object, however they got past `sanitise_config`."""
+    """Refuse foreign implementations in a configuration object, in case they got past `sanitise_config`."""
     asked = {config._attn_implementation, config._experts_implementation} - {None}  # noqa: SLF001 - the names in use
     if not asked <= allowed:
         raise UnsupportedModelError(
@@ -116,7 +116,11 @@ def _refuse_implementations(config: PreTrainedConfig, allowed: set[str], where: 
 
 
 def check_model_class(model_class: object) -> None:
-    """Raise ConfigurationError if a model class of the caller's own is given, and is not one."""
+    """Check the caller's own model class, if given.
+
+    Raises:
+        ConfigurationError: it is not a subclass of `PreTrainedModel`.
+    """
     if model_class is not None and not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
         raise ConfigurationError(
             f"model_class is {getattr(model_class, '__name__', model_class)!a:.80}, expected a subclass of "
@@ -125,7 +129,11 @@ def check_model_class(model_class: object) -> None:
 
 
 def resolve_class(name: str | None, config: PreTrainedConfig, *, where: str) -> type[PreTrainedModel]:
-    """The class to build: transformers' of that name, or one the user registered; without a name, the base model."""
+    """Find the class to build: transformers' class of that name, or a registered one; without a name, the base model.
+
+    Raises:
+        UnsupportedModelError: there is no such class.
+    """
     found: Any = None
     with foreign_errors(f"class {name} of {where}"):
         if name is None:
@@ -161,20 +169,20 @@ def build_skeleton(
     check: Callable[[], object] = lambda: None,
     where: str,
 ) -> Skeleton:
-    """Build the model on the meta device. Runs in other threads wait meanwhile, if its dtype is not the default.
+    """Build the model on the meta device. If `dtype` is not the default, runs in other threads wait meanwhile.
 
     Args:
-        config: its configuration; changed by transformers while building.
+        config: its configuration; modified by transformers.
         cls: its class.
-        dtype: the default of its parameters.
-        tensor_count: how many tensors the checkpoint or manifest has; many more are refused.
-        accepts: whether a parameter of this shape can be right; the first wrong one ends the building.
-        check: called while it waits for other threads; raises when the model is no longer wanted.
+        dtype: the default dtype of its parameters.
+        tensor_count: the number of tensors in the checkpoint or manifest; many more are refused.
+        accepts: whether a parameter of this shape is plausible; the first implausible one aborts the build.
+        check: called while waiting for other threads; raises if the model is no longer wanted.
         where: names the model in errors.
 
     Raises:
         UnsupportedModelError: the model cannot be built, or asks for more than `tensor_count` and `accepts` allow.
-        ModelError: a model that runs in another thread does not reach its next layer.
+        ModelError: a run in another thread does not reach its next layer.
     """
     quiet_prints(cls)
     with ExitStack() as stack:
@@ -196,17 +204,17 @@ def build_skeleton(
 
 
 def fill_rest(skeleton: Skeleton, loaded: set[str], *, where: str) -> None:
-    """Give everything that no checkpoint provides its value, by transformers' own initialisation.
+    """Initialise everything that the checkpoint does not provide, with transformers' own initialisation.
 
-    That is buffers, and parameters that the caller does without.
+    This covers buffers, and missing parameters that the caller accepts.
 
     Args:
-        skeleton: changed in place.
+        skeleton: modified in place.
         loaded: names of the tensors that will come from the checkpoint; they stay on the meta device.
         where: names the model in errors.
 
     Raises:
-        UnsupportedModelError: they are absurdly large, or the model's `_init_weights` does not make one of them.
+        UnsupportedModelError: the buffers are absurdly large, or `_init_weights` leaves one of them unset.
     """
     model = skeleton.model
     for slot in skeleton.slots.values():
@@ -238,7 +246,7 @@ def fill_rest(skeleton: Skeleton, loaded: set[str], *, where: str) -> None:
 
 
 def _unmade(like: torch.Tensor) -> torch.Tensor:
-    """Memory for a buffer, filled with what no real buffer holds, so that one that is never computed is noticed."""
+    """Memory filled with a value that no real buffer holds, so that a buffer that is never computed is detected."""
     return torch.full_like(like, _unmade_value(like.dtype), device="cpu")
 
 

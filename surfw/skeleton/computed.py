@@ -1,9 +1,8 @@
-"""Parameters that no checkpoint has to hold, because transformers computes them: sinusoidal positions, for one.
+"""Parameters that no checkpoint needs to hold, because transformers computes them, such as sinusoidal positions.
 
-A class may name such parameters among those that may be missing (`_keys_to_ignore_on_load_missing`), but it names
-others there too, and does not name all. So they are told by what its `_init_weights` makes of them: with two seeds of
-the random numbers, the same, and not one number throughout, as norms and biases that are still to be trained have. For
-those that the class names, one number will do.
+A class may list such parameters in `_keys_to_ignore_on_load_missing`, but that list is neither complete nor limited to
+them. So they are recognised by the result of `_init_weights`: it must be the same for two random seeds, and must not be
+constant, which is how untrained norms and biases are initialised. For listed parameters, a constant is accepted.
 """
 
 import re
@@ -25,12 +24,12 @@ _SEEDS = (0, 1)
 def compute_missing(
     skeleton: Skeleton, missing: Iterable[str], dtypes: Mapping[str, torch.dtype]
 ) -> dict[str, torch.Tensor]:
-    """Those of the missing parameters that transformers computes, with their values, on the CPU.
+    """Compute the missing parameters that transformers computes; returns their values, on the CPU, by name.
 
     Args:
-        skeleton: of the model; it is the same afterwards.
-        missing: names of parameters.
-        dtypes: the dtype that each is loaded with.
+        skeleton: the model; unchanged afterwards.
+        missing: the names of the missing parameters.
+        dtypes: the dtype that each parameter is loaded with.
     """
     model: Any = skeleton.model
     ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]  # noqa: SLF001 - no other
@@ -49,7 +48,7 @@ def compute_missing(
 
 
 def _initialise(model: PreTrainedModel, slot: Slot, dtype: torch.dtype, seed: int) -> torch.Tensor | None:
-    """What the class makes of a parameter; None if it leaves it as it is, or fails on a model without weights."""
+    """The parameter as `_init_weights` sets it; None if it does not set it, or fails on a model without weights."""
     held, empty = slot.tensor, torch.full_like(slot.tensor, torch.nan, device="cpu", dtype=dtype)
     slot.put(nn.Parameter(empty, requires_grad=False))
     try:
@@ -65,7 +64,7 @@ def _initialise(model: PreTrainedModel, slot: Slot, dtype: torch.dtype, seed: in
 
 
 def _owner(model: PreTrainedModel, name: str) -> Any:
-    """The innermost model of transformers that a parameter is in."""
+    """The innermost `PreTrainedModel` that contains a parameter."""
     parts = name.split(".")
     for count in range(len(parts) - 1, 0, -1):
         module = model.get_submodule(".".join(parts[:count]))

@@ -1,7 +1,7 @@
-"""The one thing that a build cannot keep to its own thread: the default dtype, which is the process's.
+"""Coordinates builds with runs in other threads, because torch's default dtype is process-wide.
 
-Transformers sets it while it builds a class, here as in `from_pretrained`. Runs of surfw's models in other threads wait
-meanwhile, see `Runs`; whatever else computes with torch there, or loads with `from_pretrained`, is out of reach.
+Transformers sets the default dtype while it builds a class, here as in `from_pretrained`. Runs of surfw's models in
+other threads wait meanwhile, see `Runs`. Other torch code in those threads, like `from_pretrained`, is not protected.
 """
 
 import threading
@@ -17,44 +17,43 @@ if TYPE_CHECKING:
     import torch
 
 _POLL_SECONDS = 0.05
-"""How often a thread that waits for others checks whether its work is still wanted."""
+"""How often a waiting thread checks whether its work is still wanted."""
 
 _LAYER_SECONDS = 300.0
-"""How long a build waits for the runs of other threads to reach their next layer: longer than any layer takes."""
+"""How long a build waits for runs in other threads to reach their next layer; longer than any layer takes."""
 
 
 class Runs:
-    """The threads that compute with models of surfw, and the one that builds a model under another default dtype.
+    """Tracks the threads that compute with surfw's models, and the thread that builds under another default dtype.
 
-    A run waits at its next layer (`Run.pause`). One that waits for something else (`resting`) is not waited for, and
-    computes again only when no build is going on. Locks that are held throughout a run or a build are taken with
-    `holding`: a build would wait forever for a thread that counts as computing while it waits for such a lock.
+    During a build, a run waits at its next layer (`Run.pause`). The build does not wait for threads that are `resting`;
+    they resume computing only when no build is active. A lock that is held for a whole run or build must be taken with
+    `holding`: otherwise a build would wait forever for a thread that counts as computing while it waits for the lock.
 
     Attributes:
-        build: done when the present build has ended; None if there is none.
-        builder: the thread that builds, once all others wait.
+        build: a future that is done when the current build has ended; None if there is no build.
+        builder: the id of the building thread, once all runs wait; else None.
     """
 
     def __init__(self) -> None:
-        """Begin without runs and builds."""
         self.build: Future[None] | None = None
         self.builder: int | None = None
         self._computing: set[int] = set()
         self._changed = threading.Condition()
 
     def computing(self) -> AbstractContextManager[None]:
-        """Mark this thread as computing: it must not see another default dtype."""
+        """Mark this thread as computing: the default dtype must not change meanwhile."""
         return self._marked(computes=True)
 
     def resting(self) -> AbstractContextManager[None]:
-        """Mark this thread as waiting, within a run or not: it computes nothing meanwhile."""
+        """Mark this thread as waiting, within a run or outside: it computes nothing meanwhile."""
         return self._marked(computes=False)
 
     @contextmanager
     def holding(
         self, lock: "threading.Lock | threading.RLock", check: Callable[[], object] = lambda: None
     ) -> Iterator[None]:
-        """Hold a lock, and rest while waiting for it; `check` raises when it is no longer wanted."""
+        """Hold a lock, resting while waiting for it; `check` is polled and may raise to cancel the wait."""
         with ExitStack() as held:
             with self.resting():
                 while not lock.acquire(timeout=_POLL_SECONDS):
@@ -64,13 +63,13 @@ class Runs:
 
     @contextmanager
     def building(self, dtype: "torch.dtype", check: Callable[[], object], *, where: str) -> Iterator[None]:
-        """Make the runs of other threads wait, if this is not the default dtype now; one thread at a time.
+        """Make runs in other threads wait, if `dtype` is not the current default. Only one thread may build at a time.
 
         Raises:
-            ModelError: they neither reach their next layer nor end.
-            Exception: what `check` raised.
+            ModelError: a run neither reaches its next layer nor ends.
+            Exception: raised by `check`.
         """
-        from torch import get_default_dtype  # here, so that sources are opened without torch, as runs of a kind
+        from torch import get_default_dtype  # here, so that this module can be used without torch
 
         if dtype == get_default_dtype():
             yield
@@ -115,7 +114,7 @@ class Runs:
                 return
             try:
                 self._changed.wait_for(lambda: self.builder in {None, me})
-            finally:  # also after a KeyboardInterrupt, the thread is what it was
+            finally:  # also after a KeyboardInterrupt, restore the thread's state
                 self._computing.add(me)
 
 

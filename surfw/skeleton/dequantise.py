@@ -1,7 +1,7 @@
-"""Quantised checkpoints that transformers itself turns into dense weights, and how: its own operations.
+"""Dequantises checkpoints with transformers' own operations.
 
-With a quantizer of these, transformers' loader collects the parts of each weight (blocks, scales, shapes) and makes the
-dense one of them, before any other conversion. `loading` asks for the same.
+Given a quantizer, transformers' loader collects the parts of each weight (blocks, scales, shapes) and makes the dense
+weight from them before any other conversion. `loading` does the same.
 """
 
 from collections.abc import Mapping
@@ -14,18 +14,18 @@ from surfw.errors import UnsupportedModelError
 from surfw.skeleton.guards import foreign_errors
 
 _PACKAGES = {"compressed-tensors": "compressed_tensors"}
-"""Packages that transformers asks to do it; an extra of surfw brings each."""
+"""Packages that transformers needs for a method; each is installed by an extra of surfw."""
 
 
 def open_quantizer(settings: Mapping[str, Any] | None, *, where: str) -> Any:
-    """What transformers dequantises the weights of a checkpoint with, as `dequantize=True` in its settings asks for.
+    """Return the transformers quantizer that dequantises a checkpoint's weights, as `dequantize=True` does.
 
     Args:
-        settings: what its configuration says of quantised weights (`quantization_config`); None if nothing.
+        settings: the `quantization_config` of its configuration; None if there is none.
         where: names the checkpoint in errors.
 
     Raises:
-        UnsupportedModelError: its weights are not quantised, or a package is missing.
+        UnsupportedModelError: the weights are not quantised, or a package is missing.
     """
     if settings is None:
         raise UnsupportedModelError(
@@ -57,6 +57,6 @@ def _expect_package(method: str, where: str) -> None:
 
 
 def source_dtype(quantizer: Any, converter: Any, tensor: torch.Tensor, dtype: torch.dtype) -> torch.dtype | None:
-    """The dtype that a source tensor is cast to before it is converted; None for those that are left as they are."""
+    """The dtype that a source tensor is cast to before conversion; None if it is not cast."""
     found: torch.dtype | None = dtype if quantizer is None else quantizer.get_new_dtype(converter, tensor, dtype)
     return found

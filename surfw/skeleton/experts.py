@@ -1,9 +1,9 @@
-"""The modules of a model that hold the experts of a mixture, stacked, and which of them a forward will use.
+"""Finds the modules that hold a mixture's stacked experts, and determines which experts a forward will use.
 
-Transformers keeps the weights of all experts of a layer in a few tensors whose first dimension counts experts. A module
-with nothing but such tensors computes with those experts alone that its router has chosen, and is told which: that is
-what `use_experts_implementation` of transformers is for (`transformers/integrations/moe.py`), whose kernels all leave
-the others untouched.
+Transformers stores the weights of all experts of a layer in a few tensors whose first dimension is the expert. A module
+that holds only such tensors receives the router's choice as an argument and computes with the chosen experts only:
+transformers' `use_experts_implementation` (`transformers/integrations/moe.py`) provides this, and none of its kernels
+reads the weights of other experts.
 """
 
 import inspect
@@ -18,22 +18,22 @@ from surfw.manifest import slice_name
 from surfw.skeleton.units import Slot, Unit
 
 _SPREAD = frozenset({"Llama4TextExperts"})
-"""Classes of transformers that compute with all experts, and get zeros for what is not an expert's to compute: an
-expert whose inputs are all zero yields zeros, whatever its weights are."""
+"""Classes of transformers that compute with all experts and zero the inputs of unused ones: an expert whose inputs are
+all zero yields zeros, whatever its weights are."""
 
 Choice = list[int]
-"""How many tokens each expert of a module computes; 0 for those that are not used."""
+"""The number of tokens that each expert of a module computes; 0 for unused experts."""
 
 
 @dataclass(frozen=True)
 class ExpertModule:
-    """A module that holds experts, and nothing else.
+    """A module that holds experts and nothing else.
 
     Attributes:
-        path: its name in the model.
-        module: it.
-        slots: of its stacks.
-        count: how many experts there are.
+        path: its path in the model.
+        module: the module.
+        slots: the slots of its stacks.
+        count: the number of experts.
     """
 
     path: str
@@ -43,14 +43,14 @@ class ExpertModule:
 
     @property
     def reads_all(self) -> bool:
-        """Whether a forward multiplies with all experts, by zeros for those that it does not use."""
+        """Whether a forward reads the weights of all experts, multiplying unused ones by zeros."""
         return type(self.module).__name__ in _SPREAD
 
     def choice(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Choice, list[int]]:
-        """Which experts a forward with these arguments uses.
+        """Determine the experts that a forward with these arguments uses.
 
         Returns:
-            How many tokens each of them computes, and the used ones, the most wanted first.
+            The number of tokens per expert, and the indices of the used experts, those with most tokens first.
         """
         counts = self._counts(args, kwargs)
         used = [index for index, count in enumerate(counts) if count]
@@ -70,14 +70,14 @@ class ExpertModule:
         chosen = args[1] if len(args) > 1 else kwargs.get(_second_argument(type(self.module)))
         if not isinstance(chosen, torch.Tensor) or chosen.is_floating_point():
             return everything
-        # What is not in range is what transformers marks as another process's expert: nobody computes it here.
+        # Transformers marks the experts of other processes with indices out of range.
         inside = chosen.reshape(-1).cpu()
         counted = torch.bincount(inside[(inside >= 0) & (inside < self.count)], minlength=self.count)
         return counted.tolist()
 
 
 def find_experts(model: nn.Module) -> Iterator[ExpertModule]:
-    """The modules of a model that hold at least two experts, and that are told which of them to use."""
+    """The modules of a model that hold at least two experts and use a subset of them per forward."""
     for path, module in model.named_modules():
         if not (_is_routed(module) or type(module).__name__ in _SPREAD):
             continue
@@ -87,7 +87,7 @@ def find_experts(model: nn.Module) -> Iterator[ExpertModule]:
 
 
 def expert_matrices(modules: Iterable[ExpertModule]) -> frozenset[str]:
-    """The slices of stacks that are multiplied with as the weight of `torch.nn.Linear` is: rows are outputs."""
+    """The names of stack slices that are laid out like the weight of `torch.nn.Linear`: rows are outputs."""
     return frozenset(
         slice_name(slot.name, index)
         for one in modules
@@ -99,14 +99,14 @@ def expert_matrices(modules: Iterable[ExpertModule]) -> frozenset[str]:
 
 
 def experts_in(modules: Iterable[ExpertModule], unit: Unit) -> dict[str, list[str]]:
-    """Those of the modules that hold experts of a unit: their paths, and the names of the stacks of each."""
+    """The names of the stacks of each expert module inside a unit, by the module's path."""
     inside = {slot.name for slot in unit.slots}
     found = {one.path: [slot.name for slot in one.slots] for one in modules}
     return {path: names for path, names in found.items() if inside.issuperset(names)}
 
 
 def expert_module(path: str, module: nn.Module) -> ExpertModule | None:
-    """A module as one that holds experts; None if it does not."""
+    """The module as an `ExpertModule`; None if it holds anything but stacks of the same length."""
     parameters: dict[str, nn.Parameter | None] = dict(module._parameters)  # noqa: SLF001 - torch's registries
     held = {leaf: one for leaf, one in parameters.items() if one is not None}
     counts = {one.shape[0] if one.dim() else 0 for one in held.values()}
@@ -118,12 +118,12 @@ def expert_module(path: str, module: nn.Module) -> ExpertModule | None:
 
 
 def _is_routed(module: nn.Module) -> bool:
-    """Whether it was made by `use_experts_implementation`: then it is told which experts to use."""
+    """Whether `use_experts_implementation` made the module, so that it receives the router's choice."""
     return hasattr(module, "_is_expert_parallel") and hasattr(module, "is_transposed")
 
 
 def _second_argument(cls: type[nn.Module]) -> str:
-    """The name of what says which experts to use; classes name it differently."""
+    """The name of the argument with the router's choice, which differs between classes."""
     if cls not in _names:
         forward: Callable[..., Any] = cls.forward
         _names[cls] = [*inspect.signature(forward).parameters, "", "", ""][2]

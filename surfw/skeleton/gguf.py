@@ -1,8 +1,8 @@
-"""What transformers makes of a GGUF file: a configuration, a tokenizer, and dense weights, one tensor at a time.
+"""Converts GGUF files as transformers does: a configuration, a tokenizer, and dense weights, one tensor at a time.
 
-The operations are those of `transformers.modeling_gguf_pytorch_utils.load_gguf_checkpoint`, which makes all weights at
-once: the package `gguf` dequantises a tensor to float32, transformers' processor of the architecture undoes what
-llama.cpp has done to it, and the result is cast.
+The operations are those of `transformers.modeling_gguf_pytorch_utils.load_gguf_checkpoint`, which converts all weights
+at once: the package `gguf` dequantises a tensor to float32, transformers' processor for the architecture reverts
+llama.cpp's changes to it, and the result is cast.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -30,22 +30,22 @@ class Stored(Protocol):
 
     @property
     def ggml_type(self) -> Any:
-        """The type of its blocks or values, of the package `gguf`."""
+        """The type of its blocks or values, from the package `gguf`."""
 
     @property
     def dtype(self) -> str:
-        """What numpy takes its bytes for."""
+        """The numpy dtype of its stored bytes."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """In these units."""
+        """The shape in elements of `dtype`."""
 
 
 def read_settings(path: Path, architecture: str) -> dict[str, Any]:
-    """The configuration that transformers reads out of a GGUF file, as of a `config.json`.
+    """Read a GGUF file's configuration with transformers, in the form of a `config.json`.
 
     Raises:
-        UnsupportedModelError: transformers does not read this architecture with the package `gguf`.
+        UnsupportedModelError: transformers cannot read it, or reads this architecture without the package `gguf`.
     """
     if architecture in GGUF_CONFIG_ARCHS:
         raise UnsupportedModelError(
@@ -58,7 +58,11 @@ def read_settings(path: Path, architecture: str) -> dict[str, Any]:
 
 
 def class_of(config: PreTrainedConfig, *, where: str) -> type[PreTrainedModel]:
-    """The class of a GGUF file's model: what its configuration names, else the one that generates text."""
+    """The class of a GGUF file's model: the one its configuration names, else the one that generates text.
+
+    Raises:
+        UnsupportedModelError: transformers has no such class.
+    """
     for name in config.architectures or ():
         if cls := getattr(transformers, name, None):
             return _checked(cls)
@@ -77,10 +81,10 @@ def _checked(cls: Any) -> type[PreTrainedModel]:
 
 
 def save_tokenizer(path: Path, folder: Path) -> None:
-    """Write the tokenizer that transformers makes of a GGUF file into a folder.
+    """Save the tokenizer of a GGUF file to a folder, as transformers converts it.
 
     Raises:
-        UnsupportedModelError: it cannot make one.
+        UnsupportedModelError: transformers cannot convert it.
     """
     with foreign_errors(f"the tokenizer in {path}"), no_hub():
         auto: Any = AutoTokenizer
@@ -97,13 +101,13 @@ def plan_gguf(
 
     Args:
         skeleton: a fresh skeleton of the model.
-        stored: the file's tensors, in its order.
-        architecture: as llama.cpp calls it.
-        settings: as of `read_settings`.
+        stored: the file's tensors, in file order.
+        architecture: llama.cpp's name for it.
+        settings: the result of `read_settings`.
         where: names the file in errors.
 
     Raises:
-        CheckpointError: weights have other shapes, or cannot be converted.
+        CheckpointError: weights have unexpected shapes, or cannot be converted.
     """
     kind: Any = TENSOR_PROCESSORS.get(architecture, TensorProcessor)
     processor = kind(config=dict(settings))
@@ -137,7 +141,7 @@ def plan_gguf(
 def _process(
     processor: Any, names: Mapping[str, str], where: str, needed: Sequence[str], read: Callable[[str], Any]
 ) -> dict[str, torch.Tensor]:
-    """The model's tensors that are made of some of the file's, by their names; float32, as far as it goes."""
+    """Convert some of the file's tensors; returns the model's tensors by name, before the cast to their dtypes."""
     parsed: dict[str, Any] = {"tensors": {}}
     for name in needed:
         try:
@@ -161,7 +165,7 @@ def _convert(
     *,
     dtypes: Sequence[torch.dtype],
 ) -> dict[str, torch.Tensor]:
-    """One of the model's tensors, out of the stored bytes of the file's."""
+    """Make one of the model's tensors from the file's stored bytes."""
     from gguf import dequantize
 
     def dense(name: str) -> Any:
@@ -170,7 +174,7 @@ def _convert(
         return dequantize(data, one.ggml_type)
 
     tensor = process(needed, dense)[target]
-    for dtype in dtypes:  # first the model's, and then what transformers keeps this one in
+    for dtype in dtypes:  # first the model's dtype, then the one that transformers keeps this tensor in
         tensor = tensor.to(dtype)
     return {target: tensor}
 

@@ -1,7 +1,7 @@
-"""Guards around the building of a class, in places of torch, transformers and the hub that the whole process shares.
+"""Guards for building a model class, hooked into process-wide state of torch, transformers and the hub.
 
-Each looks at the thread that comes by and is invisible to the others, which may build, load and download models
-meanwhile. The one thing that cannot be kept to a thread is the default dtype; see `default_dtype`.
+Each guard applies to the building thread only; other threads may build, load and download models meanwhile. The one
+thing that cannot be confined to a thread is the default dtype; see `default_dtype`.
 """
 
 import logging
@@ -29,7 +29,7 @@ _UNTIED_TRIES = 6000
 
 
 def quiet_prints(cls: type[PreTrainedModel]) -> None:
-    """Have what transformers' code of a class prints go to the log: stdout is for results."""
+    """Redirect `print` in a transformers class's module to the log, because stdout is for results."""
     if cls.__module__.startswith("transformers."):
         vars(sys.modules[cls.__module__]).setdefault("print", _log)
 
@@ -39,17 +39,17 @@ def _log(*texts: object, **_: object) -> None:
 
 
 class _ThisThread(threading.local):
-    """What is true in this thread alone."""
+    """Thread-local state."""
 
-    guard: "_Guard | None" = None  # watches the class that is being built
-    offline = 0  # how many `no_hub` contexts the thread is in
+    guard: "_Guard | None" = None  # checks the class that is being built
+    offline = 0  # the number of `no_hub` contexts that the thread is in
 
 
 _this_thread = _ThisThread()
 
 
 class _OfflineHere:
-    """Stands in for `HF_HUB_OFFLINE`: true in threads that may not fetch anything, elsewhere the value it had."""
+    """Replaces `HF_HUB_OFFLINE`: true in threads inside `no_hub`, the original value in others."""
 
     def __init__(self, elsewhere: object) -> None:
         self.elsewhere = elsewhere
@@ -64,7 +64,7 @@ _hub_lock = threading.Lock()
 
 @contextmanager
 def no_hub() -> Iterator[None]:
-    """Fetch nothing in this thread, whatever a configuration names; other threads may use the hub meanwhile."""
+    """Forbid access to the hub in this thread; other threads may use it meanwhile."""
     constants: Any = huggingface_hub.constants
     with _hub_lock:
         if not isinstance(constants.HF_HUB_OFFLINE, _OfflineHere):
@@ -78,12 +78,12 @@ def no_hub() -> Iterator[None]:
         _this_thread.offline -= 1
         with _hub_lock:
             switch.users -= 1
-            if not switch.users and constants.HF_HUB_OFFLINE is switch:  # else the program set it meanwhile
+            if not switch.users and constants.HF_HUB_OFFLINE is switch:  # else the program has set it meanwhile
                 constants.HF_HUB_OFFLINE = switch.elsewhere
 
 
 class RealLinspace(TorchFunctionMode):
-    """`torch.linspace` on the CPU, in this thread: what transformers' `meta_device_safe_creation_ops` does."""
+    """Runs `torch.linspace` on the CPU in this thread, as transformers' `meta_device_safe_creation_ops` does."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -91,7 +91,7 @@ class RealLinspace(TorchFunctionMode):
 
 
 class _Guard:
-    """Stops a build that registers too many modules or parameters, or parameters of unexpected shapes."""
+    """Aborts a build that registers too many modules or parameters, or parameters of unexpected shapes."""
 
     def __init__(self, tensor_count: int, accepts: Callable[[tuple[int, ...]], bool], where: str) -> None:
         self._tensor_count, self._accepts, self._where = tensor_count, accepts, where
@@ -123,7 +123,7 @@ class _Guard:
 
 @contextmanager
 def guarded(tensor_count: int, accepts: Callable[[tuple[int, ...]], bool], where: str) -> Iterator[None]:
-    """Watch what this thread builds, and leave its weights untied; see `build_skeleton`."""
+    """Check everything that this thread builds, and leave its weights untied; see `build_skeleton`."""
     _this_thread.guard = _Guard(tensor_count, accepts, where)
     try:
         yield
@@ -142,10 +142,10 @@ def _on_module(*_: object) -> None:
 
 
 def _tie_weights_elsewhere() -> Any:
-    """`PreTrainedModel.tie_weights` for all threads but those that build here.
+    """Wrap `PreTrainedModel.tie_weights` so that it does nothing in threads that are inside `guarded`.
 
-    Transformers' `no_tie_weights` replaces the method while a class is built. Where two threads do that at once, one
-    takes the other's replacement for the method, and no model of the process has its weights tied from then on.
+    Transformers' `no_tie_weights` replaces the method while it builds a class. If two threads do that at once, one
+    saves the other's replacement as the original, and the process never ties weights again.
     """
     for _ in range(_UNTIED_TRIES):
         if not (original := PreTrainedModel.tie_weights).__qualname__.startswith("no_tie_weights."):
@@ -173,7 +173,11 @@ _pretrained.tie_weights = _tie_weights_elsewhere()
 
 @contextmanager
 def foreign_errors(what: str, advice: str = "") -> Iterator[None]:
-    """Turn whatever transformers raises over foreign files, of which it makes `what`, into an error of surfw's."""
+    """Convert any exception raised while making `what` from foreign files into a surfw error, ending with `advice`.
+
+    Raises:
+        UnsupportedModelError: the body raised an exception other than a `SurfwError`.
+    """
     try:
         yield
     except SurfwError:

@@ -1,8 +1,8 @@
-"""What transformers would load: which source tensors become which tensors of the model, and how.
+"""Maps source tensors to the model's tensors as transformers' loader would.
 
 The loader of transformers renames source tensors and converts some of them (per-expert matrices become one stacked
-tensor, a fused projection becomes three). The same transforms are asked here, per target, so that a chunk can be made
-from only the source tensors it needs: plain renamings are byte copies, everything else runs transformers' own
+tensor, a fused projection becomes three). This module applies the same transforms per target, so that a chunk can be
+made from only the source tensors it needs: plain renamings are byte copies, everything else runs transformers' own
 operation. The grouping follows `transformers.core_model_loading.convert_and_load_state_dict_in_model`.
 """
 
@@ -32,23 +32,23 @@ from surfw.skeleton.dequantise import source_dtype
 from surfw.skeleton.dtypes import torch_dtype
 
 SourceFacts = Mapping[str, tuple[str, tuple[int, ...]]]
-"""Of every source tensor: its safetensors dtype and its shape."""
+"""The safetensors dtype and the shape of every source tensor, by name."""
 
 
 _CODED = {"F8_E4M3", "F8_E5M2", "I8"}
-"""Types of weights that mean nothing without their scales."""
+"""Dtypes of quantised weights, which are meaningless without their scales."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one or several tensors of the model come out of source tensors.
+    """How to make one or more of the model's tensors from source tensors.
 
     Attributes:
-        targets: names of the model's tensors that it yields, with their dtype and shape.
-        sources: names of the source tensors that it needs; none where transformers computes it.
-        converter: transformers' operation; None where one source becomes one target, at most renamed and cast.
-        joined: the sources whose concatenated bytes are those of the one target; empty if there are none such.
-        start: where in its one source the bytes of a slice begin.
+        targets: dtype and shape of each tensor that the recipe yields, by its name in the model.
+        sources: names of the source tensors it needs; empty if transformers computes the target.
+        converter: transformers' operation; None if one source becomes one target, at most renamed and cast.
+        joined: the sources whose concatenated bytes equal those of the single target; empty if there are none.
+        start: the offset in bytes, in the single source, at which a slice begins.
     """
 
     targets: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -61,7 +61,16 @@ class Recipe:
 def convert_bytes(
     recipe: Recipe, read: Callable[[str, memoryview, int], None], sources: SourceFacts
 ) -> dict[str, memoryview]:
-    """The bytes of a recipe's targets; `read` fills memory with a source tensor's bytes, from a byte on."""
+    """Return the bytes of a recipe's targets.
+
+    Args:
+        recipe: the recipe.
+        read: fills memory with a source tensor's bytes, starting at an offset in bytes.
+        sources: dtypes and shapes of the source tensors.
+
+    Raises:
+        CheckpointError: the conversion yields no target, or one of another dtype or shape.
+    """
 
     def read_tensor(name: str, only: tuple[int, ...] | None = None) -> torch.Tensor:
         dtype, shape = sources[name]
@@ -94,10 +103,10 @@ class Loading:
     """All recipes of a checkpoint.
 
     Attributes:
-        recipes: by the name of each target; a recipe with several targets stands under each. Stacks of experts that
-            can be made slice by slice are there as their slices, see `manifest.slice_name`.
-        ties: name of a tensor that is stored under another name, to that name.
-        unused: source tensors that the model has no place for.
+        recipes: by target name; a recipe with several targets is listed under each. Expert stacks are listed as their
+            slices, see `manifest.slice_name`.
+        ties: maps the name of each tied tensor to the name under which it is stored.
+        unused: source tensors that the model does not use.
         missing: parameters of the model that are not in the checkpoint.
     """
 
@@ -128,12 +137,12 @@ def plan_loading(
     Args:
         skeleton: a fresh skeleton of the model.
         sources: the checkpoint's tensors.
-        equal: whether two source tensors have the same bytes; asked where both sides of a tie are in the checkpoint.
+        equal: whether two source tensors have the same bytes; called if both sides of a tie are in the checkpoint.
         where: names the checkpoint in errors.
         quantizer: dequantises the sources; see `surfw.skeleton.dequantise`.
 
     Raises:
-        CheckpointError: weights have other shapes, or cannot be converted.
+        CheckpointError: weights have unexpected shapes, or cannot be converted.
     """
     groups, unused = _group(skeleton, sources, quantizer)
     maker = _Maker(skeleton, sources, quantizer, where=where)
@@ -152,12 +161,13 @@ def plan_loading(
 def slice_experts(
     skeleton: Skeleton, loading: Loading, slices: Callable[[str, Recipe], dict[str, Recipe]] = lambda *_: {}
 ) -> Loading:
-    """With the slices of stacks of experts in place of the stacks.
+    """Return `loading` with each expert stack replaced by its slices.
 
     Args:
         skeleton: the model.
-        loading: of its checkpoint.
-        slices: recipes for the slices of a stack that can be made one by one; others are made as a whole, and cut.
+        loading: the recipes of its checkpoint.
+        slices: returns recipes for the slices of a stack if they can be made one by one; if it returns none, the stack
+            is made as a whole and then sliced.
     """
     recipes, tied = dict(loading.recipes), set(loading.ties.values())
     for module in skeleton.experts.values():
@@ -171,7 +181,7 @@ def slice_experts(
 
 
 def _cut(name: str, recipe: Recipe) -> dict[str, Recipe]:
-    """One recipe for all slices of a stack."""
+    """One recipe that makes a whole stack and yields its slices."""
     ((dtype, (count, *inner)),) = recipe.targets.values()
     names = [slice_name(name, index) for index in range(count)]
 
@@ -190,10 +200,10 @@ def finish_loading(
     *,
     where: str,
 ) -> Loading:
-    """Compare what recipes yield with the model's shapes, and find its ties, and what is missing.
+    """Check the recipes against the model's shapes, and find its ties and missing parameters.
 
     Raises:
-        CheckpointError: weights have other shapes.
+        CheckpointError: weights have unexpected shapes.
     """
     for name, recipe in recipes.items():
         expected, seen = tuple(skeleton.slots[name].tensor.shape), recipe.targets[name][1]
@@ -214,12 +224,12 @@ def finish_loading(
 
 
 def _computed(name: str, value: torch.Tensor) -> Recipe:
-    """The recipe of a parameter that no checkpoint has to hold."""
+    """The recipe of a parameter that transformers computes."""
     return Recipe({name: (value.dtype, tuple(value.shape))}, (), lambda _: {name: value})
 
 
 def _group(skeleton: Skeleton, sources: SourceFacts, quantizer: Any) -> tuple[dict[str, _Group], list[str]]:
-    """Collect the sources by the target they go to."""
+    """Group the sources by target, and list those that the model does not use."""
     model = skeleton.model
     transforms = get_model_conversion_mapping(model, hf_quantizer=quantizer)
     renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
@@ -238,7 +248,7 @@ def _group(skeleton: Skeleton, sources: SourceFacts, quantizer: Any) -> tuple[di
             continue
         converter = by_pattern[pattern] if pattern is not None else None
         group = groups.setdefault(target, _Group(converter))
-        if group.converter is not None or not group.collected:  # of two plain sources of one target, the first counts
+        if group.converter is not None or not group.collected:  # if a target has two plain sources, the first wins
             group.collected.append((pattern or source, source))
     return groups, unused
 
@@ -254,7 +264,7 @@ class _Maker:
         self._where = where
 
     def recipe(self, first: str, group: _Group) -> Recipe:
-        """The recipe for all targets of a group, the first of which has this name."""
+        """The recipe for all targets of a group; `first` is the name of the first target."""
         sources, names = self._sources, tuple(source for _, source in group.collected)
         if group.converter is None:
             joined = names[:1] if torch_dtype(sources[names[0]][0]) == self._dtypes(first) else ()
@@ -270,10 +280,10 @@ class _Maker:
         return Recipe(targets, names, convert, _joined(group, targets, sources))
 
     def slices(self, name: str, recipe: Recipe, group: _Group) -> dict[str, Recipe]:
-        """Recipes for the slices of a stack; none if it can only be made as a whole.
+        """Recipes for the slices of a stack; none if the stack can only be made as a whole.
 
-        That is where a stack is stored as it is, and where one tensor of each expert, or several that are joined, is
-        put on a stack. Other operations may mix experts, so far as anybody knows.
+        Slices can be made one by one if the checkpoint stores the stack itself, or if the stack is built from one
+        tensor per expert or from several that are concatenated. Other operations might mix experts.
         """
         dtype, shape = recipe.targets[name]
         names = [slice_name(name, index) for index in range(shape[0])]
@@ -304,7 +314,7 @@ class _Maker:
         }
 
     def _convert(self, first: str, group: _Group, read: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:
-        """What transformers' operation makes of the sources of a group."""
+        """Run transformers' operation on the sources of a group."""
         converter: Any = deepcopy(group.converter)
         for pattern, source in group.collected:
             tensor = read(source)
@@ -323,19 +333,19 @@ class _Maker:
     def _convert_slice(
         self, stack: str, group: _Group, name: str, shape: tuple[int, ...], read: Callable[[str], torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        """A stack of one slice, as that slice."""
+        """Convert a group of one expert, whose stack has one slice, and return that slice."""
         return {name: self._convert(stack, group, read)[stack].reshape(shape)}
 
 
 def _stacks(converter: WeightConverter) -> bool:
-    """Whether it puts tensors on stacks, and joins what lies on these at most along the rows of their slices."""
+    """Whether a converter stacks tensors and at most concatenates the stacks along the rows of their slices."""
     first, *others = converter.operations
     is_stack = type(first) is MergeModulelist and first.dim == 0
     return is_stack and len(others) < 2 and all(type(one) is Concatenate and one.dim == 1 for one in others)
 
 
 def _apart(group: _Group, count: int) -> list[_Group]:
-    """The sources of each of so many slices, in the order in which they are joined; none if they are not as many."""
+    """The sources of each of `count` slices, in concatenation order; none if a pattern has another number of them."""
     by_pattern: dict[str, list[str]] = {}
     for pattern, source in group.collected:
         by_pattern.setdefault(pattern, []).append(source)
@@ -348,10 +358,10 @@ def _apart(group: _Group, count: int) -> list[_Group]:
 
 
 def _expect_scales(names: Sequence[str], sources: SourceFacts, *, where: str) -> None:
-    """Make sure that quantised weights have scales beside them: without these, transformers takes them for values.
+    """Check that quantised weights have scales; without scales, transformers would take the codes for values.
 
     Raises:
-        CheckpointError: one has none.
+        CheckpointError: a weight has no scale.
     """
     for name in names:
         module = name.removesuffix("weight")
@@ -370,9 +380,9 @@ def _untried(
     dtypes: Callable[[str], torch.dtype],
     convert: Callable[[Callable[[str], torch.Tensor]], dict[str, torch.Tensor]],
 ) -> Recipe:
-    """A recipe that yields `first`, and that cannot be tried without values: some read a shape out of a tensor.
+    """A recipe that yields `first` and cannot be tried on the meta device: some converters read a shape from a tensor.
 
-    What it really yields is compared with the model's shape once it has run: see `convert_bytes`.
+    `convert_bytes` compares the actual result with the model's shape.
     """
     return Recipe({first: (dtypes(first), tuple(skeleton.slots[first].tensor.shape))}, names, convert)
 
@@ -380,7 +390,7 @@ def _untried(
 def _joined(
     group: _Group, targets: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], sources: SourceFacts
 ) -> tuple[str, ...]:
-    """The sources whose concatenated bytes are those of the target; empty if anything else is done to them."""
+    """The sources whose concatenated bytes equal the target's; empty if the converter does anything else to them."""
     converter = group.converter
     if converter is None or len(targets) != 1 or len(converter.operations) != 1:
         return ()
@@ -397,8 +407,8 @@ def _joined(
 
 
 def target_dtypes(skeleton: Skeleton) -> Callable[[str], torch.dtype]:
-    """A function from tensors' names to the dtypes they are loaded with; transformers keeps some in fp32."""
-    plan = skeleton.model._get_dtype_plan(skeleton.dtype)  # noqa: SLF001 - the loader's own question
+    """Return a function from a tensor's name to the dtype it is loaded with; transformers keeps some in fp32."""
+    plan = skeleton.model._get_dtype_plan(skeleton.dtype)  # noqa: SLF001 - the call that the loader makes
     if plan:
         pattern, by_group, _ = build_glob_alternation(list(plan))
 
@@ -413,7 +423,7 @@ def target_dtypes(skeleton: Skeleton) -> Callable[[str], torch.dtype]:
 
 
 def _ties(skeleton: Skeleton, recipes: Mapping[str, Recipe], equal: Callable[[str, str], bool]) -> dict[str, str]:
-    """Which tensors are stored under another one's name, following `PreTrainedModel.tie_weights`."""
+    """Map each tied tensor to the one that is stored, following `PreTrainedModel.tie_weights`."""
     families: dict[str, list[str]] = {}
     declared = {**skeleton.inherent_ties, **skeleton.model.all_tied_weights_keys}
     for target, source in declared.items():

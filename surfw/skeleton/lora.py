@@ -1,7 +1,7 @@
-"""Which modules of a model an adapter changes, and how: its tensors sorted, and compared with the model's shapes.
+"""Matches an adapter's tensors with the modules they change, and checks their shapes against the model.
 
-The rules are those of peft's LoRA: a low-rank product beside a linear module or an embedding, and whole copies of other
-modules. Nothing is computed here; `surfw.runtime.lora` does that.
+The rules are those of peft's LoRA: a low-rank product added to a linear module or an embedding, and full copies of
+other modules. `surfw.runtime.lora` does the computation.
 """
 
 import re
@@ -29,15 +29,15 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True, slots=True)
 class LoraPart:
-    """A module beside which a product of two small matrices is computed.
+    """A module to whose output a low-rank product is added.
 
     Attributes:
-        path: the module's.
+        path: the module's path.
         module: `torch.nn.Linear`, transformers' `Conv1D`, or an embedding.
-        first: the name of the tensor that is used first, of shape (rank, in); of an embedding, (rank, vocabulary).
-        second: that of the second, of shape (out, rank).
-        bias: that of what is added to the second product, of shape (out,); None if nothing is.
-        scaling: what the result is multiplied with.
+        first: the name of the first factor, of shape (rank, in); for an embedding, (rank, vocabulary).
+        second: the name of the second factor, of shape (out, rank).
+        bias: the name of the bias of the second product, of shape (out,); None if there is none.
+        scaling: the factor applied to the result.
     """
 
     path: str
@@ -54,7 +54,7 @@ class LoraPart:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What its tensors are computed in: as peft does by default, float32 where the module's weight has less."""
+        """The compute dtype: float32 if the module's weight has a narrower float dtype, as is peft's default."""
         weight = self.module.weight
         assert isinstance(weight, torch.Tensor), "these modules have one"
         return torch.float32 if weight.dtype in _WIDENED else weight.dtype
@@ -62,7 +62,7 @@ class LoraPart:
 
 @dataclass(frozen=True, slots=True)
 class SavedPart:
-    """A module whose weights are the adapter's own: the slots they belong to, by their names."""
+    """A module whose weights the adapter replaces; `slots` are the module's slots by name."""
 
     path: str
     module: nn.Module
@@ -76,14 +76,14 @@ class SavedPart:
 
 @dataclass(frozen=True, slots=True)
 class Lora:
-    """All that an adapter changes of a model."""
+    """Everything that an adapter changes in a model."""
 
     parts: tuple[LoraPart, ...]
     saved: tuple[SavedPart, ...]
 
     @property
     def dtypes(self) -> dict[str, torch.dtype]:
-        """The dtypes that its tensors are computed in, by their names."""
+        """The compute dtypes of its tensors, by name."""
         found = {name: part.dtype for part in self.parts for name in part.tensors}
         return found | {name: slot.tensor.dtype for part in self.saved for name, slot in part.slots.items()}
 
@@ -96,17 +96,17 @@ def find_lora(
     *,
     where: str,
 ) -> Lora:
-    """Find what an adapter changes of a model.
+    """Find what an adapter changes in a model.
 
     Args:
         skeleton: the model.
-        shapes: of the adapter's tensors, by their names within the model.
-        scaling_of: the scaling of a module that has such a rank.
-        saved: the modules that it has whole copies of.
+        shapes: the shapes of the adapter's tensors, by their names within the model.
+        scaling_of: returns the scaling of a module, from its path and rank.
+        saved: the paths of the modules that the adapter has full copies of.
         where: names the adapter in errors.
 
     Raises:
-        UnsupportedModelError: it does not fit this model, lacks a tensor, or has one that peft's LoRA does not know.
+        UnsupportedModelError: the adapter does not fit this model, lacks a tensor, or has an unknown one.
     """
     modules = dict(skeleton.model.named_modules())
     found: dict[str, dict[str, str]] = {}
@@ -162,7 +162,7 @@ def _part(
 
 
 def _widths(module: nn.Module) -> tuple[Mapping[str, str], int, int]:
-    """The roles that a module's tensors may have, and how many numbers go into it and come out; no roles for others."""
+    """The roles of a module's adapter tensors, and its input and output width; no roles if it is not supported."""
     if isinstance(module, nn.Linear):
         return _LINEAR, module.in_features, module.out_features
     if isinstance(module, Conv1D):

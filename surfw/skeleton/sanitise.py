@@ -1,13 +1,13 @@
-"""Configurations and generation settings as plain data: what may be believed of those that somebody else wrote.
+"""Sanitises untrusted configurations and generation settings, as plain data.
 
 A configuration can name code: modelling files (`auto_map`), attention and expert kernels named by repository, custom
-generation. surfw never fetches or runs any. `sanitise_config` takes such requests out; `refuse_kernels` is for the
-moment a checkpoint is chunked, when its owner can still be asked to change it.
+generation. surfw never fetches or runs such code. `sanitise_config` removes these requests; `refuse_kernels` rejects
+them when a checkpoint is chunked, because its owner can still change it then.
 
-Generation settings may say how a model's next token is chosen. They may not choose code from elsewhere, another way to
-run the model, or how it is compiled and cached: that is up to the caller of `generate()`.
+Generation settings may say how the next token is chosen. They may not select foreign code, another way to run the
+model, or how it is compiled and cached: that is up to the caller of `generate()`.
 
-Knows neither torch nor transformers.
+Depends on neither torch nor transformers.
 """
 
 import math
@@ -20,14 +20,14 @@ from surfw.errors import UnsupportedModelError
 
 _ATTENTION, _EXPERTS = {"eager", "sdpa"}, {"eager", "batched_mm", "grouped_mm"}
 IMPLEMENTATIONS = _ATTENTION | _EXPERTS
-"""The attention and expert implementations that a configuration may choose: they are torch's own, and ready at once."""
+"""The attention and expert implementations that a configuration may choose: torch's own, without compilation."""
 
 COMPILED = {"flex_attention"}
-"""Those that transformers compiles first: allowed only with a class of the caller's own."""
+"""Implementations that transformers compiles first: allowed only with the caller's own class."""
 
 _UNUSED = {"flash_attention_2", "flash_attention_3", "flash_attention_4"} | COMPILED
-"""Names of transformers' own for which it may fetch a kernel, or compiles one for a minute and keeps it elsewhere on
-the machine: not used, but no reason to refuse a checkpoint."""
+"""Transformers' own names for which it may fetch a kernel, or compile one for a minute and cache it on disk: not used,
+but no reason to refuse a checkpoint."""
 
 _CODE_KEYS = {
     "attribute_map", "auto_map", "custom_generate", "custom_pipelines", "distributed_config", "fusion_config",
@@ -43,23 +43,23 @@ _MAX_LAYERS = 10_000
 _MAX_LABELS = 100_000
 _MAX_INTEGER = 1 << 40
 _MAX_DEPTH = 24
-"""How deep a configuration may be nested; published ones stay far below it."""
+"""The deepest nesting of a configuration; published ones are far below it."""
 
 
 class Sanitised(NamedTuple):
-    """A configuration and generation settings that may be used, and lines about what was taken out of them."""
+    """A safe configuration and generation settings, with descriptions of what was removed from them."""
 
     config: dict[str, Any]
     generation: dict[str, Any] | None
-    code: list[str]  # what asked for foreign code
-    unfit: list[str]  # what no file may choose
+    code: list[str]  # requests for foreign code
+    unfit: list[str]  # settings that no file may choose
 
 
 def sanitise(config: Mapping[str, Any], generation: Mapping[str, Any] | None, *, where: str) -> Sanitised:
-    """A model's configuration and generation settings without what surfw never does for a file.
+    """Sanitise a model's configuration and generation settings.
 
     Raises:
-        UnsupportedModelError: what is left has sizes or numbers that no model has, or settings of another kind.
+        UnsupportedModelError: they have absurd sizes, non-finite numbers, or settings of the wrong type.
     """
     refuse_absurd_sizes(config, where=where)
     refuse_endless_numbers(config, where=where)
@@ -73,7 +73,7 @@ def sanitise(config: Mapping[str, Any], generation: Mapping[str, Any] | None, *,
 
 
 def sanitise_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The configuration without its requests for foreign code, and a line for each that was taken out."""
+    """Remove requests for foreign code from a configuration; returns it with one line per removed request."""
     dropped: list[str] = []
 
     def keep(path: str, key: str, value: Any) -> bool:
@@ -85,7 +85,7 @@ def sanitise_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str
 
 
 def _filter(value: Any, keep: Callable[[str, str, Any], bool], path: str = "", depth: int = 0) -> Any:
-    """The value without the entries of objects, at any depth, that `keep` refuses by their path, key and value."""
+    """The value without the object entries, at any depth, for which `keep(path, key, value)` is false."""
     if depth > _MAX_DEPTH:
         raise UnsupportedModelError(f"the configuration is nested more than {_MAX_DEPTH} deep at {path[:80]}")
     if isinstance(value, list):
@@ -107,7 +107,7 @@ def _asks_for_code(key: str, value: Any) -> bool:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """All texts in a value, however it is nested."""
+    """All strings in a value, at any depth."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list):
@@ -116,10 +116,10 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def tag_floats(value: Any) -> Any:
-    """The value, with numbers that JSON cannot express in the form in which transformers writes them.
+    """Encode non-finite numbers, which JSON cannot express, as transformers 5 does: `{"__float__": "Infinity"}`.
 
-    `config.json` files are read by Python, which knows `NaN`, `Infinity` and `-Infinity`; others that read JSON do not.
-    transformers 5 writes `{"__float__": "Infinity"}`. The depth is bounded by `sanitise_config`.
+    Python's JSON parser accepts `NaN`, `Infinity` and `-Infinity` in a `config.json`; other parsers do not. The depth
+    is bounded by `sanitise_config`.
     """
     if isinstance(value, dict):
         return {key: tag_floats(inner) for key, inner in value.items()}
@@ -140,13 +140,17 @@ def untag_floats(value: Any) -> Any:
 
 
 def _untag_float(value: Any) -> float | None:
-    """The number, if the value is one in the form of `tag_floats`."""
+    """The number that `tag_floats` encoded as this value; None if it is something else."""
     tag = value.get(_FLOAT_KEY) if isinstance(value, dict) and len(value) == 1 else None
     return _FLOATS.get(tag) if isinstance(tag, str) else None
 
 
 def refuse_kernels(config: Mapping[str, Any], *, where: str) -> None:
-    """Refuse a configuration that asks for a kernel from a repository, however deep."""
+    """Refuse a configuration that asks for a kernel from a repository, at any depth.
+
+    Raises:
+        UnsupportedModelError: it does.
+    """
     for key, value in _walk(config):
         named = sorted(set(_texts(value)) - IMPLEMENTATIONS - _UNUSED) if _IMPLEMENTATION_KEY.fullmatch(key) else []
         if named or (key in {"use_kernels", "kernel_config"} and value):
@@ -158,7 +162,11 @@ def refuse_kernels(config: Mapping[str, Any], *, where: str) -> None:
 
 
 def refuse_absurd_sizes(config: Mapping[str, Any], *, where: str) -> None:
-    """Refuse numbers that no model has: layers or experts over 10,000, labels over 100,000, any integer over 2^40."""
+    """Refuse absurd numbers: over 10,000 layers or experts, over 100,000 labels, any integer over 2^40.
+
+    Raises:
+        UnsupportedModelError: there is one.
+    """
     for key, value in _walk(config):
         if isinstance(value, bool) or not isinstance(value, int):
             continue
@@ -172,8 +180,11 @@ def refuse_absurd_sizes(config: Mapping[str, Any], *, where: str) -> None:
 def refuse_endless_numbers(config: Mapping[str, Any], *, where: str) -> None:
     """Refuse settings that are NaN or infinite.
 
-    An infinite bound sets none, as in Mamba-2's `time_step_limit`: it is accepted where the key speaks of a limit, a
-    maximum, a minimum, a clip or a threshold. An infinite epsilon, scale or frequency makes every result the same.
+    An infinite bound means no bound, as in Mamba-2's `time_step_limit`. It is accepted if the key contains limit, max,
+    min, clip or threshold. An infinite epsilon, scale or frequency makes every result the same.
+
+    Raises:
+        UnsupportedModelError: there is one.
     """
     for key, value in _walk(config):
         if not isinstance(value, float) or math.isfinite(value):
@@ -186,7 +197,7 @@ def refuse_endless_numbers(config: Mapping[str, Any], *, where: str) -> None:
 
 
 def _walk(value: Any, key: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
-    """Every value with its key, however deep; the items of a list have the list's."""
+    """Every value with its key, at any depth; the items of a list have the list's key."""
     if depth > _MAX_DEPTH:
         raise UnsupportedModelError(f"the configuration is nested more than {_MAX_DEPTH} deep")
     if (number := _untag_float(value)) is not None:
@@ -204,18 +215,18 @@ def _walk(value: Any, key: str = "", depth: int = 0) -> Iterator[tuple[str, Any]
 NOT_FROM_A_FILE = {
     # transformers fetches their code from repositories
     "constraints", "diversity_penalty", "dola_layers", "force_words_ids", "num_beam_groups", "penalty_alpha",
-    # generation by parts of the model, or with prompts that are changed
+    # generation with parts of the model, or with modified prompts
     "assistant_early_exit", "is_assistant", "speculation_type", "token_healing", "use_mtp",
-    # how it is compiled, and what its cache is made of
+    # compilation and the kind of cache
     "cache_config", "cache_implementation", "compile_config", "continuous_batching_config", "max_cache_len",
-    # not implemented any more
+    # no longer implemented
     "low_memory",
 }  # fmt: skip
 """Generation settings that no file may choose."""
 
 _ASK_FOR_NOTHING = {"num_beam_groups": 1, "cache_implementation": "dynamic"}
 _CACHES_OF_OLD = ("hybrid",)
-"""Transformers ignores them, since its default cache does the same."""
+"""Cache implementations that transformers ignores, because its default cache does the same."""
 
 _ARGUMENTS = {
     "assistant_model", "assistant_tokenizer", "custom_generate", "generation_config", "inputs", "logits_processor",
@@ -225,7 +236,7 @@ _ARGUMENTS = {
 """Arguments of `generate()` that are not settings."""
 
 _PRIVATE = {"_commit_hash", "_from_model_config"}
-"""Private names that transformers itself writes into files."""
+"""Private settings that transformers itself writes into files."""
 
 
 def _is_number(value: Any) -> bool:
@@ -301,15 +312,16 @@ _NOT_FROM_A_CONFIGURATION = {"cache_implementation", "compile_config", "continuo
 
 
 def sanitise_outputs(config: Mapping[str, Any], *, where: str) -> tuple[dict[str, Any], list[str]]:
-    """A model's configuration without settings, at any depth, that break the model or say how to run it.
+    """Remove settings, at any depth, that break the model or say how to run it.
 
-    With `return_dict` false, classes of transformers look for names in the tuples that their own parts return.
+    One of them is a false `return_dict`: transformers' classes then look for names in the tuples that their own parts
+    return.
 
     Returns:
-        The configuration, and a line for each that was taken out and asked for something.
+        The configuration, and one line per removed setting that had an effect.
 
     Raises:
-        UnsupportedModelError: another setting that all models share is of a kind that none computes with.
+        UnsupportedModelError: a setting in `_SHARED`, which all models have, has the wrong type.
     """
     dropped: list[str] = []
 
@@ -326,11 +338,14 @@ def sanitise_outputs(config: Mapping[str, Any], *, where: str) -> tuple[dict[str
 
 
 def sanitise_generation(settings: Mapping[str, Any], *, taken: Collection[str]) -> tuple[dict[str, Any], list[str]]:
-    """The settings without those that no file may choose, and a line for each that asked for something.
+    """Remove settings that no file may choose.
 
     Args:
-        settings: as of `generation_config.json`.
+        settings: the contents of a `generation_config.json`.
         taken: names of methods, which no setting may have.
+
+    Returns:
+        The remaining settings, and one line per removed setting that had an effect.
     """
     clean, dropped = {}, []
     for key, value in settings.items():
@@ -344,7 +359,11 @@ def sanitise_generation(settings: Mapping[str, Any], *, taken: Collection[str]) 
 
 
 def check_generation(settings: Mapping[str, Any], *, where: str) -> None:
-    """Refuse settings of types that transformers does not compute with; names it does not know may hold anything."""
+    """Refuse generation settings of the wrong type; unknown names may have any value.
+
+    Raises:
+        UnsupportedModelError: a setting has the wrong type.
+    """
     for key, value in settings.items():
         kind, fits = _RULES.get(key, ("", lambda _: True))
         if value is not None and not fits(value):

@@ -1,7 +1,7 @@
-"""A tokenizer from its files, as transformers makes it, and what transformers does not say of them.
+"""Makes tokenizers from their files with transformers, and detects errors that transformers does not report.
 
-Where a vocabulary is missing, transformers builds a tokenizer that knows its special tokens and nothing else; where a
-library is missing, it names another one. Both are errors here. No code that comes with a model is run.
+If a vocabulary is missing, transformers builds a tokenizer that knows only its special tokens; if a library is missing,
+its error names another one. Both are errors here. No code that comes with a model is run.
 """
 
 import importlib.util
@@ -25,24 +25,24 @@ logger = logging.getLogger("surfw.skeleton")
 _PATH_KEY = re.compile(r"_?name_or_path|vocab|merges|.*_files?|.*_path")
 _SETTINGS = "tokenizer_config.json"
 _WHOLE = re.compile(r"tokenizer(\.[0-9][0-9.]*)?\.json|tekken\.json|tokenizer\.model.*|tiktoken\.model")
-"""Files that any tokenizer of the library `tokenizers` can be made of, whatever its class names."""
+"""Files from which any tokenizer of the library `tokenizers` can be made, even if its class does not name them."""
 
 _NOT_NEEDED = {"tokenizer_file", "tokenizer_config_file", "normalizer_file", "target_vocab_file", "spm_file"}
-"""Those of the files a class names that it does without, or fails without."""
+"""Files named by tokenizer classes whose absence is no error here: optional, or transformers itself fails without."""
 
 _RANKS = re.compile(rb"[A-Za-z0-9+/=]+ [0-9]+\r?\n")
-"""The first line of tiktoken's files; SentencePiece's are not of lines."""
+"""Matches the first line of a tiktoken file; SentencePiece files are binary."""
 
 _TEXTS = (
     "The weights arrive while the model runs, don't they? 12,345.6",
     "Ünïcödé – 漢字かな, кириллица, العربية 🙂",
     "  two  spaces,\ta tab\nand a new line; def f(x): return x[0] != 'ab'",
 )
-"""What two tokenizers are compared by."""
+"""Sample texts for comparing two tokenizers."""
 
 
 def registered_names() -> set[str]:
-    """The names of files of tokenizer classes that the program has registered (`AutoTokenizer.register`)."""
+    """The vocabulary file names of tokenizer classes registered with `AutoTokenizer.register`."""
     auto = transformers.models.auto.tokenization_auto
     classes = [*auto.REGISTERED_TOKENIZER_CLASSES.values(), *auto.TOKENIZER_MAPPING._extra_content.values()]  # noqa: SLF001 - where they are kept
     return {
@@ -54,10 +54,10 @@ def registered_names() -> set[str]:
 def make_tokenizer(
     files: Mapping[str, bytes], config: Mapping[str, Any], *, where: str, advice: str = ""
 ) -> PreTrainedTokenizerBase:
-    """A tokenizer of these files, by their paths; `advice` ends every error.
+    """Make a tokenizer from files, given by path; `advice` is appended to every error.
 
     Raises:
-        UnsupportedModelError: transformers cannot make one of them, a library is missing, or a vocabulary.
+        UnsupportedModelError: transformers cannot make one, or a library or the vocabulary is missing.
     """
     what = f"the tokenizer of {where}"
     if "tokenizer.json" not in files and (lack := _missing_library(files)):
@@ -75,18 +75,18 @@ def make_tokenizer(
 
 
 def check_tokenizer(folder: Path, files: Mapping[str, bytes], config: Mapping[str, Any], *, where: str) -> None:
-    """Make sure that a checkpoint's tokenizer, made of the files that are kept of it, is the one that it has in place.
+    """Check that the tokenizer made from the kept files equals the one in the checkpoint's folder.
 
-    Where transformers makes none of them, a warning says so: the model takes token ids all the same.
+    If transformers can make no tokenizer from the kept files, this logs a warning: the model still takes token ids.
 
     Args:
-        folder: of the checkpoint.
-        files: those that are kept, by path.
+        folder: the checkpoint's folder.
+        files: the kept tokenizer files, by path.
         config: the checkpoint's configuration.
-        where: names it in errors.
+        where: names the checkpoint in errors.
 
     Raises:
-        CheckpointError: a vocabulary is missing, or it gives other token ids.
+        CheckpointError: the vocabulary is missing, or the two tokenizers give different token ids.
     """
     try:
         kept = make_tokenizer(files, config, where=where)
@@ -99,7 +99,7 @@ def check_tokenizer(folder: Path, files: Mapping[str, bytes], config: Mapping[st
         return
     try:
         own = _open(str(folder), f"the tokenizer of {where}", "")
-    except SurfwError:  # such as one that wants to run code: that one is another
+    except SurfwError:  # such as a tokenizer that needs foreign code: there is nothing to compare with
         return
     for text in _TEXTS:
         expected, seen = _ids(own, text), _ids(kept, text)
@@ -112,10 +112,10 @@ def check_tokenizer(folder: Path, files: Mapping[str, bytes], config: Mapping[st
 
 
 def _ids(tokenizer: Any, text: str) -> list[int] | str:
-    """The token ids of a text; or what is wrong with it, for a tokenizer that does not read every text."""
+    """The token ids of a text, or the error of a tokenizer that cannot encode it."""
     try:
         return list(tokenizer(text)["input_ids"])
-    except Exception as exc:  # noqa: BLE001 - tokenizers raise what they like
+    except Exception as exc:  # noqa: BLE001 - tokenizers may raise anything
         return f"{type(exc).__name__}: {exc}"
 
 
@@ -128,7 +128,7 @@ def _open(folder: str, what: str, advice: str) -> PreTrainedTokenizerBase:
 
 
 def _missing_library(files: Mapping[str, bytes]) -> str | None:
-    """What has to be installed before these files can be read."""
+    """The library that has to be installed to read these files; None if there is none."""
     models = {path: data for path, data in files.items() if path.endswith((".model", ".spm"))}
     ranks = [path for path, data in models.items() if _RANKS.match(data)]
     pieces = [path for path in models if path not in ranks]
@@ -143,12 +143,12 @@ def _missing_library(files: Mapping[str, bytes]) -> str | None:
 def _is_installed(name: str) -> bool:
     try:
         return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:  # of its parent
+    except ModuleNotFoundError:  # the parent package is missing
         return False
 
 
 def _missing_vocabulary(tokenizer: PreTrainedTokenizerBase, files: Mapping[str, bytes]) -> str | None:
-    """Which file a tokenizer was made without that its class names; None if it has what it needs."""
+    """Describe the missing vocabulary files of a tokenizer; None if it has all that it needs."""
     untyped: Any = tokenizer
     named: dict[str, str] = {key: file for key, file in untyped.vocab_files_names.items() if isinstance(file, str)}
     wanted = [file for key, file in named.items() if key not in _NOT_NEEDED]
@@ -163,11 +163,11 @@ def _missing_vocabulary(tokenizer: PreTrainedTokenizerBase, files: Mapping[str, 
 
 
 def _sanitise(data: bytes, path: str) -> bytes:
-    """The tokenizer's settings, without requests for foreign code, and without paths: its files are in its folder."""
+    """Remove requests for foreign code and paths from a tokenizer's settings; its files are in its folder."""
     try:
         document: Any = json.loads(data)
     except (ValueError, RecursionError):
-        return data  # transformers says what is wrong with it
+        return data  # transformers reports the error
     if not isinstance(document, dict):
         return data
     clean, dropped = sanitise_config(document)

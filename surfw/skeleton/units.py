@@ -1,8 +1,8 @@
-"""The units of a model: the modules that are executed one after another, found in the model itself.
+"""Finds the units of a model, the modules that are executed one after another, without a list of architectures.
 
-A *unit* is a module whose weights come and go together: each item of an outermost `ModuleList` (a layer), and each
-largest other module that holds weights and no such list (embeddings, norms, heads). Weights that hang directly on a
-module with layers inside form a unit of their own, written `path.*`. No architecture is named.
+A *unit* is a module whose weights are loaded and evicted together: each item of an outermost `ModuleList` (a layer),
+and each largest other module that holds weights and no such list (embeddings, norms, heads). Weights held directly by
+a module that contains layers form their own unit, written `path.*`.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,7 +16,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """A place in a module where a tensor belongs: a parameter, or a buffer that is part of the state dict."""
+    """A place for a tensor in a module: a parameter, or a buffer that is part of the state dict."""
 
     name: str
     module: nn.Module
@@ -25,25 +25,25 @@ class Slot:
 
     @property
     def tensor(self) -> torch.Tensor:
-        """The tensor that is there now."""
+        """The current tensor."""
         held = (self.module._buffers if self.is_buffer else self.module._parameters)[self.leaf]  # noqa: SLF001 - torch's registries
         assert held is not None, f"slot {self.name} is empty"
         return held
 
     def put(self, tensor: torch.Tensor) -> None:
-        """Put a tensor there; for a parameter, an `nn.Parameter`."""
+        """Replace the tensor; for a parameter, with an `nn.Parameter`."""
         registry = self.module._buffers if self.is_buffer else self.module._parameters  # noqa: SLF001 - torch's registries
         registry[self.leaf] = tensor  # type: ignore[assignment]  # a Parameter where one is expected
 
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """A module that is executed, and the slots its weights lie in.
+    """A module that is executed, and the slots of its weights.
 
     Attributes:
-        path: the module's name in the model; `path.*` (or `*` at the root) for weights a containing module holds
-            directly.
-        kind: `layer`, `part` or `own`.
+        path: the module's path in the model; `path.*` (or `*` at the root) for weights that a module with layers inside
+            holds directly.
+        kind: `layer`, `part`, or `own` for such directly held weights.
         module: the module to hook.
         slots: in registration order.
     """
@@ -55,16 +55,16 @@ class Unit:
 
 
 def find_units(model: nn.Module) -> list[Unit]:
-    """The units of a model in registration order; every slot belongs to exactly one of them."""
+    """The units of a model in registration order; every slot belongs to exactly one unit."""
     return list(_visit(model, "", set()))
 
 
 def matrices_of(units: Iterable[Unit], ties: Mapping[str, str]) -> frozenset[str]:
-    """The stored tensors that are weights of `torch.nn.Linear` or of embeddings, and of nothing else.
+    """The names of stored tensors that are only used as weights of `torch.nn.Linear` or of embeddings.
 
     Args:
-        units: of the model.
-        ties: tensors that are stored under another name.
+        units: the model's units.
+        ties: maps tied tensors to the name under which they are stored.
     """
     matrices, others = set[str](), set[str]()
     for slot in (slot for unit in units for slot in unit.slots):
@@ -91,7 +91,7 @@ def _visit(module: nn.Module, path: str, seen: set[int]) -> Iterator[Unit]:
 
 def _visit_list(items: nn.ModuleList, path: str, seen: set[int]) -> Iterator[Unit]:
     seen.add(id(items))
-    for name, item in items.named_children():  # a list of some layers keeps their names
+    for name, item in items.named_children():  # a partial list keeps the layers' names
         if id(item) in seen:
             continue
         if type(item).forward is nn.Module.forward:  # a list of lists: it is never called itself
@@ -112,7 +112,7 @@ def _leaf(module: nn.Module, path: str, kind: str, seen: set[int]) -> Iterator[U
 
 
 def own_slots(module: nn.Module, path: str) -> Iterator[Slot]:
-    """The places of a module's own state, without those of the modules in it; `path` names it, "" the whole model."""
+    """The slots of a module itself, without its submodules; `path` is its path, "" for the whole model."""
     prefix = f"{path}." if path else ""
     for leaf, parameter in module._parameters.items():  # noqa: SLF001 - torch's registries
         if parameter is not None:
@@ -127,5 +127,5 @@ def _holds_list(module: nn.Module) -> bool:
 
 
 def _is_list(module: nn.Module) -> TypeGuard[nn.ModuleList]:
-    """Whether its items run one after another; the steps that make one weight of others are a module's own affair."""
+    """Whether a module is a list of layers; torch's `ParametrizationList`, which computes one weight, is not."""
     return isinstance(module, nn.ModuleList) and not isinstance(module, ParametrizationList)

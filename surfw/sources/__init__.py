@@ -1,1 +1,1 @@
-"""Sources in front of sources: each is a `ChunkSource`, and adds one behaviour."""
+"""Sources that wrap other sources: each is a `ChunkSource` that adds one behaviour."""

@@ -1,10 +1,9 @@
-"""Which of several sources is asked, and when one that failed is asked again. Pure: the caller says what time it is.
+"""Select one of several sources, and decide when to retry a failed one. Pure: the caller passes the time.
 
-Sources are asked in the order they were given: the first is the one that is wanted. Or by speed: each is tried a little
-at first, then the one that delivers most is asked, and now and then another one, for one range, in case it is faster
-now. One that failed rests, longer after
-each failure in a row, and is then tried with whatever is to be fetched next: so the better one is back soon after it is
-up again. One that delivered damage, or that is another model's, is set aside for good.
+By default, sources are used in the given order of preference. By speed, each source gets a few ranges at first, then
+the fastest is used; now and then another one gets a single range, in case it has become faster. A source that failed
+rests, longer after each consecutive failure, and is then tried with the next request, so that a preferred source is
+back in use soon after it has recovered. A source that delivered damage or another model is set aside permanently.
 """
 
 import random
@@ -16,37 +15,37 @@ from surfw.retry import RetryPolicy
 _LATE_FACTOR = 4.0
 _LEAST_LATE_SECONDS, _UNKNOWN_LATE_SECONDS = 1.0, 3.0
 _TRY_SECONDS = 5.0
-"""After this long, another request may try a source that failed."""
+"""How long a failed source is reserved for the one request that tries it again."""
 
 _NEWEST_SHARE = 0.3
-"""How much the newest range counts in what a source usually takes."""
+"""The weight of the newest range in the moving averages of a source's speed."""
 
 _TRIED_AT_ONCE = 3
-"""So many ranges are asked of a source of unknown speed."""
+"""How many ranges may be in flight from a source of unknown speed."""
 
 _TRY_AGAIN_SECONDS = 10.0
-"""After this long, the speed of a source that is not asked is looked at again."""
+"""After this long without a request, the speed of a source is measured again."""
 
 _LEAST_GAIN = 1.25
-"""A source is taken before one that was given earlier if it delivers this much more."""
+"""A source is preferred over an earlier one only if it is faster by this factor."""
 
 
 @dataclass(slots=True)
 class Standing:
-    """What is known of a source.
+    """The state of a source.
 
     Attributes:
-        url: its address, for people.
-        failures: how often it failed in a row.
-        rests_until: when it may be asked again.
-        failed_at: when the first of these failures was, or None.
-        why: what its last failure was, for people.
-        is_tried: whether one request finds out whether it is up again; others go elsewhere meanwhile.
-        aside: whether it is not asked any more.
-        seconds_per_byte: what a range usually takes; None before the first one.
-        bytes_per_second: what it delivers in all its ranges together; None before the first one.
-        in_flight: how much it is asked for now.
-        asked_at: when it was asked last.
+        url: its address, for display.
+        failures: its number of consecutive failures.
+        rests_until: when it may be used again.
+        failed_at: the time of the first failure since its last success, or None.
+        why: its last failure, for display.
+        is_tried: whether a request is testing if it has recovered; other requests go elsewhere meanwhile.
+        aside: whether it is no longer used.
+        seconds_per_byte: the average duration of a range per byte; None before the first range.
+        bytes_per_second: its average throughput over concurrent ranges; None before the first range.
+        in_flight: its number of requests in flight.
+        asked_at: the time of its last request.
     """
 
     url: str
@@ -64,13 +63,13 @@ class Standing:
 
 @dataclass
 class SourceTable:
-    """The standings of all sources, in their order.
+    """The states of all sources, in order of preference.
 
     Attributes:
-        standings: of each source.
-        retry: how long one rests after each failure.
-        by_speed: whether the fastest is asked first, and not the first.
-        draw: gives random numbers from 0 to 1, so that many clients do not come back at the same moment.
+        standings: one per source.
+        retry: how long a source rests after each failure.
+        by_speed: whether to prefer the fastest source, and not the first.
+        draw: returns random numbers from 0 to 1 for jitter, so that clients do not all retry at the same moment.
     """
 
     standings: Sequence[Standing]
@@ -79,7 +78,7 @@ class SourceTable:
     draw: Callable[[], float] = field(default=random.random)
 
     def usable(self, now: float) -> list[int]:
-        """The sources that may be asked now, the one to ask first first."""
+        """Return the sources that may be used now, best first."""
         found = [index for index, one in enumerate(self.standings) if not one.aside and one.rests_until <= now]
         if self.by_speed:
             best = max((self.standings[index].bytes_per_second or 0.0 for index in found), default=0.0)
@@ -87,7 +86,7 @@ class SourceTable:
         return found
 
     def _rank(self, one: Standing, best: float, now: float) -> tuple[int, float]:
-        """What a source is sorted by; those with the same rank stay in their order."""
+        """The sort key of a source; sources of equal rank keep their order."""
         speed = one.bytes_per_second
         if speed is None:
             return (0 if one.in_flight < _TRIED_AT_ONCE else 3), one.in_flight
@@ -96,7 +95,7 @@ class SourceTable:
         return (1, 0) if speed * _LEAST_GAIN >= best else (2, -speed)
 
     def begin(self, index: int, now: float) -> None:
-        """Note that a source is asked, until `end`; one that has failed before is asked one thing at a time."""
+        """Record the start of a request, until `end`. A source that has failed gets one request at a time."""
         one = self.standings[index]
         one.in_flight += 1
         one.asked_at = now
@@ -104,22 +103,22 @@ class SourceTable:
             one.is_tried, one.rests_until = True, now + _TRY_SECONDS
 
     def end(self, index: int) -> None:
-        """Note that a source has answered, or failed."""
+        """Record the end of a request."""
         self.standings[index].in_flight -= 1
 
     def next_try(self) -> tuple[float, int] | None:
-        """When the first of the resting sources may be asked again, and which it is; None if all are set aside."""
+        """Return when the next source may be used, and which one; None if all are set aside."""
         return min(
             ((one.rests_until, index) for index, one in enumerate(self.standings) if not one.aside), default=None
         )
 
     def late_seconds(self, index: int, size: int) -> float:
-        """After how long a range of so many bytes is late, so that another source is asked for it too."""
+        """Return after how many seconds a range of `size` bytes is late, so that another source is asked too."""
         usual = self.standings[index].seconds_per_byte
         return _UNKNOWN_LATE_SECONDS if usual is None else max(_LEAST_LATE_SECONDS, _LATE_FACTOR * usual * size)
 
     def succeeded(self, index: int, size: int, seconds: float) -> None:
-        """Note that a source delivered so many bytes in so many seconds; 0 bytes say nothing of its speed."""
+        """Record a success: `size` bytes in `seconds`. A size of 0 does not count as a speed measurement."""
         one = self.standings[index]
         one.failures, one.rests_until, one.failed_at, one.is_tried = 0, 0.0, None, False
         if size:
@@ -128,15 +127,15 @@ class SourceTable:
             one.bytes_per_second = _average(one.bytes_per_second, max(one.in_flight, 1) / max(each, 1e-12))
 
     def progressed(self, index: int) -> None:
-        """Note that a source delivered something before it failed: its failures are counted anew."""
+        """Record that a source delivered something before it failed: its failure count restarts."""
         self.standings[index].failures = 0
 
     def is_exhausted(self) -> bool:
-        """Whether each source has failed as often in a row as there are attempts, or was set aside."""
+        """Return whether every source has used up its attempts or was set aside."""
         return all(one.aside or one.failures >= self.retry.attempts for one in self.standings)
 
     def failed(self, index: int, now: float, why: str) -> None:
-        """Note that a source failed, or was late; requests that were open together count as one failure."""
+        """Record that a source failed or was late. Concurrent requests count as one failure."""
         one = self.standings[index]
         one.why = why
         if one.rests_until > now and not one.is_tried:
@@ -150,7 +149,7 @@ class SourceTable:
         one.rests_until = now + delay * (1 - policy.jitter * self.draw())
 
     def set_aside(self, index: int, why: str) -> None:
-        """Ask a source no more."""
+        """Stop using a source permanently."""
         self.standings[index].aside, self.standings[index].why = True, why
 
 

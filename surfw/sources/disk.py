@@ -1,18 +1,18 @@
-"""The folder of a disk cache: what lies there, who uses it, and how much it may take. No asyncio, no network.
+"""The folder of a disk cache: its layout, its locks, and its budget. No asyncio, no network.
 
-    surfw-cache                    marks the folder, so that nothing of anybody else's is ever removed
-    lock                           held while room is made; its size counts the changes
-    blobs/ab/DIGEST                a form's stored bytes, and behind them one byte per block: 1 if the block is there
+    surfw-cache                    marks the folder as a cache; surfw removes nothing from a folder without it
+    lock                           held while blobs are created or evicted; its size counts the changes
+    blobs/ab/DIGEST                a form's stored bytes, then one byte per block: 1 if the block is present
     files/DIGEST                   a tokenizer file
-    models/KEY.manifest            a manifest as a store holds it; KEY is its digest, so that it proves itself
-    models/KEY.use                 locked by whoever uses the model; its time is that of the last use
-    models/KEY.pinned              the model stays, whatever room is needed
+    models/KEY.manifest            a manifest as in a store; KEY is its digest, which verifies it
+    models/KEY.use                 locked by every process that uses the model; its mtime is the last use
+    models/KEY.pinned              the model is never evicted
     models/KEY.log                 lines: the sources that had the model, and digests that its manifest lacks
 
-Invariants: a block is marked once all of its bytes were written, and it is verified whenever it is read, so that
-nothing here has to survive a crash. A blob counts with its full size from the moment it exists, so that the budget
-holds whatever is written later. Blobs are named by their content: models that share chunks share them. Everything may
-be read and removed by several processes at a time: what has vanished is not there, and is fetched.
+Invariants: a block is marked present only after all of its bytes were written, and it is verified at every read, so
+nothing here has to survive a crash. A blob counts at its full size from its creation, so later writes cannot exceed
+the budget. Blobs are named by their content, so models that share chunks share blobs. Several processes may read and
+remove files at the same time; a file that has vanished is a cache miss.
 """
 
 import contextlib
@@ -48,7 +48,7 @@ _MARKER = "surfw-cache"
 _MARK = b"surfw disk cache 1\n"
 _MOST_LOG_BYTES = 64 * MIB
 _TRY_LOCK = getattr(fcntl, "F_OFD_SETLK", None)
-"""Locks that belong to an open file: they end with it, also if its process is killed. Linux has them."""
+"""Linux's open file description locks: released when the file is closed, even if the process is killed."""
 
 _FLOCK = struct.Struct("hhqqi4x")
 _OLD_SECONDS = 3600
@@ -57,15 +57,15 @@ _TAKEN = {errno.EAGAIN, errno.EACCES}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CachedModel:
-    """A model of the cache.
+    """A model in the cache.
 
     Attributes:
-        manifest: as it crosses the wire, without digests that were learned later.
-        sources: the addresses of those that had it.
+        manifest: the manifest as sent over the wire, without digests that were learned later.
+        sources: the addresses of the sources that had the model.
         used: when it was last used, in seconds since 1970.
-        pinned: whether it stays, whatever room is needed.
-        held_bytes: stored bytes of its blocks that are there.
-        complete: whether every chunk is there in at least one form, and every file.
+        pinned: whether it is never evicted.
+        held_bytes: stored bytes of its cached blocks.
+        complete: whether all files are cached, and every chunk in at least one form.
     """
 
     manifest: Manifest
@@ -77,37 +77,37 @@ class CachedModel:
 
 
 class Blob:
-    """The bytes of one form, as far as they are there: an open file."""
+    """An open file with the cached blocks of one form."""
 
     def __init__(self, path: Path, form: Form, fd: int) -> None:
-        """Take an open file, which is closed with this."""
+        """Take ownership of an open file descriptor."""
         self.path = path
         self._form = form
         self._fd = fd
-        self._direct: int | None = None  # the same past the page cache; -1 where there is none
+        self._direct: int | None = None  # the same file opened with O_DIRECT; -1 if that is not possible
         self._takes_direct = True
         self._lock = threading.Lock()
         self.count = count_blocks(form.stored_bytes)
 
     def present(self, first: int = 0, stop: int | None = None) -> bytes:
-        """A byte for each block from `first` to `stop` (end-exclusive): 1 if it is there."""
+        """Return one byte per block from `first` to `stop` (end-exclusive): 1 if the block is present."""
         stop = self.count if stop is None else stop
         flags = os.pread(self._fd, stop - first, self._form.stored_bytes + first)
         return flags.ljust(stop - first, b"\0")
 
     def write(self, first: int, data: memoryview, *, is_mapped_next: bool) -> None:
-        """Write whole blocks from block `first` on, and mark them.
+        """Write whole blocks, starting at block `first`, and mark them present.
 
-        Whole pages go past the page cache, as they are read: a copy of them there took 2 s of the processor for each
-        GiB. Where the file system, or the place of the data in memory, does not allow it, they go through it.
+        Whole pages bypass the page cache, for writes as for reads: copying them there took 2 s of processor time per
+        GiB. If the file system or the alignment of the data does not allow that, they go through the page cache.
 
         Args:
             first: the first block.
             data: the blocks.
-            is_mapped_next: whether they are to be in the page cache, for a mapping of the file.
+            is_mapped_next: whether the file will be mapped, so that the blocks should be in the page cache.
 
         Raises:
-            OSError: they cannot be written; then they are not marked.
+            OSError: the blocks cannot be written; they are not marked.
         """
         self._expect_writable()
         start, whole = first * BLOCK_BYTES, len(data) - len(data) % mmap.PAGESIZE
@@ -116,10 +116,10 @@ class Blob:
             done += os.pwrite(self._fd, data[done:], start + done)
         os.pwrite(self._fd, b"\1" * count_blocks(len(data)), self._form.stored_bytes + first)
         if not is_mapped_next:
-            os.posix_fadvise(self._fd, 0, start + done, os.POSIX_FADV_DONTNEED)  # begins to write those that are new
+            os.posix_fadvise(self._fd, 0, start + done, os.POSIX_FADV_DONTNEED)  # starts writeback of dirty pages
 
     def _write_direct(self, data: memoryview, start: int) -> int:
-        """Write past the page cache; returns how many bytes were written before that was refused, if it was."""
+        """Write past the page cache, and return how many bytes were written before it was refused, if it was."""
         with self._lock:
             if self._direct is None:
                 self._direct = _open_direct(self._fd)
@@ -127,17 +127,17 @@ class Blob:
         while self._direct >= 0 and self._takes_direct and done < len(data):
             try:
                 written = os.pwrite(self._direct, data[done:], start + done)
-            except OSError:  # if it is more than a refusal, the ordinary write will say so
+            except OSError:  # a real error will recur in the ordinary write
                 written = 0
             self._takes_direct = written > 0
             done += written
         return done
 
     def forget(self, blocks: Iterable[int]) -> None:
-        """Mark blocks as not there.
+        """Mark blocks as missing.
 
         Raises:
-            OSError: they cannot be marked.
+            OSError: the marks cannot be written.
         """
         self._expect_writable()
         for block in blocks:
@@ -148,7 +148,7 @@ class Blob:
             raise OSError(errno.EROFS, "it may only be read", str(self.path))
 
     def lock(self, first: int, stop: int) -> bool:
-        """Have blocks to oneself, if nobody else has them; they stay so until `unlock` or `close`."""
+        """Try to lock blocks until `unlock` or `close`. Returns False if somebody else holds them."""
         if _TRY_LOCK is None:
             return True
         try:
@@ -157,12 +157,12 @@ class Blob:
             if exc.errno in _TAKEN:
                 return False
             if exc.errno in {errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}:
-                return True  # a file system without such locks: two may fetch the same
+                return True  # the file system has no such locks: blocks may be fetched twice
             raise
         return True
 
     def unlock(self, first: int, stop: int) -> None:
-        """Let others have them."""
+        """Release the lock on blocks."""
         if _TRY_LOCK is not None:
             with contextlib.suppress(OSError):
                 fcntl.fcntl(self._fd, _TRY_LOCK, self._range(fcntl.F_UNLCK, first, stop))
@@ -171,51 +171,51 @@ class Blob:
         return _FLOCK.pack(kind, os.SEEK_SET, first * BLOCK_BYTES, (stop - first) * BLOCK_BYTES, 0)
 
     def close(self) -> None:
-        """Close the file, and give up its locks."""
+        """Close the file and release its locks."""
         for fd in (self._fd, self._direct):
             if fd is not None and fd >= 0:
                 os.close(fd)
         self._fd = self._direct = -1
 
     def __del__(self) -> None:
-        """Close the file: whoever opened it in a thread may have been cancelled meanwhile."""
+        """Close the file: the task that opened it in a thread may have been cancelled."""
         self.close()
 
 
 class CacheFolder:
-    """A folder with verified bytes of models. Used by one process in one thread at a time, and by many processes.
+    """A folder of cached models. Many processes may use it; within a process, one thread at a time.
 
     Attributes:
         path: the folder.
-        budget_bytes: what all blobs may take; None for no limit.
-        evicted_blobs: blobs that this one removed to make room.
+        budget_bytes: the most that all blobs together may take; None for no limit.
+        evicted_blobs: how many blobs this instance evicted.
     """
 
     def __init__(self, path: Path, budget_bytes: int | None) -> None:
-        """Name the folder; nothing is opened yet."""
+        """Set the folder and its budget; nothing is opened yet."""
         self.path = path
         self.budget_bytes = budget_bytes
         self.evicted_blobs = 0
-        self._uses: dict[str, int] = {}  # keys of models, and descriptors of their locked files
-        self._usage: tuple[int, int] | None = None  # how many changes there had been, and what all blobs took then
+        self._uses: dict[str, int] = {}  # descriptors of locked `.use` files, by model key
+        self._usage: tuple[int, int] | None = None  # the change count, and the size of all blobs at that count
 
     @property
     def exists(self) -> bool:
-        """Whether a cache is there."""
+        """Whether the folder is a disk cache."""
         return (self.path / _MARKER).is_file()
 
     def create(self) -> None:
-        """Make the folder, if it is not there.
+        """Create the folder if it does not exist.
 
         Raises:
-            ConfigurationError: something else lies there.
-            OSError: it cannot be made.
+            ConfigurationError: the folder is used for something else.
+            OSError: it cannot be created.
         """
         marker = self.path / _MARKER
         if not marker.exists():
-            begun = f".{_MARKER}."  # a marker that another process is writing, or was killed over
+            begun = f".{_MARKER}."  # a marker being written by another process, or left by a killed one
             others = self.path.is_dir() and any(not one.name.startswith(begun) for one in self.path.iterdir())
-            if others and not marker.exists():  # which comes before all else that another process makes
+            if others and not marker.exists():  # another process creates the marker before anything else
                 raise ConfigurationError(
                     f"{self.path} is no disk cache, and not empty; name another folder (cache_dir, --cache-dir)"
                 )
@@ -233,11 +233,11 @@ class CacheFolder:
         return self.path / "blobs" / digest[:2] / digest
 
     def open_blob(self, form: Form, *, create: bool) -> Blob | None:
-        """The bytes of a form that has digests.
+        """Open the blob of a form that has digests; None if it does not exist, or does not fit into the budget.
 
         Args:
             form: the form.
-            create: whether to make room for it if it is not there; else, and where there is no room, None.
+            create: whether to create a missing blob, evicting others if needed.
 
         Raises:
             OSError: the folder cannot be read or written.
@@ -247,7 +247,7 @@ class CacheFolder:
         if found is None and create:
             with self._locked():
                 found = _open(path, size)
-                if found is None and path.exists():  # cut off, or never finished
+                if found is None and path.exists():  # truncated, or never finished
                     path.unlink(missing_ok=True)
                     self._usage = None
                 if found is None and self._make_room(size):
@@ -259,7 +259,7 @@ class CacheFolder:
         return None if found is None else Blob(path, form, found)
 
     def _make_room(self, size: int) -> bool:
-        """Whether another blob may take so much; blobs of models that were not used for longest go first."""
+        """Evict blobs, least recently used models first, until `size` bytes fit. Returns whether they do."""
         if self.budget_bytes is None or self._used_bytes() + size <= self.budget_bytes:
             return True
         missing = self._used_bytes() + size - self.budget_bytes
@@ -279,7 +279,10 @@ class CacheFolder:
         return True
 
     def _removable(self, blobs: Mapping[str, int]) -> Iterator[str]:
-        """Blobs that no model has which is in use, pinned or was used later: the ones to remove first, first."""
+        """Yield the blobs that may be evicted, in order: orphans first, then those of the least recently used models.
+
+        A blob that a pinned model or one in use needs is never evicted.
+        """
         models = sorted(self._records(), key=lambda one: one[1])
         needed = {key: _digests_of(self.path / "models" / f"{key}.manifest") for key, _, _ in models}
         left = set(blobs)
@@ -309,12 +312,12 @@ class CacheFolder:
         return found
 
     def used_bytes(self) -> int:
-        """What all blobs take, counted now."""
+        """Return the size of all blobs, counted afresh."""
         return sum(self._sizes().values())
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        """Nobody else makes room, or a blob, meanwhile."""
+        """Hold the lock under which blobs are created and evicted."""
         fd = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
@@ -328,10 +331,10 @@ class CacheFolder:
         return 0
 
     def _note_change(self, size: int) -> None:
-        """Count a blob that came or went; the caller holds the lock."""
+        """Count a created or removed blob; the caller holds the lock."""
         changes = self._changes()
         is_known = self._usage is not None and self._usage[0] == changes
-        os.truncate(self.path / "lock", changes + 1)  # a sparse file: it takes no room
+        os.truncate(self.path / "lock", changes + 1)  # a sparse file: it takes no disk space
         self._usage = (changes + 1, self._usage[1] + size) if self._usage and is_known else None
 
     # Models
@@ -346,7 +349,7 @@ class CacheFolder:
         return [(key, _mtime(self._model(key, "use")), f"{key}.pinned" in names) for key in keys]
 
     def keep_model(self, manifest: Manifest, source: str) -> None:
-        """Keep a manifest and the address of a source that has it.
+        """Store a manifest and the address of a source that has it.
 
         Raises:
             OSError: it cannot be written.
@@ -358,16 +361,16 @@ class CacheFolder:
             self._append(key, {"source": source})
 
     def use(self, manifest: Manifest) -> None:
-        """Note that the model is used now, until `close`: nothing of it is removed meanwhile."""
+        """Mark the model as in use until `close`, so that it is not evicted."""
         key = manifest.digest
         with contextlib.suppress(OSError):
             if key not in self._uses:
                 self._uses[key] = os.open(self._model(key, "use"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-                fcntl.flock(self._uses[key], fcntl.LOCK_SH)  # whoever looks whether it is used has it for a moment
+                fcntl.flock(self._uses[key], fcntl.LOCK_SH)  # `in_use` of another process may hold it for a moment
             os.utime(self._uses[key])
 
     def in_use(self, key: str) -> bool:
-        """Whether any process uses a model."""
+        """Return whether any process uses a model."""
         if key in self._uses:
             return True
         try:
@@ -383,11 +386,11 @@ class CacheFolder:
         return False
 
     def pin(self, manifest: Manifest) -> None:
-        """Have the model stay."""
+        """Pin the model, so that it is never evicted."""
         _write(self._model(manifest.digest, "pinned"), b"")
 
     def models(self) -> list[CachedModel]:
-        """All models, sorted by name."""
+        """Return all cached models, sorted by name."""
         found = []
         for key, used, pinned in self._records():
             manifest = _read_manifest(self._model(key, "manifest"), key)
@@ -404,7 +407,7 @@ class CacheFolder:
         return sorted(found, key=lambda one: (one.manifest.name, -one.used))
 
     def manifests(self, source: str | None) -> list[Manifest]:
-        """The manifests that a source had, those used last first; None for those of all sources."""
+        """Return the manifests of a source's models, or of all sources' (None), the most recently used first."""
         found = []
         for key, used, _ in sorted(self._records(), key=lambda one: -one[1]):
             manifest = _read_manifest(self._model(key, "manifest"), key)
@@ -413,7 +416,7 @@ class CacheFolder:
         return [manifest for _, manifest in found]
 
     def remove(self, manifest: Manifest) -> int:
-        """Remove a model, and the blobs that no other one has. Returns how many bytes that freed."""
+        """Remove a model and the blobs that no other model has. Returns the number of bytes freed."""
         key = manifest.digest
         with self._locked():
             others = [one for one, _, _ in self._records() if one != key]
@@ -440,7 +443,7 @@ class CacheFolder:
         return held, complete and all((self.path / "files" / file.digest).exists() for file in manifest.files)
 
     def flags(self, form: Form) -> bytes:
-        """A byte for each block of a form: 1 if it is there."""
+        """Return one byte per block of a form: 1 if the block is present."""
         count = count_blocks(form.stored_bytes)
         blob = None
         if form.is_known:
@@ -451,14 +454,14 @@ class CacheFolder:
         with contextlib.closing(blob):
             return blob.present()
 
-    # What is learned of a model, and its files
+    # Learned digests, and tokenizer files
 
     def digests(self, manifest: Manifest) -> dict[str, Digests]:
-        """Digests that the manifest lacks and that were learned, by the provisional ids of their chunks."""
+        """Return the learned digests that the manifest lacks, by the provisional ids of their chunks."""
         return _fitting(manifest, self._log(manifest.digest)[1])
 
     def learn(self, manifest: Manifest, chunk_id: str, digests: Digests) -> None:
-        """Keep digests of a chunk that the manifest lacks."""
+        """Store digests of a chunk that the manifest lacks."""
         self._append(manifest.digest, {"chunk": chunk_id} | digests.document())
 
     def _append(self, key: str, document: Mapping[str, Any]) -> None:
@@ -470,7 +473,7 @@ class CacheFolder:
             os.close(fd)
 
     def _log(self, key: str) -> tuple[list[str], dict[str, dict[str, Any]]]:
-        """The sources that had a model, and what was learned of its chunks; damaged lines are left out."""
+        """The sources that had a model, and the learned digests of its chunks; damaged lines are skipped."""
         sources, digests = list[str](), dict[str, dict[str, Any]]()
         data = b""
         with contextlib.suppress(OSError):
@@ -485,17 +488,17 @@ class CacheFolder:
         return list(dict.fromkeys(sources)), digests
 
     def read_file(self, digest: str, size: int) -> bytes | None:
-        """A tokenizer file, not verified; None if it is not there."""
+        """Return a tokenizer file, unverified; None if it is not cached."""
         with contextlib.suppress(OSError):
             return read_regular(self.path / "files" / digest, size)
         return None
 
     def keep_file(self, digest: str, data: bytes) -> None:
-        """Keep a tokenizer file."""
+        """Store a tokenizer file."""
         _write(self.path / "files" / digest, data)
 
     def close(self) -> None:
-        """Let go of the models in use."""
+        """Release the models in use."""
         for fd in self._uses.values():
             with contextlib.suppress(OSError):
                 os.utime(fd)
@@ -508,7 +511,7 @@ def _block_bytes(form: Form, block: int) -> int:
 
 
 def _open(path: Path, size: int) -> int | None:
-    """A descriptor of a blob, to read and write it where that is allowed; None if there is none of this size."""
+    """Open a blob, read-only if it cannot be written; None if no blob of this size exists."""
     for mode in (os.O_RDWR, os.O_RDONLY):
         try:
             fd = os.open(path, mode | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -526,10 +529,10 @@ def _open(path: Path, size: int) -> int | None:
 
 
 def _open_direct(fd: int) -> int:
-    """A descriptor of an open file that writes past the page cache; -1 where there is none."""
+    """Open an open file again with O_DIRECT, for writing past the page cache; -1 if that is not possible."""
     try:
         return os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC)
-    except (OSError, AttributeError):  # a file system, or a system, that knows no such thing
+    except (OSError, AttributeError):  # the file system or platform does not support it
         return -1
 
 
@@ -549,7 +552,7 @@ def _mtime(path: Path) -> float:
 
 
 def _write(path: Path, data: bytes) -> None:
-    """Write a file as a whole, or not at all."""
+    """Write a file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}")
     try:
@@ -561,7 +564,7 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def _read_manifest(path: Path, key: str) -> Manifest | None:
-    """A manifest that has the digest it is named by; None if it is not there, or damaged."""
+    """Read a manifest and check its digest against its name; None if it is missing or damaged."""
     try:
         data = read_regular(path, MANIFEST_BYTES)
         manifest = parse_stored_manifest(data, where=str(path))
@@ -590,7 +593,7 @@ def _learned(path: Path) -> set[str]:
 
 
 def _fitting(manifest: Manifest, documents: Mapping[str, Mapping[str, Any]]) -> dict[str, Digests]:
-    """What of learned digests belongs to chunks of the manifest that lack them, and is well-formed."""
+    """Select the well-formed digests of those chunks in the manifest that lack them."""
     found = {}
     for chunk in manifest.chunks:
         if not chunk.forms[0].is_known and chunk.id in documents:

@@ -1,11 +1,11 @@
-"""A disk cache in front of a source: what arrives is kept on a local disk, and read from there from then on.
+"""A disk cache in front of a source: fetched bytes are written to a local disk, and later reads come from there.
 
-`disk` has the folder. Blocks are verified whenever they are read, and what is damaged is fetched again. The first pass
-computes from the stream while this fills the disk; a run that was interrupted goes on where it was. Whoever fetches
-blocks holds a lock on them, so that tasks and processes that want the same ones at once fetch them once.
+`disk` manages the folder. Blocks are verified at every read; damaged ones are fetched again. The first pass computes
+from the stream while the cache fills; a run that was interrupted resumes where it stopped. A task or process locks
+blocks while it fetches them, so that concurrent readers fetch each block only once.
 
-Without a source (`offline`) it delivers what is there, and says what is missing. A folder that cannot be written, or a
-full disk, costs a warning and nothing else: what is missing then comes from the source, each time.
+Without a source (`offline`), the cache delivers what it has, and reports what is missing. If the folder cannot be
+written or the disk is full, the cache logs one warning, and every miss is fetched from the source.
 """
 
 import asyncio
@@ -28,35 +28,35 @@ from surfw.threads import in_thread, together
 logger = logging.getLogger("surfw.cache")
 
 _RUN_BLOCKS = 8
-"""So many blocks are fetched and written at a time, while others of the same read are on their way."""
+"""How many blocks are fetched and written as one run; other runs of the same read are in flight meanwhile."""
 
 _RUNS_AT_A_TIME = 6
 _KEPT_AT_A_TIME = 3
 _SCRATCH_BYTES = 4 * MIB
 _FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 0.002, 0.05
 _PATIENCE_SECONDS = 20.0
-"""After this long, what another process was about to fetch is fetched all the same: it may have been stopped."""
+"""How long to wait for blocks that another process has locked; it may have been stopped, so they are then fetched."""
 
 
 class DiskCache(SourceInFront):
-    """A source whose bytes are kept in a folder.
+    """A source with a disk cache in front of it.
 
     Attributes:
-        near_bytes: stored bytes that came from the folder.
-        far_bytes: stored bytes that came from the source.
-        kept_bytes: stored bytes that were written to the folder.
-        healed_blocks: blocks that were damaged there.
-        folder: where they are kept.
-        is_offline: whether there is no source, and what is missing is an error.
+        near_bytes: stored bytes read from the cache.
+        far_bytes: stored bytes fetched from the source.
+        kept_bytes: stored bytes written to the cache.
+        healed_blocks: blocks found damaged in the cache.
+        folder: the cache folder.
+        is_offline: whether there is no source, so that a miss is an error.
     """
 
     def __init__(self, source: ChunkSource | None, folder: CacheFolder, url: str) -> None:
-        """Put a folder before a source, which is closed with this; without one, only what is there is delivered.
+        """Put a cache folder in front of a source.
 
         Args:
-            source: where everything comes from, or None to work offline.
-            folder: the cache.
-            url: the address of the source, for people; models are found by it when there is no source.
+            source: the source, which is closed with the cache; None to work offline.
+            folder: the cache folder.
+            url: the address of the source, for display. Offline, it selects the models that this source had.
         """
         super().__init__(source or OfflineSource(folder, url))
         self.url = url
@@ -65,20 +65,20 @@ class DiskCache(SourceInFront):
         self.folder = folder
         self._local = LocalReader()
         self._writable = True
-        self._seen: dict[str, Manifest] = {}  # the manifests as the source has them, by their digests
-        self._meant: dict[str, Manifest] = {}  # the same, by the digests of what a run makes of them
-        self._accepted: set[str] = set()  # digests of those that are kept
+        self._seen: dict[str, Manifest] = {}  # manifests as the source has them, by digest
+        self._meant: dict[str, Manifest] = {}  # the same, by the digest of the manifest that a run derived
+        self._accepted: set[str] = set()  # digests of manifests that are stored
         self._accepting = asyncio.Lock()
-        self._digests: dict[str, Digests] = {}  # of chunks that lack them, by their provisional ids
-        self._held: dict[str, bytearray] = {}  # flags of blocks, by the digests of forms: what is near, as last seen
+        self._digests: dict[str, Digests] = {}  # of chunks whose manifests lack them, by provisional id
+        self._held: dict[str, bytearray] = {}  # block flags by form digest, as last seen
         self._keeping = asyncio.Semaphore(_KEPT_AT_A_TIME)
-        self._spare: list[memoryview] = []  # what is kept went through it; nobody has it now
+        self._spare: list[memoryview] = []  # free buffers of `keep`
 
     async def open(self) -> None:
-        """Make the folder, or go on without it.
+        """Create the folder. If it cannot be written, the cache only reads.
 
         Raises:
-            ConfigurationError: something else lies there; or it is not there, and there is no source.
+            ConfigurationError: the folder is used for something else; or it does not exist, and the cache is offline.
         """
         if self.is_offline:
             if not await in_thread(lambda: self.folder.exists):
@@ -95,11 +95,11 @@ class DiskCache(SourceInFront):
 
     @property
     def is_writable(self) -> bool:
-        """Whether what arrives is kept."""
+        """Whether fetched bytes are written to the cache."""
         return self._writable
 
     def _give_up(self, error: OSError) -> None:
-        """Write nothing any more; what is there may still be read."""
+        """Stop writing; cached bytes can still be read."""
         if self._writable:
             self._writable = False
             why = error.strerror or type(error).__name__
@@ -109,15 +109,15 @@ class DiskCache(SourceInFront):
             )  # fmt: skip
 
     async def manifest(self, model: str) -> Manifest:
-        """The manifest of a model, which is kept once something of the model is asked for."""
+        """Return the manifest of a model. It is stored when something of the model is first requested."""
         manifest = await self._source.manifest(model)
         await in_thread(self._look, manifest)
-        self._seen.pop(manifest.digest, None)  # it is the last one now
+        self._seen.pop(manifest.digest, None)  # moves it to the end
         self._seen[manifest.digest] = manifest
         return manifest
 
     async def _accept(self, manifest: Manifest) -> None:
-        """Keep the manifest: whoever asks for something of the model has accepted it, by its pin and its signature."""
+        """Store the manifest. A caller that requests bytes of the model has already checked its pin and signature."""
         kept = self._as_seen(manifest)
         if kept is None or kept.digest in self._accepted:
             return
@@ -127,7 +127,7 @@ class DiskCache(SourceInFront):
                 self._accepted.add(kept.digest)
 
     def _as_seen(self, manifest: Manifest) -> Manifest | None:
-        """A manifest as the source has it: a run leaves out forms and chunks that it does not read."""
+        """Map a manifest to the source's: a run drops the forms and chunks that it does not read."""
         if manifest.digest not in self._meant:
             found = next((one for one in reversed(self._seen.values()) if _is_of(manifest, one)), None)
             if found is None:
@@ -136,7 +136,7 @@ class DiskCache(SourceInFront):
         return self._meant[manifest.digest]
 
     def _enter(self, manifest: Manifest) -> None:
-        """Keep a manifest, and note that the model is used."""
+        """Store a manifest, and mark the model as in use."""
         try:
             if self._writable:
                 self.folder.keep_model(manifest, self.url)
@@ -145,7 +145,7 @@ class DiskCache(SourceInFront):
         self.folder.use(manifest)
 
     def _look(self, manifest: Manifest) -> None:
-        """See what is there of a model's chunks."""
+        """Look up which blocks of a model are cached."""
         self._digests |= self.folder.digests(manifest)
         for chunk in manifest.chunks:
             known = with_digests(chunk, self._digests.get(chunk.id))
@@ -154,7 +154,7 @@ class DiskCache(SourceInFront):
                     self._held[form.digest] = bytearray(self.folder.flags(form))
 
     async def file(self, manifest: Manifest, path: str) -> bytes:
-        """A tokenizer file, from the folder if it is there as it should be."""
+        """Return a tokenizer file, from the cache if its digest matches."""
         entry = manifest.file(path)
         await self._accept(manifest)
         data = await in_thread(self.folder.read_file, entry.digest, entry.size)
@@ -171,10 +171,10 @@ class DiskCache(SourceInFront):
         return fetched
 
     async def fetch(self, manifest: Manifest, reads: Sequence[Read], *, priority: int = 0) -> None:
-        """Fill every read's destination from the folder, or from the source, and the folder with what that gave."""
+        """Fill every read's destination from the cache or the source, and write what was fetched to the cache."""
         await self._accept(manifest)
         turns = asyncio.Semaphore(_RUNS_AT_A_TIME)
-        # Nobody is told of single blocks: whoever changes them then would change what is written to the folder.
+        # No callback per block: a caller that changed a block would change what is cached.
         plain = [replace(read, on_verified=None) for read in reads]
         await together(self._fetch(manifest, read, priority, turns) for read in plain)
 
@@ -182,7 +182,7 @@ class DiskCache(SourceInFront):
         is_whole = read.stop - read.start == read.form.stored_bytes
         if is_whole and not self._is_known(read.chunk, read.form):
             async with turns:
-                await self._from_source(manifest, [read], priority)  # its digests are computed on the way
+                await self._from_source(manifest, [read], priority)  # the source computes the digests while it reads
             await self._keep_whole(manifest, read)
             return
         digested = await self._with_digests(manifest, read)
@@ -215,7 +215,7 @@ class DiskCache(SourceInFront):
             await together(fill(low, high) for low, high in runs)
 
     async def _keep_whole(self, manifest: Manifest, read: Read) -> None:
-        """Keep all of a form that had no digests before it was read."""
+        """Write a whole form to the cache whose digests were unknown before it was read."""
         digested = await self._with_digests(manifest, read)
         blob = None if digested is None else await self._open_blob(digested.form)
         if digested is not None and blob is not None:
@@ -225,7 +225,7 @@ class DiskCache(SourceInFront):
     async def _fill(
         self, manifest: Manifest, read: Read, form: Form, blob: Blob, priority: int, *, is_mapped_next: bool = False
     ) -> None:
-        """Fill the destination of a few blocks that are missing, unless somebody else has fetched them by then."""
+        """Fetch and write a run of missing blocks; those that another process fetched meanwhile are read from disk."""
         first, stop = _blocks(read)
         if not await self._lock(blob, first, stop):
             await self._from_source(manifest, [read], priority)
@@ -249,7 +249,7 @@ class DiskCache(SourceInFront):
             blob.unlock(first, stop)
 
     async def _lock(self, blob: Blob, first: int, stop: int) -> bool:
-        """Have blocks to oneself; False if another had them for too long."""
+        """Lock blocks. Returns False if another process held them for too long."""
         wait, waited = _FIRST_WAIT_SECONDS, 0.0
         while not blob.lock(first, stop):
             if waited >= _PATIENCE_SECONDS:
@@ -266,14 +266,14 @@ class DiskCache(SourceInFront):
         self.far_bytes += sum(read.stop - read.start for read in reads)
 
     async def _read_near(self, read: Read, blob: Blob, *, urgent: bool) -> list[int]:
-        """Read blocks from the folder; returns those that are damaged, which are marked as not there."""
+        """Read blocks from the cache. Returns the damaged ones, which are marked as missing."""
         check = Verification(read)
         try:
             await self._local.read(
                 [FileRange(blob.path, read.start, read.stop)], read.destination, check, urgent=urgent
             )
         except StorageError:
-            return list(range(*_blocks(read)))  # it was removed, cut off, or the disk is broken
+            return list(range(*_blocks(read)))  # the file was removed or truncated, or the disk is broken
         damaged = sorted(check.damaged)
         spoiled = sum(min((block + 1) * BLOCK_BYTES, read.stop) - block * BLOCK_BYTES for block in damaged)
         self.near_bytes += read.stop - read.start - spoiled
@@ -281,7 +281,7 @@ class DiskCache(SourceInFront):
         return damaged
 
     async def _forget(self, chunk: Chunk, form: Form, blob: Blob, damaged: Sequence[int]) -> None:
-        """Mark damaged blocks as not there, and say so."""
+        """Mark damaged blocks as missing, and log them."""
         if not damaged:
             return
         self.healed_blocks += len(damaged)
@@ -323,7 +323,7 @@ class DiskCache(SourceInFront):
         return form.is_known or chunk.id in self._digests
 
     async def _with_digests(self, manifest: Manifest, read: Read) -> Read | None:
-        """The read with the digests that its form may lack; None if nobody knows them."""
+        """The read with the digests that its form may lack; None if they are unknown."""
         if read.form.is_known:
             return read
         if read.chunk.id not in self._digests:
@@ -340,11 +340,11 @@ class DiskCache(SourceInFront):
         return replace(read, chunk=known, form=known.forms[0])
 
     async def digests(self, manifest: Manifest, chunk: Chunk) -> Digests | None:
-        """The digests of a chunk that lacks them."""
+        """Return the digests of a chunk whose manifest lacks them."""
         return self._digests.get(chunk.id) or await self._source.digests(manifest, chunk)
 
     async def view(self, manifest: Manifest, chunk: Chunk, form: Form) -> View | None:
-        """The form's bytes as mapped pages of the folder, if all of them are there."""
+        """Return the form's bytes as mapped pages of its blob, if all of them are cached."""
         await self._accept(manifest)
         if not form.stored_bytes or not self._is_known(chunk, form):
             return None
@@ -382,7 +382,7 @@ class DiskCache(SourceInFront):
             return None
 
     async def pin(self, manifest: Manifest) -> None:
-        """Have a model stay in the folder, whatever room is needed."""
+        """Pin a model, so that it is never evicted."""
         await self._accept(manifest)
         try:
             await in_thread(self.folder.pin, manifest)
@@ -390,13 +390,13 @@ class DiskCache(SourceInFront):
             self._give_up(exc)
 
     async def learn(self, manifest: Manifest, chunk: Chunk) -> None:
-        """Ask for digests that a chunk lacks; where its source has none either, it cannot be kept."""
+        """Get the digests that a chunk lacks. A chunk without digests cannot be cached."""
         await self._accept(manifest)
         form = chunk.forms[0]
         await self._with_digests(manifest, Read(chunk, form, 0, 0, memoryview(bytearray())))
 
     async def keep(self, manifest: Manifest, chunk: Chunk, form: Form, *, priority: int = 0) -> bool:
-        """Have all of a form in the folder, if there is room; it takes little memory. Returns whether all is there."""
+        """Cache all of a form if the budget allows it, using little memory. Returns whether the form is complete."""
         await self._accept(manifest)
         if not self._writable or not self._is_known(chunk, form):
             return False
@@ -419,15 +419,15 @@ class DiskCache(SourceInFront):
                         self._spare.append(scratch)
 
             await together(fill(low, high) for low, high in _runs(missing, _SCRATCH_BYTES // BLOCK_BYTES))
-            self._held[known.digest] = bytearray(there := blob.present())  # others may have written some of it
+            self._held[known.digest] = bytearray(there := blob.present())  # other processes may have written some of it
             return b"\0" not in there
 
     def _digested(self, chunk: Chunk, form: Form) -> Form:
-        """The form with the digests that are known."""
+        """The form with its known digests."""
         return form if form.is_known else with_digests(chunk, self._digests[chunk.id]).forms[0]
 
     def near(self, manifest: Manifest, chunk: Chunk) -> tuple[Form, ...]:
-        """The forms of a chunk that are in the folder as a whole; if there are none, those of which a part is."""
+        """Return the forms of a chunk that are cached completely; if there are none, those cached in part."""
         del manifest
         known = with_digests(chunk, self._digests.get(chunk.id))
         flags = [self._held.get(form.digest, b"\0") for form in known.forms]
@@ -437,12 +437,12 @@ class DiskCache(SourceInFront):
 
     @property
     def buffered_bytes(self) -> int:
-        """The most memory that fetching takes besides the destinations."""
+        """The most memory that fetching takes, not counting the destinations."""
         return 0 if self.is_offline else self._source.buffered_bytes + _KEPT_AT_A_TIME * _SCRATCH_BYTES
 
     @property
     def refetched_blocks(self) -> int:
-        """Blocks that arrived damaged, or were damaged in the folder, and were fetched again."""
+        """Blocks that arrived damaged or were damaged in the cache, and were fetched again."""
         return self.healed_blocks + self._source.refetched_blocks
 
     @property
@@ -451,14 +451,14 @@ class DiskCache(SourceInFront):
         return self.near_bytes + self.far_bytes
 
     async def close(self) -> None:
-        """Close the source, and let go of the folder."""
+        """Close the source and release the folder."""
         await self._source.close()
         await in_thread(self._local.close)
         await in_thread(self.folder.close)
 
 
 def _is_of(part: Manifest, whole: Manifest) -> bool:
-    """Whether a manifest is another one, or has some of its chunks and forms, or digests that it lacks."""
+    """Whether `part` is derived from `whole`: the same model with fewer chunks or forms, or with added digests."""
     about = [(one.name, one.config, one.files, one.signature) for one in (part, whole)]
     if about[0] != about[1] or any(chunk.name not in whole.by_name for chunk in part.chunks):
         return False
@@ -470,12 +470,12 @@ def _is_of(part: Manifest, whole: Manifest) -> bool:
 
 
 def _digests_of(chunk: Chunk) -> Iterator[tuple[str, str, bytes]]:
-    """Which bytes each form of a chunk is."""
+    """The codec, digest and block digests of each form."""
     return ((form.codec, form.digest, form.blocks) for form in chunk.forms)
 
 
 def _blocks(read: Read) -> tuple[int, int]:
-    """The blocks of a read, end-exclusive."""
+    """The block range of a read, end-exclusive."""
     return read.start // BLOCK_BYTES, count_blocks(read.stop)
 
 
@@ -486,7 +486,7 @@ def _part(read: Read, low: int, high: int) -> Read:
 
 
 def _stretches(flags: bytes, read: Read) -> Iterator[tuple[int, int, bool]]:
-    """The blocks of a read in runs, end-exclusive, each with whether it is there."""
+    """Split the blocks of a read into runs, end-exclusive, each with whether it is present."""
     first, stop = _blocks(read)
     low = first
     for block in range(first, stop):
@@ -496,7 +496,7 @@ def _stretches(flags: bytes, read: Read) -> Iterator[tuple[int, int, bool]]:
 
 
 def _runs(blocks: Sequence[int], most: int) -> Iterator[tuple[int, int]]:
-    """Blocks in order as runs of neighbours, end-exclusive, of at most so many."""
+    """Group sorted blocks into runs of consecutive ones, end-exclusive, of at most `most` blocks."""
     low = 0
     for at in range(1, len(blocks) + 1):
         if at == len(blocks) or blocks[at] != blocks[at - 1] + 1 or at - low == most:

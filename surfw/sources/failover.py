@@ -1,12 +1,12 @@
-"""Several sources of one model as one: whatever happens to one of them, the others go on where it stopped.
+"""Failover between several sources of one model: when one fails, the others continue where it stopped.
 
-`choice` decides who is asked. A read is cut into ranges; each is fetched from one source, and from another one too
-where it is late. After a fault only the blocks that are missing are asked for: what has arrived proves itself by its
-digests. A source is opened at its first use, and has to have the same model: config, files and payloads. Who delivered
-damage is set aside. Patience ends when every source has failed as often, without progress, as the retry policy has
-attempts; or, where there is a deadline, when something was waited for so long.
+`choice` selects the source. A read is cut into ranges. Each range is requested from one source; if that is late, a
+second source gets the same request (a hedge). After a fault only the missing blocks are requested again: blocks that
+have arrived are verified by their digests. A source is opened at its first use, and must have the same model: config,
+files and payloads. A source that delivered damage is set aside. A request fails when every source has used up the
+attempts of the retry policy without progress or, if a deadline is set, when the deadline has passed.
 
-With one source, this is what waits for it until the deadline.
+With a single source, this retries it until the deadline.
 """
 
 import asyncio
@@ -40,35 +40,35 @@ logger = logging.getLogger("surfw.sources")
 
 T = TypeVar("T")
 OpenSource = Callable[[], Coroutine[Any, Any, ChunkSource]]
-"""Opens a source; it should try once, for all trying again is decided here."""
+"""Opens a source. It should try only once: retries are decided here."""
 
 _RANGE_BLOCKS = 8
 _RANGES_AT_A_TIME = 6
 _HEDGES_AT_A_TIME = 2
 _COMPARE_SECONDS = 1.0
-"""How long the others have to say what their model is, once one has; who says it later is compared then."""
+"""How long to wait for the other manifests after the first; later ones are compared when they arrive."""
 
 _NOT_LET_IN = {"no-token", "another-token"}
 _HEDGE_SECONDS = 0.25
-"""How often a late range looks whether it may be asked of another source now."""
+"""How often a late range checks whether another source may be asked."""
 
 _LOOK_SECONDS = 0.1
-"""How often what waits for a source looks whether another request has found it up again."""
+"""How often a waiting request checks whether another one has found a source working again."""
 
 _FAULTS = (WireError, StorageError, IntegrityError, ManifestError, UnknownModelError)
 
 
 class _LateError(ConnectionFailedError):
-    """A source was late, and another one did what it was asked for."""
+    """A source was late, and another one answered the request."""
 
 
 class Failover(ChunkSource):
-    """The sources in the order in which they are wanted, or by their speed.
+    """Several sources as one, used in the given order of preference or by speed.
 
     Attributes:
         fetched_bytes: stored bytes delivered so far.
-        hedged_ranges: ranges that were asked of a second source because the first one was late.
-        failures: how often a source failed, or was late.
+        hedged_ranges: ranges that were also requested from a second source because the first was late.
+        failures: how often a source failed or was late.
     """
 
     fetched_bytes = 0
@@ -82,14 +82,14 @@ class Failover(ChunkSource):
         by_speed: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Name the sources; none is opened yet.
+        """Set the sources; none is opened yet.
 
         Args:
-            places: the address of each for people, and what opens it.
-            retry: how long a source rests after failures, and how many are waited out where there is no deadline.
-            deadline_seconds: how long anything that is asked for is waited for, whatever happens meanwhile.
-            by_speed: whether the fastest is asked first, as they turn out, and not the first that was given.
-            clock: the time in seconds, from any beginning.
+            places: for each source, its address for display, and the function that opens it.
+            retry: how long a source rests after failures, and how many failures are tolerated without a deadline.
+            deadline_seconds: the time limit of each request, retries included.
+            by_speed: whether to prefer the source measured fastest, and not the one given first.
+            clock: returns the time in seconds, from any origin.
         """
         self.url = places[0][0]
         self.hedged_ranges = self.failures = 0
@@ -98,7 +98,7 @@ class Failover(ChunkSource):
         self._open = [open_source for _, open_source in places]
         self._sources: dict[int, ChunkSource] = {}
         self._opening = [asyncio.Lock() for _ in places]
-        self._theirs: dict[tuple[int, str], Manifest] = {}  # as each source has them
+        self._theirs: dict[tuple[int, str], Manifest] = {}  # manifests as each source has them
         self._announced: dict[str, tuple[Manifest, Sequence[Chunk], Sequence[Chunk]]] = {}
         self._deadline_seconds = deadline_seconds
         self._clock = clock
@@ -108,23 +108,23 @@ class Failover(ChunkSource):
 
     @property
     def waiting(self) -> Waiting | None:
-        """What this waits for, since a source failed and nothing has arrived from any."""
+        """What is waited for after a failure, until a source delivers again."""
         return self._waiting
 
     @property
     def standings(self) -> Sequence[Standing]:
-        """What is known of each source."""
+        """The state of each source."""
         return self._table.standings
 
     async def models(self) -> list[str]:
-        """The names of the models that the first source has that answers."""
+        """Return the model names of the first source that answers."""
         return await self._somewhere("the list of models", lambda source, _: source.models())
 
     async def manifest(self, model: str) -> Manifest:
-        """The manifest of the model, which all sources that answer have to agree on.
+        """Return the manifest of the model. All sources that answer must agree on it.
 
         Raises:
-            ManifestError: they have different models of that name.
+            ManifestError: sources have different models under this name.
         """
         first = await self._somewhere(f"the manifest of {model}", lambda source, _: source.manifest(model), key=model)
         asking = {
@@ -148,19 +148,19 @@ class Failover(ChunkSource):
         return share_forms(first, list(theirs.values()))
 
     async def _ask(self, index: int, model: str) -> None:
-        """Have a source say what it has; if it fails, it is asked again when it is needed."""
+        """Get a source's manifest; after a failure it is requested again when the source is used."""
         try:
             self._theirs[index, model] = await (await self._opened(index)).manifest(model)
         except _FAULTS as exc:
             self._note(index, exc)
 
     async def file(self, manifest: Manifest, path: str) -> bytes:
-        """A tokenizer file of the model, from the first source that delivers it."""
+        """Return a tokenizer file of the model from the first source that delivers it."""
         what = f"{path} of {manifest.name}"
         return await self._somewhere(what, lambda source, theirs: source.file(theirs or manifest, path), of=manifest)
 
     async def digests(self, manifest: Manifest, chunk: Chunk) -> Digests | None:
-        """The digests of a chunk that its manifest lacks."""
+        """Return the digests of a chunk whose manifest lacks them."""
         what = f"the digests of chunk {chunk.name}"
         return await self._somewhere(
             what,
@@ -169,33 +169,33 @@ class Failover(ChunkSource):
         )
 
     async def announce(self, manifest: Manifest, cycle: Sequence[Chunk], kept: Sequence[Chunk]) -> None:
-        """Tell all sources, also those that are opened later."""
+        """Announce to all sources what will be read, including sources that are opened later."""
         self._announced[manifest.name] = manifest, cycle, kept
-        for source in list(self._sources.values()):  # others may be opened meanwhile: those are told then
+        for source in list(self._sources.values()):  # a source that is opened meanwhile is told by `_opened`
             await source.announce(manifest, cycle, kept)
 
     async def fetch(self, manifest: Manifest, reads: Sequence[Read], *, priority: int = 0) -> None:
-        """Fill every read's destination, in ranges, each from whichever source can."""
+        """Fill every read's destination, range by range, from any source that can deliver the range."""
         turns = asyncio.Semaphore(_RANGES_AT_A_TIME)
 
         async def fetch(read: Read) -> None:
             async with turns:
                 await self._fetch_range(manifest, read, priority)
 
-        # Nobody is told of single blocks: whoever changes them then would hide which ones have arrived.
+        # No callback per block: a caller that changed the block there would make it look missing.
         plain = [replace(read, on_verified=None) for read in reads]
         await together(fetch(part) for read in plain for part in _ranges(read))
         self.fetched_bytes += sum(read.stop - read.start for read in reads)
 
     async def _fetch_range(self, manifest: Manifest, read: Read, priority: int) -> None:
-        """Fill one range; after each fault, what is missing of it."""
+        """Fill one range; after each fault, request only what is missing."""
         missing = [read]
 
         async def attempt(index: int) -> None:
             nonlocal missing
             try:
                 await self._fetch_from(index, manifest, missing, priority)
-            except _LateError as exc:  # another one has filled them
+            except _LateError as exc:  # the other source has filled them
                 self._note(index, exc.__cause__ or exc)
             except _FAULTS as exc:
                 left = [part for one in missing for part in await in_thread(_find_missing, one)]
@@ -209,7 +209,7 @@ class Failover(ChunkSource):
         await self._persistently(f"chunk {read.chunk.name} of {manifest.name}", attempt)
 
     async def _fetch_from(self, index: int, manifest: Manifest, reads: Sequence[Read], priority: int) -> None:
-        """Have a source fill ranges; where it is late, have another one do it too, in memory of its own."""
+        """Fetch ranges from a source; if it is late, hedge with another source, into separate memory."""
         began, size = self._clock(), _size(reads)
         deliver = partial(self._deliver, manifest=manifest, priority=priority)
         first = asyncio.create_task(deliver(index, reads))
@@ -235,10 +235,10 @@ class Failover(ChunkSource):
         reads: Sequence[Read],
         deliver: Callable[[int, Sequence[Read]], Coroutine[Any, Any, None]],
     ) -> None:
-        """Have another source fill ranges too that one is late with. It ends when `first` has ended.
+        """Request late ranges from another source as well. Returns once `first` has ended.
 
         Raises:
-            _LateError: the other one has filled them; its cause is how `first` failed meanwhile, if it did.
+            _LateError: the other source was faster; the cause is the failure of `first`, if it failed meanwhile.
         """
         self.hedged_ranges += 1
         began = self._clock()
@@ -265,15 +265,15 @@ class Failover(ChunkSource):
         raise _LateError(f"{self._url(index)} is late") from failure
 
     async def _deliver(self, index: int, reads: Sequence[Read], *, manifest: Manifest, priority: int) -> None:
-        """Have a source fill ranges, named as it names them."""
+        """Fetch ranges from a source, translated to its manifest."""
         source, theirs = await self._opened(index), await self._their(index, manifest)
         await source.fetch(theirs, [_translate(read, theirs, self._url(index)) for read in reads], priority=priority)
 
     async def _their(self, index: int, manifest: Manifest) -> Manifest:
-        """The manifest of the model as a source has it.
+        """The source's own manifest of the model.
 
         Raises:
-            ManifestError: it is another model.
+            ManifestError: the source has another model under this name.
         """
         key = index, manifest.name
         if key not in self._theirs:
@@ -302,7 +302,7 @@ class Failover(ChunkSource):
         of: Manifest | None = None,
         key: str | None = None,
     ) -> T:
-        """What the first source answers that can; of a model if one is given, in the source's own words."""
+        """Return the answer of the first source that succeeds. `ask` gets the source, and its own manifest of `of`."""
         found: list[T] = []
 
         async def attempt(index: int) -> None:
@@ -316,10 +316,10 @@ class Failover(ChunkSource):
         return found[0]
 
     async def _persistently(self, what: str, attempt: Callable[[int], Awaitable[None]]) -> None:
-        """Run `attempt` with one source after the other until it succeeds, or patience ends.
+        """Run `attempt` with one source after another until it succeeds, the attempts are used up or time runs out.
 
         Raises:
-            SurfwError: no source could; the last failure if there is only one source, or else one that names all.
+            SurfwError: no source succeeded: the last failure of a single source, or an error that names all sources.
         """
         ends = float("inf") if self._deadline_seconds is None else self._clock() + self._deadline_seconds
         last: BaseException | None = None
@@ -351,7 +351,7 @@ class Failover(ChunkSource):
             await asyncio.sleep(min(max(0.0, min(at, ends) - now), _LOOK_SECONDS))
 
     def _is_hopeless(self, last: BaseException | None) -> bool:
-        """Whether the one source failed in a way that trying again will not change, and nobody set a deadline."""
+        """Whether the only source failed permanently, and no deadline is set."""
         may_pass = not isinstance(last, SurfwError) or (isinstance(last, ConnectionFailedError) and last.transient)
         return len(self._open) == 1 and self._deadline_seconds is None and not may_pass
 
@@ -368,7 +368,7 @@ class Failover(ChunkSource):
         return ConnectionFailedError(text, transient=True)
 
     def _note(self, index: int, error: BaseException | None) -> None:
-        """Note that a source failed: set it aside, or let it rest."""
+        """Record a failure: set the source aside, or let it rest."""
         standing, now = self._table.standings[index], self._clock()
         why = str(error)
         self.failures += 1
@@ -398,7 +398,7 @@ class Failover(ChunkSource):
 
     @property
     def buffered_bytes(self) -> int:
-        """The most memory that fetching takes besides the destinations; of sources not opened yet, as of the others."""
+        """The most memory that fetching takes, without destinations; an unopened source counts as the largest."""
         each = max((source.buffered_bytes for source in self._sources.values()), default=0)
         hedges = _HEDGES_AT_A_TIME * _RANGE_BLOCKS * BLOCK_BYTES if len(self._open) > 1 else 0
         return each * len(self._open) + hedges
@@ -424,7 +424,7 @@ def _size(reads: Sequence[Read]) -> int:
 
 
 def _ranges(read: Read) -> Iterator[Read]:
-    """A read in ranges of a few blocks."""
+    """Cut a read into ranges of a few blocks."""
     step = _RANGE_BLOCKS * BLOCK_BYTES
     for start in range(read.start, max(read.stop, read.start + 1), step):
         yield _part(read, start, min(start + step, read.stop))
@@ -435,7 +435,7 @@ def _part(read: Read, start: int, stop: int) -> Read:
 
 
 def _find_missing(read: Read) -> list[Read]:
-    """The parts of a range that are not in its destination, as runs of blocks; all of it where it has no digests."""
+    """Find the runs of blocks that are missing in the destination; the whole range if it has no digests."""
     if not read.form.is_known:
         return [read]
     first = read.start // BLOCK_BYTES
@@ -450,15 +450,15 @@ def _find_missing(read: Read) -> list[Read]:
 
 
 def _copy(read: Read) -> Read:
-    """The same range, into memory of its own."""
+    """The same range, with its own memory as destination."""
     return replace(read, destination=memoryview(bytearray(read.stop - read.start)))
 
 
 def _translate(read: Read, theirs: Manifest, url: str) -> Read:
-    """The same range of a chunk where another source has it, compared with our digests and not with theirs.
+    """The same range, located as in the source's manifest, but verified with our digests.
 
     Raises:
-        StorageError: it does not have that form.
+        StorageError: the source does not have that form.
     """
     chunk = theirs.by_name[read.chunk.name]
     for form in chunk.forms:

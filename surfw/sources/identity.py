@@ -1,4 +1,4 @@
-"""Whether two manifests are of one model: config, files and payloads, wherever and in whatever forms they lie."""
+"""Compare two manifests: the same model has equal config, files and payloads, in any location and form."""
 
 from dataclasses import replace
 
@@ -6,7 +6,7 @@ from surfw.manifest import Chunk, Manifest
 
 
 def find_difference(one: Manifest, other: Manifest) -> str | None:
-    """Say in what two manifests are of different models; None if they are of the same: their identities are equal."""
+    """Return where the models of two manifests differ; None if they are the same model, with equal identities."""
     for what, mine, theirs in (
         ("the class", one.class_name, other.class_name),
         ("the dtype", one.dtype, other.dtype),
@@ -39,7 +39,7 @@ def _facts(chunk: Chunk) -> tuple[object, ...]:
 
 
 def share_forms(manifest: Manifest, others: list[Manifest]) -> Manifest:
-    """The manifest with only the forms that all others have too, for each chunk that has such forms."""
+    """Reduce each chunk to the forms that all manifests have; a chunk without common forms is left unchanged."""
     chunks = []
     for chunk in manifest.chunks:
         there = [{(form.codec, form.digest) for form in other.by_name[chunk.name].forms} for other in others]

@@ -1,4 +1,4 @@
-"""What stands behind a disk cache where nobody is contacted: it knows which models are there, and delivers nothing."""
+"""The source behind an offline disk cache: it knows the cached models, and delivers nothing else."""
 
 from collections.abc import Sequence
 
@@ -12,26 +12,26 @@ NOT_FETCHED = "nothing is fetched offline (offline, --offline, HF_HUB_OFFLINE)"
 
 
 class OfflineSource(ChunkSource):
-    """The models that a source had, as far as a folder has them."""
+    """The cached models of a source."""
 
     def __init__(self, folder: CacheFolder, url: str) -> None:
-        """Stand for the source with this address."""
+        """Stand in for the source with this address."""
         self.url = url
         self._folder = folder
 
     async def models(self) -> list[str]:
-        """Their names."""
+        """Return the names of the cached models."""
         return sorted({manifest.name for manifest in await in_thread(self._folder.manifests, self.url)})
 
     async def resolve(self, name: str | None) -> str:
-        """The full name of a model that is there."""
+        """Return the full name of a cached model."""
         known, where = await self.models(), f"the disk cache in {self._folder.path}"
         if not known:
             raise NotFoundError(f"{where} holds no model of {self.url}, and {NOT_FETCHED}; 'surfw pull' puts one there")
         return find_model(name, known, where=where)
 
     async def manifest(self, model: str) -> Manifest:
-        """The manifest of that name that was used last."""
+        """Return the most recently used manifest of this name."""
         found = await in_thread(self._folder.manifests, self.url)
         for manifest in found:
             if manifest.name == model:
@@ -40,7 +40,7 @@ class OfflineSource(ChunkSource):
         raise UnknownModelError(model, names, where=f"the disk cache in {self._folder.path}")
 
     async def file(self, manifest: Manifest, path: str) -> bytes:
-        """Say that it is not there.
+        """Report the file as missing.
 
         Raises:
             NotFoundError: always.
@@ -48,7 +48,7 @@ class OfflineSource(ChunkSource):
         raise missing(f"{path} of {manifest.name}", "is not", self._folder)
 
     async def fetch(self, manifest: Manifest, reads: Sequence[Read], *, priority: int = 0) -> None:
-        """Say that it is not there.
+        """Report the bytes as missing.
 
         Raises:
             NotFoundError: always.
@@ -63,6 +63,6 @@ class OfflineSource(ChunkSource):
 
 
 def missing(what: str, how: str, folder: CacheFolder) -> SurfwError:
-    """The error for what is not in a folder, or damaged there, and cannot be fetched."""
+    """Return the error for bytes that are missing or damaged in the cache and cannot be fetched."""
     kind = IntegrityError if "damaged" in how else NotFoundError
     return kind(f"{what} {how} in the disk cache in {folder.path}, and {NOT_FETCHED}; run it once online")

@@ -1,4 +1,4 @@
-"""A whole model into a disk cache, ahead of its first run."""
+"""Fetch a whole model into a disk cache before its first run."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,8 +17,8 @@ class Pulled:
 
     Attributes:
         manifest: the model.
-        stored_bytes: stored bytes of what is kept of its chunks.
-        fetched_bytes: how many of them were fetched now.
+        stored_bytes: the stored bytes of its cached forms.
+        fetched_bytes: stored bytes that were fetched from the source.
     """
 
     manifest: Manifest
@@ -34,18 +34,18 @@ async def pull_model(
     check: Callable[[Manifest], object] = lambda _: None,
     progress: Callable[[int, int, str], object] = lambda *_: None,
 ) -> Pulled:
-    """Have all chunks and files of a model in the cache, and pin it. It goes on where an earlier call was interrupted.
+    """Fetch all chunks and files of a model into the cache, and pin it. Resumes an interrupted call.
 
     Args:
         cache: the cache, with a source.
-        name: the model's name in the source, in full or a unique last part, with its pin if it has one; None for the
-            only one.
-        codec: which forms; `auto` takes those that are there by now, and else compressed ones.
-        check: sees the manifest before anything else is fetched, and raises what is wrong with it.
-        progress: called with how many stored bytes are there, how many there will be, and the chunk that is next.
+        name: the model's name in the source, in full or a unique last part, optionally with a pin; None for the only
+            model.
+        codec: which forms to fetch; `auto` prefers cached forms, then compressed ones.
+        check: called with the manifest before anything else is fetched; raises to refuse it.
+        progress: called with the stored bytes done, their total, and the next chunk.
 
     Raises:
-        StorageFullError: it is larger than the budget leaves room for.
+        StorageFullError: the model does not fit into the budget.
         StorageError: the folder cannot be written.
         SurfwError: the source cannot be reached or read.
     """
@@ -58,7 +58,7 @@ async def pull_model(
     blobs = {form.digest or chunk.id: form.stored_bytes for chunk, form in forms}
     least = sum(size + count_blocks(size) for size in blobs.values())
     if (most := cache.folder.budget_bytes) is not None and most < least and cache.is_writable:
-        raise StorageFullError(  # before a part of it is there, pinned
+        raise StorageFullError(  # refused before a part of it is cached and pinned
             f"the disk cache in {cache.folder.path} may take {format_size(most)}, and {manifest.name} takes "
             f"{format_size(least)} ({least} bytes); give it more (disk_cache, --disk-cache)"
         )

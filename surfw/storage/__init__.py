@@ -1,4 +1,4 @@
-"""Storage backends, and the layout of a store in one."""
+"""Storage backends, and the layout of a store in a backend."""
 
 from surfw.storage.backends import open_backend
 from surfw.storage.base import StorageBackend

@@ -1,11 +1,12 @@
-"""From the address of a storage to its backend: the scheme decides. The backend of the hub lives here too.
+"""Open the backend for an address, selected by its scheme. Also contains the backend of the Hugging Face hub.
 
-In this order: a local path or `file://`; `s3://`; a scheme that an installed package offers as an entry point of the
-group `surfw.storage`; a dotted path as the scheme, such as `my_package.backends.MyBackend://place`; anything else is
-fsspec's. An entry point or dotted path is called with the whole URL and the options, and returns a `StorageBackend`.
+Schemes are tried in this order: a local path or `file://`; `s3://`; a scheme that an installed package offers as an
+entry point of the group `surfw.storage`; a dotted path, such as `my_package.backends.MyBackend://place`; anything else
+goes to fsspec. An entry point or dotted path is called with the whole URL and the options, and returns a
+`StorageBackend`.
 
-Schemes are read in any case (RFC 3986). An address without `://` is a folder, unless it looks like a URL or a server
-and no such folder exists; `./` before it makes it one in any case. Nothing is shown that may be a password.
+Schemes are case-insensitive (RFC 3986). An address without `://` is a folder. If it looks like a URL or a server and no
+such folder exists, it is refused; with `./` in front it is always a folder. Messages never show a possible password.
 """
 
 import importlib
@@ -29,7 +30,7 @@ from surfw.storage_options import s3_arguments
 ENTRY_POINTS = "surfw.storage"
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+-]*")
-"""A scheme with dots is a Python path, where capitals matter, and is left as it is."""
+"""A scheme that is lower-cased. A scheme with dots is a Python path, which is case-sensitive."""
 
 _ALMOST = re.compile(r"([A-Za-z][A-Za-z0-9+-]*)(:/?)(?!/)(.+)")
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]+):[0-9]{1,5}(/.*)?")
@@ -48,19 +49,19 @@ def open_backend(
 
     Args:
         url: the address.
-        options: storage options, for the backend that the scheme chooses; folders ignore them.
-        silence_timeout: seconds without progress after which a read of a remote storage is given up, unless the options
-            say otherwise; backends of other packages bound their own waits.
+        options: storage options for the backend; folders ignore them.
+        silence_timeout: seconds without progress after which a read of a remote storage fails; an option of the same
+            name overrides it. Backends of other packages set their own timeouts.
 
     Raises:
-        ConfigurationError: no storage has this scheme, its package is missing, an option cannot be used, or it looks
-            like a mistyped URL.
+        ConfigurationError: no storage supports this scheme, its package is missing, an option cannot be used, or the
+            address looks like a mistyped URL.
     """
     text, given = read_address(str(url)), dict(options or {})
     scheme, _, rest = text.partition("://")
     if (path := _local_path(text)) is not None:
         folder = FilesystemBackend(path, create=False)
-        folder.silence_timeout = silence_timeout  # for what its manifests point at
+        folder.silence_timeout = silence_timeout  # for the origins of its manifests
         return folder
     patience = {"silence_timeout": silence_timeout}
     if scheme == "s3":
@@ -88,7 +89,7 @@ def open_backend(
 
 
 def refuse_file(url: str | Path) -> None:
-    """Refuse a file at the address of what is to be read, a store or a checkpoint, and name the folder that is meant.
+    """Refuse the address of a store or checkpoint if it is a file, and suggest the right folder.
 
     Raises:
         ConfigurationError: it is a file, or looks like a mistyped URL.
@@ -100,14 +101,14 @@ def refuse_file(url: str | Path) -> None:
 
 
 def _local_path(address: str) -> str | None:
-    """The path at an address; None if it is elsewhere."""
+    """The local path of an address; None for a remote one."""
     scheme, mark, rest = address.partition("://")
     return address if not mark else rest if scheme == "file" else None
 
 
 @contextmanager
 def _opening(url: str, before: str, after: str) -> Iterator[None]:
-    """Say that the storage cannot be opened; the failure is named between `before` and `after`."""
+    """Raise any failure as a ConfigurationError, with its text between `before` and `after`."""
     try:
         yield
     except SurfwError:
@@ -137,7 +138,7 @@ def _call(opener: Callable[..., Any], url: str, options: Mapping[str, Any]) -> S
 
 
 def read_address(text: str) -> str:
-    """Return the address with its scheme in small letters.
+    """Return the address with its scheme in lower case.
 
     Raises:
         ConfigurationError: it looks like a mistyped URL, or like a server's address without a scheme.
@@ -155,7 +156,7 @@ def read_address(text: str) -> str:
 
 
 def _meant(text: str) -> str | None:
-    """The URL that was probably meant."""
+    """The URL that was probably meant, if the text looks like one."""
     if _HOST.fullmatch(text):
         return f"ws://{text}"
     if (almost := _ALMOST.fullmatch(text)) and (almost[2] == ":/" or almost[1].lower() in _USUAL):
@@ -164,11 +165,11 @@ def _meant(text: str) -> str | None:
 
 
 class HubBackend(FsspecBackend):
-    """Files of a model of the Hugging Face hub, under `hf://org/name`, as fsspec reads them."""
+    """Files of a model on the Hugging Face hub, under `hf://org/name`, read through fsspec."""
 
     @contextmanager
     def _translate(self, what: str) -> Iterator[None]:
-        """As in other storages. An answer of the hub is an `OSError`; anything else says that it did not answer."""
+        """Translate all errors. An answer of the hub is an `OSError`; anything else means that it did not answer."""
         with super()._translate(what):
             try:
                 yield

@@ -1,12 +1,12 @@
-"""The interface of a storage: four methods, and optional ones with working defaults built on the four.
+"""The storage interface: four required methods, and optional ones whose defaults use only these four.
 
-A key is a relative path of plain parts (`blobs/ab/abcd.safetensors`). `check_key` is the one gate: every key passes it
-before it touches anything, in surfw's own backends or before a custom one (see `custom`), so a key such as `../x` or
-`/etc/passwd` reaches no storage.
+A key is a relative path of plain parts (`blobs/ab/abcd.safetensors`). `check_key` checks every key before it is used,
+in surfw's own backends and before a custom one (see `custom`), so a key such as `../x` or `/etc/passwd` never reaches
+a storage.
 
 Stored bytes are read by `RangedBackend.read_all`. It cuts reads into ranges (see `ranges`), keeps up to
-`parallel_reads` of them under way, and verifies them. A range is read by `read_range`: surfw's far storages have their
-own, with retries (see `far_reads`); everywhere else it is a `read_into`.
+`parallel_reads` of them in flight, and verifies them. `read_range` reads one range: surfw's remote storages implement
+it with retries (see `far_reads`); elsewhere it calls `read_into`.
 """
 
 import asyncio
@@ -26,17 +26,17 @@ from surfw.threads import in_thread, to_its_end, together
 Data = TypeVar("Data", bytes, memoryview)
 
 _STREAM_BYTES = 2 * MIB
-"""What a connection may have received but not yet written to the destination."""
+"""How many bytes a connection may have received but not yet written to the destination."""
 
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 _MAX_KEY = 512
 
 
 def check_key(key: str) -> str:
-    """Return the key, which has to be a relative path of plain parts.
+    """Return the key after checking that it is a relative path of plain parts.
 
     Raises:
-        StorageError: it is absolute, leads upwards, is empty or has characters that a key may not have.
+        StorageError: it is absolute, contains `..`, is empty or has forbidden characters.
     """
     if not isinstance(key, str):
         raise StorageError(f"storage key {key!a:.80} is refused: expected a text")
@@ -53,7 +53,7 @@ def is_key(text: str) -> bool:
 
 
 def check_prefix(prefix: str) -> str:
-    """Return the prefix, with which a key has to be able to start; the empty one is the prefix of all keys.
+    """Return the prefix after checking that a key can start with it. The empty prefix matches all keys.
 
     Raises:
         StorageError: no key can start with it.
@@ -64,43 +64,43 @@ def check_prefix(prefix: str) -> str:
 
 
 class StorageBackend(ABC):
-    """Named objects of bytes. Subclass it, and implement `load`, `save`, `exists` and `list`; nothing else is needed.
+    """Named objects of bytes. A subclass must implement `load`, `save`, `exists` and `list`, and nothing else.
 
     What surfw guarantees to a custom backend:
 
     - **Keys** are relative paths of plain parts, such as `blobs/ab/abcd.safetensors`: ASCII letters, digits, `.`, `_`
       and `-`, joined by `/`, at most 512 characters; no part starts with `.` or `-`. They are checked before the
-      backend sees them, as are prefixes, so none is absolute or leads upwards.
-    - **Calls** come on an event loop: surfw's own thread in a model, the server's loop in a server, the caller's in a
-      chunker. Several calls may be under way at once. One backend may be used on several loops one after another, so
-      anything that belongs to a loop, such as a connection, must not be kept for the next one.
-    - **Whole objects** are loaded once for all the ranges that are read of them, if the backend has no faster
-      `load_range` or `read_into`. While they are being read, objects of 256 MB in all are kept, or the last one.
+      backend sees them, as are prefixes, so none is absolute or contains `..`.
+    - **Calls** run on an event loop: that of surfw's own thread in a model, the server's in a server, the caller's in a
+      chunker. Several calls may be in flight at once. One backend may be used on several loops in succession, so it
+      must not keep anything that belongs to a loop, such as a connection, for the next loop.
+    - **Whole objects** are loaded once for all ranges that are read from them, if the backend has no `load_range` or
+      `read_into`. Objects that are being read are cached: up to 256 MB in all, or the most recent one if it is larger.
 
-    **Sizes** are limited: surfw loads every object with `load_capped`. That asks `size` first, if the backend has its
-    own; otherwise an object that is too large is refused only once it is in memory.
+    **Sizes** are limited: surfw loads every object with `load_capped`. That calls `size` first, if the backend
+    implements it; otherwise an oversized object is refused only after it was loaded.
 
-    **Errors**: raise `surfw.NotFoundError` for an object that does not exist (`KeyError` and `FileNotFoundError` count
-    as that), `surfw.StorageFullError` if there is no space left, `surfw.StorageError` for everything else. Any other
+    **Errors**: raise `surfw.NotFoundError` for a missing object (`KeyError` and `FileNotFoundError` are treated the
+    same), `surfw.StorageFullError` if no space is left, and `surfw.StorageError` for everything else. Any other
     exception is reported as a `StorageError` with the backend's class, the key, and the exception.
 
     `surfw.testing.StorageBackendSuite` is a test suite for custom backends.
     """
 
     url: str = "custom storage"
-    """Where the objects are, for people and for error messages; without secrets."""
+    """The location of the objects, for display and error messages; without secrets."""
 
     parallel_reads: int = 1
-    """How many reads are worth having under way at a time; more than 1 where the storage is far away."""
+    """How many reads to keep in flight; more than 1 for remote storage."""
 
     reads_in_place: bool = False
-    """Whether `read_into` needs hardly any memory besides its destination, and writes nothing once it is cancelled."""
+    """Whether `read_into` needs little memory besides its destination, and writes nothing after its cancellation."""
 
     silence_timeout: float = DEFAULT_SILENCE_SECONDS
-    """Seconds without progress after which surfw's own remote storages give up a read; others bound their own waits."""
+    """Seconds without progress after which a read of surfw's own remote storages fails; others set their own limits."""
 
     def __repr__(self) -> str:
-        """Show the class and the place, without secrets."""
+        """Show the class and the location, without secrets."""
         return f"<{type(self).__name__} {display_url(str(self.url))}>"
 
     @abstractmethod
@@ -114,12 +114,12 @@ class StorageBackend(ABC):
 
     @abstractmethod
     async def save(self, key: str, data: bytes | BinaryIO) -> None:
-        """Write or replace an object, whole or not at all: a reader never sees half of it.
+        """Write or replace an object atomically: a reader never sees a part of it.
 
         Args:
             key: the object's name.
-            data: the bytes, or a binary file to read to its end; the caller closes it. If reading it fails, nothing
-                may be written.
+            data: the bytes, or a binary file to read to its end, which the caller closes. If reading the file fails,
+                nothing may be written.
 
         Raises:
             StorageFullError: no space is left.
@@ -131,12 +131,12 @@ class StorageBackend(ABC):
         """Return whether the object exists.
 
         Raises:
-            StorageError: that could not be found out.
+            StorageError: this could not be determined.
         """
 
     @abstractmethod
     async def list(self, prefix: str = "") -> list[str]:
-        """Return the keys, in full and in any order, of all objects whose keys start with the prefix.
+        """Return the full keys, in any order, of all objects whose keys start with the prefix.
 
         A prefix is the beginning of a string, not a folder: `models/a` lists `models/a.json` and `models/ab/c.json`.
 
@@ -145,7 +145,7 @@ class StorageBackend(ABC):
         """
 
     async def remove(self, key: str) -> None:
-        """Remove an object for good; one that does not exist is no error.
+        """Remove an object permanently. A missing object is not an error.
 
         Only `surfw chunk --remove` and `--prune` need it.
 
@@ -169,7 +169,7 @@ class StorageBackend(ABC):
         return data
 
     def forget(self, key: str) -> None:
-        """Drop anything that is cached of an object, which may be damaged: the next read asks the storage."""
+        """Drop all cached bytes of an object, which may be damaged, so that the next read goes to the storage."""
         check_key(key)
 
     async def size(self, key: str) -> int:
@@ -177,7 +177,7 @@ class StorageBackend(ABC):
         return len(await self.load(key))
 
     async def revision(self, key: str) -> str | None:
-        """Return a string that changes whenever the object does, without reading it; None if there is no such thing."""
+        """Return a string that changes whenever the object does, without reading it; None if the storage has none."""
         check_key(key)
         return None
 
@@ -196,18 +196,18 @@ class StorageBackend(ABC):
         Args:
             key: the object's name.
             start: the first byte.
-            destination: the memory to fill. It is not written to any more once this has ended, also by a failure.
-            revision: what `revision()` returned; None accepts any.
+            destination: the memory to fill. Nothing is written to it after the call has ended, even by a failure.
+            revision: the result of an earlier `revision()`; None accepts any.
 
         Raises:
-            StorageError: the object is shorter, or of another revision.
+            StorageError: the object is too short, or has another revision.
         """
         destination[:] = await self.load_range(key, start, start + destination.nbytes)
         if revision is not None:
             await self.expect_revision(key, revision)
 
     async def _load_through_read_into(self, key: str, start: int, stop: int) -> bytes:
-        """A `load_range` for those that have a `read_into` of their own."""
+        """`load_range` for backends that implement `read_into`."""
         memory = bytearray(stop - start)
         await self.read_into(key, start, memoryview(memory))
         return bytes(memory)
@@ -223,19 +223,19 @@ class StorageBackend(ABC):
             raise ChangedObjectError(f"{key} in {self.url}", revision, str(seen))
 
     async def find_foreign_key(self, known: str) -> str | None:
-        """Return a key that does not start with `known`, if there is one: then the place is used for something else."""
+        """Return a key that does not start with `known`, if any: a sign that the place is used for something else."""
         return next((key for key in await self.list() if not key.startswith(known)), None)
 
     def local_path(self, key: str) -> Path | None:
-        """Return the object's file, where objects are local files; None elsewhere.
+        """Return the object's path if objects are local files, otherwise None.
 
-        It is read or mapped directly, so a backend that changes bytes on their way must return None.
+        The file is read or mapped directly, so a backend that transforms bytes must return None.
         """
         check_key(key)
         return None
 
     def spool(self) -> Path:
-        """Return a local folder for files on their way into the storage; each storage has its own."""
+        """Return the local spool folder for files that will be moved into the storage; each storage has its own."""
         return spool_folder(self.url)
 
     async def adopt(self, key: str, path: Path) -> None:
@@ -250,29 +250,29 @@ class StorageBackend(ABC):
 
 
 class RangedBackend(StorageBackend):
-    """What surfw's own backends, and its adapter of all others, add: many reads at once, cut into ranges."""
+    """The base of surfw's own backends, and of the adapter for all others: concurrent reads, cut into ranges."""
 
     @property
     def range_bytes(self) -> int:
-        """Return the size of the largest range that is read at a time."""
+        """The size of the largest range."""
         if self.parallel_reads == 1:
             return PIECE_BYTES
         return most_range_bytes(self.parallel_reads, streamed=self.reads_in_place)
 
     @property
     def buffered_bytes(self) -> int:
-        """Return the most memory that one `read_all` takes besides its destinations."""
+        """The most memory that one `read_all` takes, not counting its destinations."""
         return self.parallel_reads * (_STREAM_BYTES if self.reads_in_place else self.range_bytes)
 
     async def read_all(self, reads: Sequence[ObjectRead]) -> None:
         """Fill the destinations of all reads, and verify those that have a check.
 
-        Up to `parallel_reads` ranges, of all reads together, are under way at a time. The first failure ends the
-        others. Once this has ended, also by a cancellation, no destination is written to any more.
+        Up to `parallel_reads` ranges, over all reads, are in flight at a time. The first failure cancels the others.
+        Once this has ended, even by cancellation, nothing more is written to any destination.
 
         Raises:
-            StorageError: as in `read_into`.
-            Exception: what a check raises.
+            StorageError: see `read_into`.
+            Exception: any error of a check.
         """
         pieces = [piece for read in reads for piece in cut(read, self.range_bytes)]
         if len(pieces) == 1:
@@ -287,7 +287,7 @@ class RangedBackend(StorageBackend):
         await together(take() for _ in range(min(len(pieces), self.parallel_reads)))
 
     def run_bytes(self, key: str) -> int:
-        """How much one `read_pieces` of an object is to have at most; 0 if reading pieces by themselves is as good."""
+        """Return the most bytes that one `read_pieces` should read; 0 if it has no advantage over single reads."""
         check_key(key)
         return 0
 
@@ -302,11 +302,11 @@ class RangedBackend(StorageBackend):
     ) -> None:
         """Fill several pieces of memory with consecutive bytes of an object, from `start` on.
 
-        `on_filled` hears how many bytes are there, again and again, in any thread. A piece that is full is let go of,
-        and not written to any more, so that it can be used while the rest arrives; give an iterator to keep none.
+        `on_filled` is called repeatedly, in any thread, with the number of bytes filled. A full piece is released and
+        never written again, so it can be used while the rest arrives; pass an iterator so that no list holds it.
 
         Raises:
-            StorageError: as in `read_into`.
+            StorageError: see `read_into`.
         """
         done = 0
         pinned = {} if revision is None else {"revision": revision}
@@ -327,13 +327,13 @@ class RangedBackend(StorageBackend):
             await in_thread(piece.check, 0, piece.destination)
 
     async def read_range(self, part: ObjectRange, destination: memoryview, check: Check | None = None) -> None:
-        """Fill the destination with one range of an object as a whole, and verify it.
+        """Fill the destination with one range of an object, and verify it.
 
         Raises:
-            StorageError: as in `read_into`.
-            Exception: what the check raises.
+            StorageError: see `read_into`.
+            Exception: any error of the check.
         """
-        pinned = {} if part.pin.revision is None else {"revision": part.pin.revision}  # some backends know none
+        pinned = {} if part.pin.revision is None else {"revision": part.pin.revision}  # not all backends take one
         reading = self.read_into(part.key, part.start, destination, **pinned)
         await (reading if self.reads_in_place else to_its_end(reading))
         if check is not None:
@@ -341,7 +341,7 @@ class RangedBackend(StorageBackend):
 
 
 class ChangedObjectError(StorageError):
-    """An object has another revision than the expected one.
+    """An object does not have the expected revision.
 
     Attributes:
         name: the object.
@@ -350,18 +350,18 @@ class ChangedObjectError(StorageError):
     """
 
     def __init__(self, name: str, expected: str, seen: str, advice: str = "; read it again from its beginning") -> None:
-        """Name the object and both revisions; `advice` says what to do."""
+        """Set the object and both revisions; `advice` ends the message."""
         self.name, self.expected, self.seen = name, expected, seen
         super().__init__(f"{name} was changed: its revision is {seen[:80]} now, expected {expected[:80]}{advice}")
 
 
 def spool_folder(place: str) -> Path:
-    """Return a local folder for files on their way to a place; each place has its own."""
+    """Return the local spool folder of a place."""
     return surfw_home() / "partial" / blake3(place.encode()).hexdigest()[:16]
 
 
 def refuse_size(size: int, most_bytes: int, name: str) -> None:
-    """Refuse an object that is larger than objects of its kind may be.
+    """Check the size of an object against its limit.
 
     Raises:
         StorageError: it is larger.
@@ -371,10 +371,10 @@ def refuse_size(size: int, most_bytes: int, name: str) -> None:
 
 
 def expect_length(data: Data, length: int, key: str, url: str) -> Data:
-    """Return the data, which has to be as long as it was asked for.
+    """Return the data after checking its length.
 
     Raises:
-        StorageError: it is not.
+        StorageError: the length is wrong.
     """
     if len(data) != length:
         raise StorageError(f"{key} in {url} ends early: asked for {length} bytes, got {len(data)}")

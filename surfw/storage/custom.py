@@ -1,8 +1,8 @@
-"""The boundary to custom storages: behind it they behave as surfw's own.
+"""The adapter for custom storages: through it they behave like surfw's own.
 
-Invariants: every key and prefix passes the check before a custom backend sees it; every foreign exception becomes
-surfw's, naming the backend's class and the key; what a backend returns has the type it should have; a backend that can
-only load whole objects loads each once for all its ranges (see `SharedLoads`).
+Invariants: every key and prefix is checked before a custom backend sees it; every foreign exception is translated to
+one of surfw's, with the backend's class and the key; the types of all results are checked; a backend that can only load
+whole objects loads each object once for all its ranges (see `SharedLoads`).
 """
 
 import asyncio
@@ -28,7 +28,7 @@ from surfw.threads import cancel_all, to_its_end
 
 
 def adapt_backend(backend: StorageBackend) -> RangedBackend:
-    """Return a backend that keeps surfw's rules: one of surfw's own as it is, any other behind an adapter.
+    """Return surfw's own backends unchanged, and any other wrapped in an adapter that enforces surfw's rules.
 
     Raises:
         ConfigurationError: it is not a backend.
@@ -46,7 +46,7 @@ def _expect_backend(given: object) -> None:
 
 
 class AdaptedBackend(RangedBackend):
-    """A custom backend, held to the rules. It is made by `adapt_backend`."""
+    """A custom backend behind the adapter that `adapt_backend` makes."""
 
     def __init__(self, inner: StorageBackend) -> None:
         """Wrap `inner`; nothing is called yet."""
@@ -66,13 +66,13 @@ class AdaptedBackend(RangedBackend):
 
     @contextmanager
     def _translate(self, method: str, about: str = "") -> Iterator[None]:
-        """Translate foreign exceptions; surfw's own pass."""
+        """Translate foreign exceptions; surfw's own pass through."""
         with translate_all_errors(f"{self._call(method, about)} in {self.url}"):
             yield
 
     @contextmanager
     def _changing(self, method: str, key: str) -> Iterator[None]:
-        """Check the key, translate errors, and drop what was loaded of the object in any case."""
+        """Check the key, translate errors, and always drop the cached object."""
         with self._translate(method, check_key(key)):
             try:
                 yield
@@ -88,7 +88,7 @@ class AdaptedBackend(RangedBackend):
         return given
 
     async def _ask(self, method: str, key: str, *arguments: Any) -> Any:
-        """Call a method about one object; a `KeyError` means that it does not exist."""
+        """Call a method for one object; a `KeyError` means that the object does not exist."""
         with self._translate(method, check_key(key)):
             try:
                 return await self._expect_awaitable(method, getattr(self.inner, method)(key, *arguments))
@@ -102,11 +102,11 @@ class AdaptedBackend(RangedBackend):
         return bytes(data)
 
     async def load(self, key: str) -> bytes:
-        """The whole object."""
+        """Return the whole object."""
         return await self._ask_bytes("load", key)
 
     async def load_capped(self, key: str, most_bytes: int) -> bytes:
-        """The whole object, if it is no larger; without a `size` of the backend, that is known once it is loaded."""
+        """Return the whole object, which may have at most `most_bytes`; checked after loading if there is no `size`."""
         if not self._own("load_capped"):
             if self._own("size"):
                 refuse_size(await self.size(key), most_bytes, f"{key} in {self.url}")
@@ -116,7 +116,7 @@ class AdaptedBackend(RangedBackend):
         return data
 
     def forget(self, key: str) -> None:
-        """The next range asks the custom backend again."""
+        """Drop the cached object, so that the next range asks the custom backend again."""
         self._shared.forget(check_key(key))
         with self._translate("forget", key):
             self.inner.forget(key)
@@ -127,13 +127,13 @@ class AdaptedBackend(RangedBackend):
             await self._expect_awaitable("save", self.inner.save(key, data))
 
     async def exists(self, key: str) -> bool:
-        """Whether the object exists."""
+        """Return whether the object exists."""
         with suppress(NotFoundError):
             return bool(await self._ask("exists", key))
         return False
 
     async def list(self, prefix: str = "") -> list[str]:
-        """The keys that start with the prefix, sorted."""
+        """Return the sorted keys that start with the prefix."""
         with self._translate("list", check_prefix(prefix)):
             found: object = await self._expect_awaitable("list", self.inner.list(prefix))
         if isinstance(found, str | bytes) or not isinstance(found, Collection):
@@ -147,33 +147,33 @@ class AdaptedBackend(RangedBackend):
         return sorted(found)
 
     async def remove(self, key: str) -> None:
-        """Remove an object; one that does not exist is no error."""
+        """Remove an object; a missing one is no error."""
         with suppress(NotFoundError), self._changing("remove", key), suppress(KeyError):
             await self._expect_awaitable("remove", self.inner.remove(key))
 
     async def size(self, key: str) -> int:
-        """The object's length in bytes."""
+        """Return the object's length in bytes."""
         if not self._own("size"):
             return len(await self._shared.get(check_key(key)))
         with self._translate("size", key):
             return int(await self._ask("size", key))
 
     async def revision(self, key: str) -> str | None:
-        """A string that changes whenever the object does; None if the custom backend has no such thing."""
+        """Return a string that changes whenever the object does; None if the custom backend has none."""
         told: object = await self._ask("revision", key)
         if told is not None and not isinstance(told, str):
             raise StorageError(f"{self._call('revision', key)} gave {type(told).__name__}, expected a text or None")
         return told
 
     async def load_range(self, key: str, start: int, stop: int) -> bytes:
-        """Bytes `start` to `stop` of an object."""
+        """Return bytes `start` to `stop` (end-exclusive) of an object."""
         if not self._own("load_range"):
             return await self._load_through_read_into(key, start, stop)
         data = await self._ask_bytes("load_range", key, start, stop)
         return expect_length(data, stop - start, key, self.url)
 
     async def read_into(self, key: str, start: int, destination: memoryview, *, revision: str | None = None) -> None:
-        """Fill `destination` with the object's bytes from `start` on; what was loaded of other revisions is dropped."""
+        """Fill `destination` with the object's bytes from `start` on; cached bytes of another revision are dropped."""
         stop = start + destination.nbytes
         if revision is not None and self._pinned.get(check_key(key)) != revision:
             self._shared.forget(key)
@@ -189,19 +189,19 @@ class AdaptedBackend(RangedBackend):
             await self.expect_revision(key, revision)
 
     async def find_foreign_key(self, known: str) -> str | None:
-        """A key that does not start with `known`, if there is one."""
+        """Return a key that does not start with `known`, if any."""
         if not self._own("find_foreign_key"):
             return await super().find_foreign_key(known)
         with self._translate("find_foreign_key", check_prefix(known)):
             return await self.inner.find_foreign_key(known)
 
     def local_path(self, key: str) -> Path | None:
-        """The object's file, where objects are local files; None elsewhere."""
+        """Return the object's path if objects are local files, otherwise None."""
         with self._translate("local_path", check_key(key)):
             return self.inner.local_path(key)
 
     def spool(self) -> Path:
-        """A local folder for files on their way into the storage."""
+        """Return the local spool folder."""
         with self._translate("spool"):
             return self.inner.spool()
 
@@ -211,30 +211,31 @@ class AdaptedBackend(RangedBackend):
             await (self.inner.adopt(key, path) if self._own("adopt") else super().adopt(key, path))
 
     async def let_go(self) -> None:
-        """Stop loading and drop what was loaded; the custom backend stays open."""
+        """Stop loading and drop all cached objects; the custom backend stays open."""
         await self._shared.close()
 
     async def close(self) -> None:
-        """Drop what was loaded, and close the custom backend."""
+        """Drop all cached objects, and close the custom backend."""
         await self.let_go()
         with self._translate("close"):
             await self.inner.close()
 
 
 class SharedLoads:
-    """Objects of a storage that can only load them whole: all ranges of an object share one load.
+    """A cache for a storage that can only load whole objects: all ranges of an object share one load.
 
     Invariants:
 
-    - Ranges of an object that is being loaded join that load (*single-flight*), and later ones find it loaded.
-    - A loaded object is dropped when its last byte has been read, or when others need the memory: what is kept takes at
-      most the budget, or is the one object that was loaded last.
-    - When a load fails, all ranges that wait for it fail; the next one loads again. Giving up a range stops no load.
-    - A task belongs to an event loop. A task of another loop is never awaited, so loops may follow one another.
+    - Ranges of an object that is being loaded join that load (*single-flight*); later ones find it in the cache.
+    - An object is evicted when its last byte has been read, or when others need the memory. The cache never exceeds its
+      budget, except for a single object: the one that was loaded last.
+    - When a load fails, all ranges that wait for it fail; the next range loads again. Cancelling a range does not
+      cancel the load.
+    - A task belongs to an event loop. A task of another loop is never awaited, so loops may be used in succession.
     """
 
     def __init__(self, load: Callable[[str], Awaitable[bytes]], budget_bytes: int) -> None:
-        """Start empty; `load` gets a whole object by its key."""
+        """Start empty; `load` loads a whole object by its key."""
         self.kept_bytes = 0
         self._load = load
         self._budget_bytes = budget_bytes
@@ -242,7 +243,7 @@ class SharedLoads:
         self._loading: dict[str, asyncio.Task[bytes]] = {}
 
     async def get(self, key: str, stop: int | None = None) -> bytes:
-        """The whole object, of which the caller reads the bytes before `stop`; None if it reads none of them yet."""
+        """Return the whole object. `stop` is the end of the bytes that the caller reads; None if it reads none yet."""
         data = self._kept.get(key)
         if data is None:
             data = await asyncio.shield(self._task(key))
@@ -253,12 +254,12 @@ class SharedLoads:
         return data
 
     def forget(self, key: str) -> None:
-        """Drop what was loaded of an object: the storage has something else by now."""
+        """Drop an object that may have changed in the storage."""
         self._loading.pop(key, None)
         self._drop(key)
 
     async def close(self) -> None:
-        """Stop loading, and drop everything."""
+        """Cancel all loads, and drop all objects."""
         loop = asyncio.get_running_loop()
         await cancel_all(task for task in self._loading.values() if task.get_loop() is loop)
         self._loading.clear()
@@ -279,7 +280,7 @@ class SharedLoads:
             data = await self._load(key)
         finally:
             current = self._loading.get(key) is task
-            if current:  # not forgotten, and not another loop's by now
+            if current:  # not forgotten, and not replaced by another loop's
                 del self._loading[key]
         if current:
             self._keep(key, data)
@@ -297,6 +298,6 @@ class SharedLoads:
 
 
 def _retrieve_exception(task: asyncio.Task[bytes]) -> None:
-    """Retrieve the exception of a load that no range waits for any more, so that asyncio does not log it."""
+    """Mark the exception of a load as retrieved: without waiting ranges, asyncio would log it."""
     if not task.cancelled():
         task.exception()

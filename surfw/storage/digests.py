@@ -1,12 +1,12 @@
-"""Digests of chunks whose manifests lack them: computed by reading all bytes of a chunk once, and kept.
+"""Digests of chunks whose manifests lack them: computed once by reading the whole chunk, and stored.
 
-Models that are served in place may be published before they have been read. `LearnedDigests` is what a store knows of
-their chunks by now. To verify such a chunk, ask it, and have it read the chunk if it does not know the digests yet.
+Models that are served in place may be published before they have been read. `LearnedDigests` holds the digests of their
+chunks that are known so far, and computes the others on request.
 
-They are kept in `$SURFW_HOME/digests`, one file per origin and its pins, with one line per chunk: JSON with its
-provisional id, behind the BLAKE3 of the JSON. Lines are appended in one write each, so that several processes may do it
-at once. A line that is cut off or damaged is skipped, and its digests are computed again. A file grows to `_MOST_BYTES`
-and no further. Where it cannot be written, the next process computes the digests again.
+Digests are stored in `$SURFW_HOME/digests`, one file per origin and its pins, with one line per chunk: the BLAKE3 of a
+JSON object, then the JSON, which has the chunk's provisional id. Each line is appended in one write, so that several
+processes can append at once. A truncated or damaged line is skipped, and its digests are computed again. A file grows
+to at most `_MOST_BYTES`. If it cannot be written, the next process computes the digests again.
 """
 
 import asyncio
@@ -28,15 +28,14 @@ _MOST_BYTES = 256 * MIB
 
 
 class LearnedDigests:
-    """Computed digests of the chunks of all models of a store."""
+    """The computed digests of all models of a store."""
 
     def __init__(self) -> None:
-        """Nothing is read yet."""
         self._logs: dict[tuple[str, str], _DigestLog] = {}
         self._reading: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     def complete(self, manifest: Manifest) -> Manifest:
-        """Return the manifest with all digests that are known by now; reads a file, so call it in a thread."""
+        """Return the manifest with all digests known so far; reads a file, so call it in a thread."""
         if manifest.origin is None or manifest.is_known:
             return manifest
         sizes = {chunk.id: form.stored_bytes for chunk in manifest.chunks for form in chunk.forms if not form.is_known}
@@ -47,12 +46,12 @@ class LearnedDigests:
         return self._log(manifest).known.get(chunk.id)
 
     async def find(self, manifest: Manifest, chunk: Chunk, pieces: Callable[[], AsyncGenerator[memoryview]]) -> Digests:
-        """As `get`; a chunk with unknown digests is read now (see `learn`), once for all callers that wait for it."""
+        """Like `get`, but read a chunk with unknown digests (see `learn`), once for all waiting callers."""
         async with self._reading[chunk.id]:
             return self.get(manifest, chunk) or await self.learn(manifest, chunk, pieces())
 
     async def learn(self, manifest: Manifest, chunk: Chunk, pieces: AsyncGenerator[memoryview]) -> Digests:
-        """Read all stored bytes of a chunk, and keep their digests.
+        """Read all stored bytes of a chunk, compute their digests and store them.
 
         Args:
             manifest: the model.
@@ -63,7 +62,7 @@ class LearnedDigests:
         async with aclosing(pieces):
             async for piece in pieces:
                 await in_thread(digester.update, piece)
-                del piece  # it may be a page of a cache: none may be kept while the next one is read
+                del piece  # it may be a cache page, which must be released before the next one is read
         digests = digester.result()
         await in_thread(self._log(manifest).add, chunk.id, digests)
         return digests
@@ -78,7 +77,7 @@ class _DigestLog:
     """The digests of the chunks of one origin, and their file. Usable from any thread."""
 
     def __init__(self, key: str) -> None:
-        """Name the origin by its key. Nothing is read yet."""
+        """Set the key of the origin; nothing is read yet."""
         self.known: dict[str, Digests] = {}
         self._path = surfw_home() / "digests" / f"{key}.jsonl"
         self._read_bytes = 0
@@ -86,7 +85,7 @@ class _DigestLog:
         self._lock = threading.Lock()
 
     def refresh(self, sizes: Mapping[str, int]) -> Mapping[str, Digests]:
-        """Read what any process has added since, and return all that is known; `sizes` are the chunks' stored bytes."""
+        """Read what other processes have added, and return all known digests; `sizes` are stored bytes by chunk id."""
         with self._lock:
             try:
                 with os.fdopen(open_regular(self._path), "rb") as file:
@@ -104,7 +103,7 @@ class _DigestLog:
             return self.known
 
     def add(self, chunk: str, digests: Digests) -> None:
-        """Keep the digests of a chunk, instead of any that were kept before."""
+        """Store the digests of a chunk, replacing earlier ones."""
         if self.known.get(chunk) == digests:
             return
         with self._lock:
@@ -119,7 +118,7 @@ class _DigestLog:
                 finally:
                     os.close(fd)
             except OSError as exc:
-                if not self._has_failed:  # once is enough
+                if not self._has_failed:  # warn once
                     why = exc.strerror
                     logger.warning("%s cannot be written, so digests are computed again next time: %s", self._path, why)
                 self._has_failed = True

@@ -1,8 +1,8 @@
-"""How often each expert of a model was chosen, kept from one run to the next. Without torch.
+"""How often each expert of a model was chosen, stored between runs. Without torch.
 
-It lies in `$SURFW_HOME/experts`, one file for the same weights, in whatever forms they are stored: a line of JSON
-behind its BLAKE3. It is a hint: a file that is damaged, or of another model, does not count. The run that ends last is
-kept.
+The counts are in `$SURFW_HOME/experts`, one file per set of weights, independent of the stored forms: a BLAKE3, then a
+line of JSON. They are only a hint: a file that is damaged or of another model is ignored. The last run to end
+overwrites the file.
 """
 
 import logging
@@ -27,22 +27,22 @@ class ExpertUsage:
     """How often experts were chosen.
 
     Attributes:
-        tokens: how many each layer has seen, in all runs.
-        counts: of each module, how many tokens each expert has computed; earlier ones count less.
+        tokens: how many tokens each layer has seen, in all runs.
+        counts: for each module, how many tokens each expert has computed; earlier tokens count less.
     """
 
     tokens: int
     counts: Mapping[str, tuple[float, ...]]
 
     def concentration(self, part: float = 0.25) -> float:
-        """The share of all choices that fell on this part of the experts: those chosen most, in each module."""
+        """Return the share of all choices that fell on the most-chosen `part` of the experts of each module."""
         chosen = [sorted(counts, reverse=True) for counts in self.counts.values()]
         total = sum(map(sum, chosen))
         return sum(sum(counts[: math.ceil(len(counts) * part)]) for counts in chosen) / total if total else 0.0
 
 
 def read_usage(manifest: Manifest) -> ExpertUsage | None:
-    """What is known of a model's experts; None if nothing is."""
+    """Read the expert usage of a model; None if there is none."""
     try:
         entry = decode_line(read_regular(_path(manifest), _MOST_BYTES).strip())
         counts = {path: _counts(entry["counts"][path], len(one.chunks)) for path, one in manifest.experts.items()}
@@ -52,7 +52,7 @@ def read_usage(manifest: Manifest) -> ExpertUsage | None:
 
 
 def keep_usage(manifest: Manifest, usage: ExpertUsage) -> None:
-    """Keep what is known of a model's experts; where that cannot be written, the next run begins without it."""
+    """Store the expert usage of a model. If it cannot be written, the next run starts without it."""
     path = _path(manifest)
     counts = {module: [round(count, 3) for count in counts] for module, counts in usage.counts.items()}
     try:
@@ -69,7 +69,7 @@ def _path(manifest: Manifest) -> Path:
 
 
 def _counts(values: Any, number: int) -> tuple[float, ...]:
-    """Counts as they were kept; a ValueError if they are none."""
+    """Parse stored counts; raises ValueError if they are invalid."""
     counts = tuple(float(value) for value in values)
     if len(counts) != number or not all(0 <= count < math.inf for count in counts):
         raise ValueError(f"expected {number} counts")

@@ -1,15 +1,15 @@
-"""Reads of objects that are far away: one range at a time, retried, straight into its destination.
+"""Reads of remote objects: one range at a time, with retries, straight into the destination.
 
-Each kind of file system supplies a `RangeReader`: one method that requests a range and writes what comes into memory.
-`FarReads` does the rest. Invariants:
+Each kind of file system supplies a `RangeReader`, whose one method requests a range and writes the response into
+memory. `FarReads` does the rest. Invariants:
 
-- All ranges with one `Pin` are of one revision of the object: the pinned one, or else that of the first response. A
-  change in between is an error, never a mixture.
-- The number of connections of a file system bounds how many ranges are under way, over all reads of all objects.
-- After a transient failure only the blocks that are not verified yet are requested again; what had arrived of them is
-  overwritten. Any other failure ends the read at once.
-- Once a read has ended, also by a failure or a cancellation, nothing is written to its destination any more.
-- No wait is endless: see `patience`.
+- All ranges that share a `Pin` have one revision: the pinned one, or that of the first response. If the object changes
+  in between, the read fails; revisions are never mixed.
+- The number of connections of a file system limits the ranges in flight, over all reads of all objects.
+- After a transient failure only the unverified blocks are requested again, and their bytes overwritten. Any other
+  failure ends the read at once.
+- Once a read has ended, even by a failure or cancellation, nothing more is written to its destination.
+- Every wait has a time limit: see `patience`.
 
 Everything here runs on the reader's event loop, except `FarReads`' public methods and what readers do in threads.
 """
@@ -33,34 +33,34 @@ from surfw.threads import in_thread, on_loop
 T = TypeVar("T")
 
 CONNECTIONS = 4
-"""How many ranges of a file system are read at a time, unless `max_concurrency` says otherwise.
+"""The default of `max_concurrency`: how many ranges of a file system are read at a time.
 
 From a gateway on the same machine, 4 at a time came as fast as 8.
 """
 
 RANGE_RETRIES = RetryPolicy(attempts=6, first_delay_seconds=0.2, backoff=2.5, most_delay_seconds=5)
-"""Some ten seconds in all, in which a gateway may restart."""
+"""Some ten seconds in all, enough for a gateway to restart."""
 
 _FIRST_TRIES = 1
-"""How often a storage that has never responded is tried again: its address may be wrong."""
+"""How many retries a storage gets that has never responded: its address may be wrong."""
 
 
 class PinLostError(Exception):
-    """The object has another revision than the pinned one."""
+    """The object no longer has the pinned revision."""
 
 
 class TransientError(Exception):
-    """Wraps, as its cause, a failure after which another try may succeed."""
+    """A failure that a retry may fix; the failure itself is the cause of this exception."""
 
 
 @dataclass(frozen=True, slots=True)
 class RangeResponse:
-    """The facts of a response, known before its bytes are read.
+    """The metadata of a response, known before its body is read.
 
     Attributes:
-        revision: changes whenever the object does; None if the response does not have one.
-        start: the first byte that is sent.
-        length: how many bytes are sent.
+        revision: changes whenever the object does; None if the response has no revision.
+        start: the first byte of the body, as an offset in the object.
+        length: the length of the body.
         size: the length of the whole object; None if the response does not say.
     """
 
@@ -71,19 +71,19 @@ class RangeResponse:
 
 
 class Destination:
-    """Where one range of an object goes. It judges the response, and verifies blocks as they arrive.
+    """The destination of one range. It checks the response, and verifies blocks as they arrive.
 
     Attributes:
-        start: the first byte of the range. After a failure it moves behind what was verified.
-        memory: the bytes to fill, from the first to the last.
-        pin: the revision that the response has to have.
-        patience: has to know when the request is made, and how many bytes come.
+        start: the first byte of the range. After a failure it moves past the verified blocks.
+        memory: the memory to fill.
+        pin: the revision that the response must have.
+        patience: the reader tells it when the request is sent, and how many bytes arrive.
     """
 
     def __init__(
         self, name: str, start: int, memory: memoryview, pin: Pin, patience: ReadPatience, *, check: Check | None = None
     ) -> None:
-        """Nothing has arrived. `name` is what errors call the object."""
+        """Set the destination. `name` names the object in errors."""
         self.name = name
         self.start = start
         self.memory = memory
@@ -94,15 +94,15 @@ class Destination:
 
     @property
     def stop(self) -> int:
-        """The byte behind the last one of the range."""
+        """The end of the range (exclusive)."""
         return self.start + len(self.memory)
 
     def accept(self, response: RangeResponse) -> memoryview:
         """Return the memory for the bytes of a response. May be called in a thread.
 
         Raises:
-            ChangedObjectError: it has another revision.
-            StorageError: it is not the range that was requested.
+            ChangedObjectError: the response has another revision.
+            StorageError: the response is not the requested range.
         """
         self._expect_revision(response)
         if response.start != self.start or response.length > len(self.memory):
@@ -124,10 +124,10 @@ class Destination:
         """Note that the first `count` bytes have arrived. May be called in a thread."""
 
     def check_first(self, count: int) -> None:
-        """Verify the whole blocks among the first `count` bytes. Call it in a thread: hashing takes its time.
+        """Verify the complete blocks among the first `count` bytes. Call it in a thread: hashing takes time.
 
         Raises:
-            Exception: what the check raises.
+            Exception: any error of the check.
         """
         whole = count if count == len(self.memory) else count - count % BLOCK_BYTES
         if self._check is not None and whole > self._verified:
@@ -135,7 +135,7 @@ class Destination:
             self._verified = whole
 
     def resume(self) -> None:
-        """Before another try, leave out the blocks that are verified."""
+        """Before a retry, skip the verified blocks."""
         if self._check is not None and self._verified:
             done, self._verified = self._verified, 0
             self.start, self.memory, self._check = self.start + done, self.memory[done:], shifted(self._check, done)
@@ -147,10 +147,9 @@ class Destination:
 
 
 class Pieces:
-    """Several pieces of memory, one after the other, as one; a slice of it ends with the piece that it begins in."""
+    """Several pieces of memory as one sequence. A slice ends at the end of the piece in which it begins."""
 
     def __init__(self, pieces: Iterable[memoryview]) -> None:
-        """Join them."""
         self._pieces = deque(pieces)
         self._begins = 0
         self._size = sum(map(len, self._pieces))
@@ -167,17 +166,17 @@ class Pieces:
         return memoryview(b"")
 
     def drop(self, done: int) -> None:
-        """Let go of the pieces that lie before a place."""
+        """Release the pieces that end at or before offset `done`."""
         while self._pieces and self._begins + len(self._pieces[0]) <= done:
             self._begins += len(self._pieces.popleft())
 
     def rest(self) -> tuple[int, "Pieces"]:
-        """How much lies before the pieces that are left, and those by themselves."""
+        """Return the offset of the first remaining piece, and the remaining pieces."""
         return self._begins, Pieces(self._pieces)
 
 
 class _InPieces(Destination):
-    """A range that goes to several pieces of memory. Those that are full are let go of, and never written again."""
+    """A range that fills several pieces of memory. A full piece is released, and never written again."""
 
     memory: Pieces  # type: ignore[assignment]  # readers take slices of it, as of a memoryview
 
@@ -205,7 +204,7 @@ class _InPieces(Destination):
 
 
 class _Beginning(Destination):
-    """The first range of an object of unknown size; its response says how much memory the whole object takes."""
+    """The first range of an object of unknown size; the response tells how much memory to allocate."""
 
     def __init__(self, name: str, pin: Pin, patience: ReadPatience, range_bytes: int, most_bytes: int) -> None:
         super().__init__(name, 0, memoryview(b""), pin, patience)
@@ -238,15 +237,15 @@ class _Beginning(Destination):
 
 
 class RangeReader(ABC):
-    """One kind of file system, as `FarReads` needs it. The reader limits how many ranges are under way.
+    """The interface between `FarReads` and a kind of file system. The reader limits the ranges in flight.
 
     Attributes:
-        loop: the event loop that it is called on; None for any.
-        streams: whether bytes are written to the destination as they arrive, and not held in memory first.
+        loop: the event loop that its methods must run on; None for any.
+        streams: whether bytes are written to the destination as they arrive, and not buffered in memory first.
         tells_revision: whether responses have a revision.
         read_only: whether the file system cannot be written to.
-        silence_timeout: seconds without progress after which a read is given up; a single request may be silent for
-            half of that.
+        silence_timeout: seconds without progress after which a read fails; a single request may be silent for half of
+            that.
     """
 
     loop: asyncio.AbstractEventLoop | None = None
@@ -255,7 +254,7 @@ class RangeReader(ABC):
     read_only = False
 
     def __init__(self, connections: int, silence_timeout: float = DEFAULT_SILENCE_SECONDS) -> None:
-        """Set how many ranges may be under way. Nothing is contacted."""
+        """Set how many ranges may be in flight. Nothing is contacted."""
         self.range_bytes = most_range_bytes(connections, streamed=self.streams)
         self.silence_timeout = silence_timeout
 
@@ -263,20 +262,19 @@ class RangeReader(ABC):
     async def get(self, path: str, into: Destination) -> None:
         """Read bytes `into.start` to `into.stop`, or fewer if the object ends before, into the memory of `into.accept`.
 
-        It calls `patience.begin` when the request is made, and `patience.arrived` and `filled` for bytes as they come.
-        A slice of the memory may be shorter than it was asked for: what is left follows. It may call
-        `check_first` once the first bytes of the memory will not change any more; `FarReads` verifies the rest in the
-        end. All may be called in a thread.
-        Once this has ended, also by a cancellation, nothing is written any more.
+        It calls `patience.begin` when the request is sent, and `patience.arrived` and `filled` as bytes arrive. A slice
+        of the memory may be shorter than requested; the next slice continues there. It may call `check_first` for
+        leading bytes that will not change any more; `FarReads` verifies the rest at the end. All of these may be called
+        in a thread. Once this method has ended, even by cancellation, nothing more is written.
 
         Raises:
-            TransientError: from a failure after which another try may succeed.
-            PinLostError: the object has another revision than the pinned one.
+            TransientError: from a failure that a retry may fix.
+            PinLostError: the object no longer has the pinned revision.
             Exception: any other failure.
         """
 
     async def facts(self, path: str) -> RangeResponse | None:
-        """Return size and revision without the bytes; None if the reader has no way of its own to ask.
+        """Return size and revision without reading bytes; None if the reader cannot query them.
 
         Raises:
             Exception: as `get` does.
@@ -284,14 +282,14 @@ class RangeReader(ABC):
         return None
 
     def close(self) -> None:  # noqa: B027 - most hold nothing
-        """Close connections that the file system does not close; a later use opens new ones."""
+        """Close connections that the file system does not close itself; a later use opens new ones."""
 
 
 class FarReads:
-    """Reads through a `RangeReader`, from any event loop. `name` is what errors call the object."""
+    """Reads through a `RangeReader`, from any event loop. `name` names the object in errors."""
 
     def __init__(self, reader: RangeReader, retries: RetryPolicy) -> None:
-        """Name the parts; nothing is contacted."""
+        """Set the reader and the retry policy; nothing is contacted."""
         self.reader = reader
         self._retries = retries
         self._reached = False
@@ -300,7 +298,7 @@ class FarReads:
     async def read(
         self, path: str, start: int, memory: memoryview, *, name: str, pin: Pin, check: Check | None = None
     ) -> None:
-        """Fill the memory with the object's bytes from `start` on, as one range; with `check`, they are verified."""
+        """Fill the memory with one range of the object, from `start` on; with `check`, verify it."""
         into = Destination(name, start, memory, pin, self._patience(), check=check)
         await self._on_loop(lambda: self._fill(path, into))
 
@@ -314,22 +312,22 @@ class FarReads:
         pin: Pin,
         on_filled: Callable[[int], object],
     ) -> None:
-        """Fill several pieces of memory with the object's bytes from `start` on, as one range.
+        """Fill several pieces of memory with one range of the object, from `start` on.
 
-        `on_filled` hears how many bytes are there, in any thread. A piece that is full is never written to again.
+        `on_filled` is called in any thread with the number of bytes filled. A full piece is never written again.
         """
         into = _InPieces(name, start, pieces, pin, self._patience(), on_filled=on_filled)
         await self._on_loop(lambda: self._fill(path, into))
         into.filled(len(into.memory))
 
     async def begin(self, path: str, *, name: str, pin: Pin, most_bytes: int) -> tuple[bytearray, int]:
-        """Return memory for the whole object, of at most `most_bytes`, and how many of them its first range filled."""
+        """Read the first range. Returns memory for the whole object (at most `most_bytes`), and the bytes filled."""
         into = _Beginning(name, pin, self._patience(), self.reader.range_bytes, most_bytes)
         await self._on_loop(lambda: self._fill(path, into))
         return into.whole, len(into.memory)
 
     async def facts(self, path: str, *, name: str) -> RangeResponse | None:
-        """Return size and revision; None if the reader has no way of its own to ask."""
+        """Return size and revision; None if the reader cannot query them."""
         patience = self._patience()
 
         async def ask() -> RangeResponse | None:
@@ -360,7 +358,7 @@ class FarReads:
         await into.verify()
 
     async def _retry(self, name: str, patience: ReadPatience, work: Callable[[], Awaitable[T]]) -> T:
-        """Do the work, and again after transient failures, while there is patience; the last failure is raised."""
+        """Do the work, retrying transient failures within the time limit; raises the last failure."""
         failure: BaseException | None = None
 
         async def tries() -> T:

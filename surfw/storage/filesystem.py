@@ -1,4 +1,4 @@
-"""A folder of the local file system as a storage: atomic writes, positioned reads, and files that can be mapped."""
+"""Storage in a local folder: atomic writes, positioned reads, and files that can be mapped."""
 
 import asyncio
 import os
@@ -24,14 +24,14 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 
 class FilesystemBackend(FsspecBackend):
-    """Objects as files under a folder."""
+    """Objects as files in a folder."""
 
     def __init__(self, base_dir: str | os.PathLike[str], *, create: bool = True) -> None:
-        """Name the folder, and create it; without `create` that is done when the first object is written.
+        """Set the folder and create it; without `create`, it is created when the first object is written.
 
         Raises:
-            ConfigurationError: this is a URL, or a file.
-            StorageError: it cannot be created.
+            ConfigurationError: `base_dir` is a URL or a file.
+            StorageError: the folder cannot be created.
         """
         if _URL.match(os.fspath(base_dir)):
             raise ConfigurationError(
@@ -47,10 +47,10 @@ class FilesystemBackend(FsspecBackend):
                 self.base.mkdir(parents=True, exist_ok=True)
 
     def _open(self, **options: Any) -> tuple[Any, str]:
-        return fsspec.filesystem("file", **options), self._address  # a path is no URL, whatever characters it has
+        return fsspec.filesystem("file", **options), self._address  # a path is never parsed as a URL
 
     def expect_writable(self) -> None:
-        """See early, without writing anything, that the folder can be written, or made.
+        """Check early, without writing anything, that the folder can be written or created.
 
         Raises:
             StorageError: it cannot.
@@ -64,14 +64,14 @@ class FilesystemBackend(FsspecBackend):
             )
 
     def local_path(self, key: str) -> Path | None:
-        """The object's file."""
+        """Return the object's path."""
         return self._path(key)
 
     def _path(self, key: str) -> Path:
         return self.base / check_key(key)
 
     async def revision(self, key: str) -> str | None:
-        """Identity and time of the file: files are replaced by others, never changed."""
+        """Return inode, mtime and size of the file; files are replaced, never modified."""
         path = self._path(key)
         with suppress(OSError):
             return file_revision(await asyncio.to_thread(path.stat))
@@ -82,11 +82,11 @@ class FilesystemBackend(FsspecBackend):
         return await asyncio.to_thread(read, self._path(key), most_bytes)
 
     def spool(self) -> Path:
-        """A folder on the same file system, so that adopting a file is a rename."""
+        """Return a folder on the same file system, so that adopting a file is a rename."""
         return self.base / "partial"
 
     async def load_range(self, key: str, start: int, stop: int) -> bytes:
-        """Bytes `start` to `stop` of a file."""
+        """Return bytes `start` to `stop` (end-exclusive) of a file."""
         return await self._load_through_read_into(key, start, stop)
 
     async def read_into(self, key: str, start: int, destination: memoryview, *, revision: str | None = None) -> None:
@@ -94,7 +94,7 @@ class FilesystemBackend(FsspecBackend):
         await in_thread(read_file_into, self._path(key), start, destination, revision)
 
     async def save(self, key: str, data: bytes | BinaryIO) -> None:
-        """Write next to the final place, sync, then rename: the object exists whole, or not at all."""
+        """Write to a temporary file on the same file system, sync, then rename: the write is atomic."""
 
         def write() -> None:
             with translate_errors(f"writing {key} to {self.url}"), _scratch(self.spool()) as scratch:
@@ -111,12 +111,12 @@ class FilesystemBackend(FsspecBackend):
         await asyncio.to_thread(write)
 
     async def adopt(self, key: str, path: Path) -> None:
-        """Rename a file of the spool, already synced by its writer, to its place."""
+        """Rename a spool file, already synced by its writer, to its final path."""
         move = translate_errors(f"writing {key} to {self.url}")(_move)
         await asyncio.to_thread(move, path, self._path(key))
 
     async def remove(self, key: str) -> None:
-        """Remove a file, for good once this returns; processes keep what they have open or mapped. Its folder stays."""
+        """Remove a file durably. Processes that have it open or mapped keep it. The folder remains."""
         path = self._path(key)
 
         def remove() -> None:
@@ -127,16 +127,16 @@ class FilesystemBackend(FsspecBackend):
         await asyncio.to_thread(remove)
 
     async def list(self, prefix: str = "") -> list[str]:
-        """The keys that start with the prefix."""
+        """Return the sorted keys that start with the prefix."""
         folder = check_prefix(prefix).rpartition("/")[0]
         return sorted(await asyncio.to_thread(lambda: [key for key in self._keys(folder) if key.startswith(prefix)]))
 
     async def find_foreign_key(self, known: str) -> str | None:
-        """A key that does not start with `known`, if there is one; stops at the first."""
+        """Return the first key found that does not start with `known`, if any."""
         return await asyncio.to_thread(lambda: next((key for key in self._keys("") if not key.startswith(known)), None))
 
     def _keys(self, folder: str) -> Iterator[str]:
-        """The keys of all files below a folder, as they are found."""
+        """Yield the keys of all files below a folder, unsorted."""
         try:
             for path in _walk(self.base / folder):
                 yield path.relative_to(self.base).as_posix()
@@ -146,21 +146,21 @@ class FilesystemBackend(FsspecBackend):
 
 
 def _walk(top: Path, *, follow: bool = True) -> Iterator[Path]:
-    """Everything below a folder that has a key: files, and folders where a file should be.
+    """Yield every path below a folder that has a key: files, and folders where a file should be.
 
-    A folder that is linked to is one of the tree; links in it are not followed, so that this ends.
+    Symlinked folders are walked too, but links inside them are not followed, so the walk always ends.
     """
     for path, folders, names in os.walk(top, onerror=_unless_missing):
         yield from (Path(path, name) for name in names)
         for folder in (Path(path, name) for name in folders):
-            if folder.suffix == ".json":  # only the last part of a key ends so: here a file is missing
+            if folder.suffix == ".json":  # only the last part of a key may end in .json: this should be a file
                 yield folder
             elif follow and folder.is_symlink():
                 yield from _walk(folder, follow=False)
 
 
 def _unless_missing(error: OSError) -> None:
-    """A folder that is missing, or goes away while it is listed, has no keys; a link to nothing is an error."""
+    """Ignore a folder that is missing or vanishes during the listing; a broken symlink is an error."""
     if not isinstance(error, FileNotFoundError) or Path(error.filename).is_symlink():
         raise error
 
@@ -171,21 +171,21 @@ def file_revision(found: os.stat_result) -> str:
 
 
 def expect_file_revision(path: Path, fd: int, revision: str | None) -> None:
-    """Check that an open file has the revision, if one is given.
+    """Check the revision of an open file, if one is given.
 
     Raises:
-        ChangedObjectError: it has another.
+        ChangedObjectError: the file has another revision.
     """
     if revision is not None and (seen := file_revision(os.fstat(fd))) != revision:
         raise ChangedObjectError(str(path), revision, seen)
 
 
 def read_file_into(path: Path, start: int, destination: memoryview, revision: str | None = None) -> None:
-    """Fill `destination` from a file, starting at byte `start`; the file has to be of the revision, if one is given.
+    """Fill `destination` from a file, starting at byte `start`. If a revision is given, the file must have it.
 
     Raises:
-        NotFoundError: there is no such file.
-        StorageError: the file ends early, is of another revision, or cannot be read.
+        NotFoundError: the file does not exist.
+        StorageError: the file ends early, has another revision, or cannot be read.
     """
     with translate_errors(f"reading {path}"):
         fd = open_regular(path)
@@ -213,7 +213,7 @@ def read_exactly(path: Path, fd: int, start: int, destination: memoryview) -> No
 
 
 def create_file(path: Path) -> int:
-    """Open a file, created if need be, in a folder that another process removes whenever it finds it empty."""
+    """Open or create a file in a folder that another process may remove whenever it is empty."""
     for _ in range(_ATTEMPTS):
         with suppress(FileNotFoundError):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -225,9 +225,9 @@ def create_file(path: Path) -> int:
 
 
 def forget_pages(fd: int) -> None:
-    """Drop a file's pages from the page cache: those written piece by piece are small.
+    """Drop a file's pages from the page cache, because piecewise writes leave small ones.
 
-    A process that maps the file later gets large ones then, with which a model computed 5 % faster.
+    A process that maps the file later then gets large pages, with which a model computed 5 % faster.
     """
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -235,7 +235,7 @@ def forget_pages(fd: int) -> None:
 
 @contextmanager
 def _scratch(folder: Path) -> Iterator[Path]:
-    """A file name in `folder`; the file is removed afterwards, whatever happens."""
+    """A temporary file name in `folder`; the file is always removed afterwards."""
     scratch = folder / f"{uuid.uuid4().hex}.tmp"
     try:
         yield scratch
@@ -250,12 +250,12 @@ def _move(source: Path, target: Path) -> None:
     made = [folder for folder in target.parents if not folder.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
     source.replace(target)
-    for folder in [target.parent, *(new.parent for new in made)]:  # a new folder is durable once its parent is synced
+    for folder in [target.parent, *(new.parent for new in made)]:  # a new folder is durable after its parent is synced
         _sync_folder(folder)
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make new and removed names in a folder durable."""
+    """Make created and removed names in a folder durable."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)

@@ -1,8 +1,8 @@
-"""Any file system that fsspec knows, as a storage. Local files have shorter ways of their own: see `filesystem`.
+"""Storage on any file system that fsspec supports. `filesystem` has faster paths for local files.
 
-Remote file systems are asynchronous underneath, on a loop of their own: their bytes are read there, as ranges in
-parallel (see `far_reads`); all other calls are fsspec's synchronous ones, in threads. Foreign exceptions are translated
-here and nowhere else.
+Most remote file systems in fsspec are asynchronous, on an event loop of their own. Their bytes are read on that loop,
+in parallel ranges (see `far_reads`); all other calls are fsspec's synchronous ones, in threads. Foreign exceptions are
+translated here and nowhere else.
 """
 
 import asyncio
@@ -45,22 +45,22 @@ from surfw.storage_options import connections_of, identify_place, seconds_of
 
 T = TypeVar("T")
 _RESTARTS = 3
-"""How often a load starts again because the object was replaced meanwhile."""
+"""How often a load is restarted because the object was replaced meanwhile."""
 
 _ROUNDS = 10
-"""How many times `silence_timeout` a listing may take, which is many requests, and an object that shows no progress.
+"""The time limit of a listing (many requests) and of loads that show no progress, in multiples of `silence_timeout`.
 
 Over HTTP no single request may be silent for longer than `silence_timeout`.
 """
 
 _TAGS = ("ETag", "etag", "checksum", "md5Hash", "content_md5", "blob_id")
 _TIMES = ("mtime", "last_modified", "LastModified", "modified")
-"""Names of file systems for facts that change with an object."""
+"""Keys under which file systems report an ETag or checksum, and a modification time."""
 
 
 @contextmanager
 def translate_errors(what: str) -> Iterator[None]:
-    """Translate the exceptions of file systems; `what` names what was being done."""
+    """Translate the exceptions of file systems; `what` names the operation in messages."""
     try:
         yield
     except FileNotFoundError as exc:
@@ -78,9 +78,9 @@ def translate_errors(what: str) -> Iterator[None]:
 
 
 def _explain_denial(exc: PermissionError) -> str:
-    """Who may not use which file, and what to do; of a storage elsewhere, what it says besides.
+    """The details of a denial: for a local file, the user, the file and what to do; otherwise the storage's message.
 
-    A file that can be seen is one that is meant. Where none can, another folder may be.
+    Using another folder is suggested only if the file cannot be seen.
     """
     if exc.filename is not None:
         other = "" if os.path.lexists(exc.filename) else ", or use another folder"
@@ -90,13 +90,13 @@ def _explain_denial(exc: PermissionError) -> str:
 
 
 def is_denial(exc: BaseException | None) -> bool:
-    """Whether an error comes from missing rights, so that nothing is wrong with what is stored."""
+    """Return whether an error was caused by missing permissions, and not by damaged or missing data."""
     return exc is not None and (isinstance(exc, PermissionError) or is_denial(exc.__cause__))
 
 
 @contextmanager
 def translate_all_errors(what: str) -> Iterator[None]:
-    """Translate all exceptions, also those of a library or a custom backend; see `translate_errors`."""
+    """Like `translate_errors`, but for all exceptions, including those of libraries and custom backends."""
     try:
         with translate_errors(what):
             yield
@@ -108,15 +108,15 @@ def translate_all_errors(what: str) -> Iterator[None]:
 
 
 class FsspecBackend(RangedBackend):
-    """Objects under a URL of any scheme fsspec knows, such as `s3://bucket/prefix` or `memory://name`."""
+    """Objects under a URL of any scheme that fsspec supports, such as `s3://bucket/prefix` or `memory://name`."""
 
     def __init__(self, /, url: str, *, silence_timeout: float = DEFAULT_SILENCE_SECONDS, **options: Any) -> None:
         """Open the file system.
 
         Args:
-            url: the address of what holds the objects.
-            silence_timeout: seconds without progress after which a read of an asynchronous file system is given up.
-            **options: what fsspec's implementation takes, and `max_concurrency`: how many ranges to read at a time.
+            url: the URL under which the objects are stored.
+            silence_timeout: seconds without progress after which a read of an asynchronous file system fails.
+            **options: options of fsspec's implementation, and `max_concurrency`: how many ranges to read at a time.
 
         Raises:
             ConfigurationError: an argument cannot be used, or a package is not installed.
@@ -137,7 +137,7 @@ class FsspecBackend(RangedBackend):
         self._read_only = reader is not None and reader.read_only
 
     def _range_reader(self, connections: int) -> RangeReader | None:
-        """Return what reads ranges of this file system in parallel; None for one that is local or only synchronous."""
+        """Return the parallel range reader for this file system; None if it is local or synchronous."""
         if not getattr(self.fs, "async_impl", False):
             return None
         protocol = self.fs.protocol
@@ -170,11 +170,11 @@ class FsspecBackend(RangedBackend):
         return fs, str(root)
 
     def spool(self) -> Path:
-        """A local folder for files on their way into this storage; options may make one URL several places."""
+        """Return the local spool folder. It depends on the options too, which may make one URL several places."""
         return spool_folder(self._place)
 
     def path(self, key: str) -> str:
-        """The key's path in the file system."""
+        """Return the key's path in the file system."""
         return f"{self.root.rstrip('/')}/{check_key(key)}"
 
     async def _call(self, key: str, function: Callable[[str], T]) -> T:
@@ -183,13 +183,13 @@ class FsspecBackend(RangedBackend):
 
     @contextmanager
     def _translate(self, what: str) -> Iterator[None]:
-        """Translate all errors; a subclass adds those of its library."""
+        """Translate all errors; subclasses add those of their library."""
         with translate_all_errors(what):
             yield
 
     @asynccontextmanager
     async def _translating(self, key: str) -> AsyncIterator[None]:
-        """Translate errors of far reads. A backend may ask the server for the reason, so that is done in a thread."""
+        """Translate errors of remote reads, in a thread: a backend may ask the server for the reason."""
         try:
             yield
         except SurfwError:
@@ -201,12 +201,12 @@ class FsspecBackend(RangedBackend):
         return f"{key} in {self.url}"
 
     async def load(self, key: str) -> bytes:
-        """The whole object."""
+        """Return the whole object."""
         return await self._load(key, sys.maxsize)
 
     async def load_capped(self, key: str, most_bytes: int) -> bytes:
-        """The whole object, if it is no larger: its size is known before any of it is read."""
-        if type(self).load is not FsspecBackend.load:  # a custom subclass, which may change bytes on their way
+        """Return the whole object, which may have at most `most_bytes`; its size is checked before it is read."""
+        if type(self).load is not FsspecBackend.load:  # a custom subclass, which may transform the bytes
             return await super().load_capped(key, most_bytes)
         return await self._load(key, most_bytes)
 
@@ -218,12 +218,12 @@ class FsspecBackend(RangedBackend):
             refuse_size(len(data), most_bytes, self._name(key))
             return data
         for _ in range(_RESTARTS):
-            with suppress(ChangedObjectError):  # the beginning and the rest were of two revisions: start again
+            with suppress(ChangedObjectError):  # the first range and the rest had different revisions: restart
                 return await self._load_far(self._far, key, most_bytes)
         return await self._load_far(self._far, key, most_bytes)
 
     async def _load_far(self, far: FarReads, key: str, most_bytes: int) -> bytes:
-        """The whole object. Its first range says how large it is, so a small one takes a single request."""
+        """Load an object. The first response says how large it is, so a small object takes a single request."""
         path, pin = self.path(key), Pin()
         async with self._translating(key):
             memory, done = await far.begin(path, name=self._name(key), pin=pin, most_bytes=most_bytes)
@@ -232,7 +232,7 @@ class FsspecBackend(RangedBackend):
         return bytes(memory)
 
     async def load_range(self, key: str, start: int, stop: int) -> bytes:
-        """Bytes `start` to `stop` of an object."""
+        """Return bytes `start` to `stop` (end-exclusive) of an object."""
         if self._far is None:
             data = await self._call(key, lambda path: bytes(self.fs.cat_file(path, start=start, end=stop)))
             return expect_length(data, stop - start, key, self.url)
@@ -248,7 +248,7 @@ class FsspecBackend(RangedBackend):
         if not tells:
             if revision is None and destination.nbytes > self.range_bytes:
                 revision = await self.revision(key)
-            pin = Pin()  # the revision is looked up once, after all ranges
+            pin = Pin()  # the revision is checked once, after all ranges
         part = ObjectRange(key, start, destination.nbytes, pin)
         await self.read_all([ObjectRead([part], destination.cast("B"))])
         if not tells and revision is not None:
@@ -256,11 +256,11 @@ class FsspecBackend(RangedBackend):
 
     @property
     def range_bytes(self) -> int:
-        """The size of the largest range that is read at a time."""
+        """The size of the largest range."""
         return super().range_bytes if self._far is None else self._far.reader.range_bytes
 
     async def read_range(self, part: ObjectRange, destination: memoryview, check: Check | None = None) -> None:
-        """Fill the destination with one range, and verify it; one of S3's or HTTP's as it arrives."""
+        """Fill the destination with one range, and verify it; for S3 and HTTP, while it arrives."""
         if self._far is None:
             await super().read_range(part, destination, check)
             return
@@ -271,7 +271,7 @@ class FsspecBackend(RangedBackend):
             await self.expect_revision(key, pin.revision)
 
     def run_bytes(self, key: str) -> int:
-        """How much one read of several pages should have."""
+        """Return the most bytes that one `read_pieces` should read; 0 if it has no advantage."""
         streams = self._far is not None and self._far.reader.streams and self._far.reader.tells_revision
         return self.range_bytes if streams else super().run_bytes(key)
 
@@ -284,7 +284,7 @@ class FsspecBackend(RangedBackend):
         *,
         revision: str | None = None,
     ) -> None:
-        """Fill pieces of memory by one request, as the bytes arrive."""
+        """Fill pieces of memory with one request, as the bytes arrive."""
         if self._far is None or not self.run_bytes(key):
             await super().read_pieces(key, start, pieces, on_filled, revision=revision)
             return
@@ -294,7 +294,7 @@ class FsspecBackend(RangedBackend):
             )
 
     async def revision(self, key: str) -> str | None:
-        """A string that changes with the object; None if the file system has no such thing, or no such object."""
+        """Return a string that changes with the object; None if the file system has none, or the object is missing."""
         try:
             if facts := await self._facts(key):
                 return facts.revision
@@ -303,13 +303,13 @@ class FsspecBackend(RangedBackend):
             return None
 
     async def save(self, key: str, data: bytes | BinaryIO) -> None:
-        """Write an object; object stores show it only once it is whole."""
+        """Write an object. In object stores it becomes visible only when it is complete."""
 
         def write(path: str) -> None:
             if isinstance(data, bytes):
                 self.fs.pipe_file(path, data, **self._upload_options(len(data)))
                 return
-            with tempfile.NamedTemporaryFile(prefix="surfw-") as whole:  # a stream that breaks leaves no half object
+            with tempfile.NamedTemporaryFile(prefix="surfw-") as whole:  # a broken stream leaves no partial object
                 shutil.copyfileobj(data, whole, PIECE_BYTES)
                 whole.flush()
                 self._put_file(whole.name, path)
@@ -318,7 +318,7 @@ class FsspecBackend(RangedBackend):
         await self._call(key, write)
 
     async def adopt(self, key: str, path: Path) -> None:
-        """Upload a finished local file, and remove it."""
+        """Upload a finished local file, then delete it."""
 
         def move(target: str) -> None:
             self._put_file(str(path), target)
@@ -331,7 +331,7 @@ class FsspecBackend(RangedBackend):
         self.fs.put_file(local, path, **self._upload_options(Path(local).stat().st_size))
 
     def _upload_options(self, size: int) -> Mapping[str, Any]:
-        """What the file system is told about an upload of `size` bytes."""
+        """Options of the file system for an upload of `size` bytes."""
         del size
         return {}
 
@@ -343,7 +343,7 @@ class FsspecBackend(RangedBackend):
             )
 
     async def exists(self, key: str) -> bool:
-        """Whether the object exists; a storage that does not say is an error."""
+        """Return whether the object exists. A storage that does not answer is an error."""
 
         def look(path: str) -> bool:
             with suppress(NotADirectoryError):
@@ -356,7 +356,7 @@ class FsspecBackend(RangedBackend):
             return False
 
     async def remove(self, key: str) -> None:
-        """Remove an object; one that does not exist is no error."""
+        """Remove an object; a missing one is no error."""
 
         def remove(path: str) -> None:
             try:
@@ -371,13 +371,13 @@ class FsspecBackend(RangedBackend):
             await self._call(key, remove)
 
     async def size(self, key: str) -> int:
-        """The object's length."""
+        """Return the object's length in bytes."""
         if (facts := await self._facts(key)) and facts.size is not None:
             return facts.size
         return int(await self._call(key, lambda path: self._info(path)["size"]))
 
     async def _facts(self, key: str) -> RangeResponse | None:
-        """Size and revision, if the reader of ranges can ask for them; None otherwise."""
+        """Size and revision, if the range reader can query them; None otherwise."""
         path = self.path(key)
         if self._far is None:
             return None
@@ -385,20 +385,20 @@ class FsspecBackend(RangedBackend):
             return await self._far.facts(path, name=self._name(key))
 
     def _info(self, path: str) -> Mapping[str, Any]:
-        """The facts of an object as they are now, past fsspec's cache."""
+        """Current metadata of an object, bypassing fsspec's cache."""
         self.fs.invalidate_cache()
         facts: Mapping[str, Any] = self._ask("info", path)
         return facts
 
     def _ask(self, what: str, path: str, *, rounds: int = 1, **options: Any) -> Any:
-        """Call a method of the file system; an asynchronous one may take `rounds` times `silence_timeout`."""
+        """Call a method of the file system. An asynchronous call may take `rounds` times `silence_timeout`."""
         if self._far is None:
             return getattr(self.fs, what)(path, **options)
         most = self.silence_timeout * rounds
         try:
             return fsspec.asyn.sync(self.fs.loop, getattr(self.fs, f"_{what}"), path, timeout=most, **options)
         except fsspec.asyn.FSTimeoutError as exc:
-            one = exc.__cause__ is not None  # of the requests was silent for too long
+            one = exc.__cause__ is not None  # a single request was silent for too long
             waited = f"was silent for {self.silence_timeout:g}" if one else f"did not answer within {most:g}"
             raise StorageError(
                 f"{self.url}: the storage {waited} seconds; check it and the network, or give it more time with a "
@@ -406,16 +406,16 @@ class FsspecBackend(RangedBackend):
             ) from exc
 
     async def list(self, prefix: str = "") -> list[str]:
-        """The keys that start with the prefix; other links of a web page are left out."""
+        """Return the keys that start with the prefix; other links of a web page are ignored."""
         folder = check_prefix(prefix).rpartition("/")[0]
-        # by itself fsspec takes a page that cannot be read, such as that of a silent server, for an empty folder
+        # by default fsspec treats a page that cannot be read, for example of a silent server, as an empty folder
         options = {"on_error": _unless_missing} if self._read_only else {}
 
         def find() -> list[str]:
             root = self.root.rstrip("/")
             try:
                 with self._translate(f"listing {self.url}"):
-                    self.fs.invalidate_cache()  # changes of others have to be seen
+                    self.fs.invalidate_cache()  # changes made by others must be visible
                     paths = self._ask("find", f"{root}/{folder}" if folder else root, rounds=_ROUNDS, **options)
             except NotFoundError:
                 return []
@@ -435,7 +435,7 @@ def _unless_missing(error: OSError) -> None:
 
 
 def _revision_of(info: Mapping[str, Any]) -> str | None:
-    """The fact about an object that changes with it; None for local files, whose times are too coarse."""
+    """A revision from an object's metadata; None for local files, whose times are too coarse."""
     if info.get("type") != "file" or "ino" in info:
         return None
     if tag := next((info[name] for name in _TAGS if info.get(name)), None):
@@ -445,24 +445,24 @@ def _revision_of(info: Mapping[str, Any]) -> str | None:
 
 
 class _CatRanges(RangeReader):
-    """Ranges by an asynchronous file system's `_cat_file`: held in memory first, and of no known revision."""
+    """Ranges through `_cat_file` of an asynchronous file system: buffered in memory, without a revision."""
 
     streams = False
     tells_revision = False
 
     def __init__(self, fs: Any, connections: int, silence_timeout: float) -> None:
-        """Name the file system; nothing is contacted."""
+        """Set the file system; nothing is contacted."""
         super().__init__(connections, silence_timeout)
         self._fs = fs
         self.loop = fs.loop
         self._slots = asyncio.Semaphore(connections)
 
     async def get(self, path: str, into: Destination) -> None:
-        """Read, then put in place."""
+        """Read the range, then copy it into place."""
         fs, start, stop = self._fs, into.start, into.stop
         try:
             async with self._slots:
-                into.patience.begin(blocks=-(-(stop - start) // BLOCK_BYTES))  # the response shows no progress
+                into.patience.begin(blocks=-(-(stop - start) // BLOCK_BYTES))  # no progress is visible before the end
                 data = await fs._cat_file(path, start=start, end=stop)  # noqa: SLF001 - fsspec's own systems call it
         except (ConnectionError, TimeoutError) as exc:
             raise TransientError from exc

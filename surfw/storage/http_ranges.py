@@ -1,8 +1,8 @@
-"""Ranges of what an HTTP server offers: read-only, streamed into place, of one ETag or modification time.
+"""Ranges over HTTP: read-only, streamed into place, and of one revision.
 
-The revision comes from the response's headers: a strong ETag, which is also sent with requests (`If-Match`), or else a
-weak ETag, or modification time and size. Only responses to range requests are compared with each other. A server has to
-answer range requests with 206, except where the range is the whole object.
+The revision comes from the response headers: a strong ETag, which is also sent with requests (`If-Match`), or else a
+weak ETag, or modification time and size. Only responses to range requests are compared with each other. A server must
+answer range requests with 206, unless the range is the whole object.
 """
 
 import asyncio
@@ -29,7 +29,7 @@ _LENGTH = re.compile(r"[0-9]{1,18}")
 _BUFFER_BYTES = MIB
 _CONNECT_SECONDS = 5
 _LISTING_BYTES = 16 * MIB
-"""The largest page with a folder's listing."""
+"""The largest accepted page of a folder listing."""
 
 
 class HttpRanges(RangeReader):
@@ -38,7 +38,7 @@ class HttpRanges(RangeReader):
     read_only = True
 
     def __init__(self, fs: Any, connections: int, silence_timeout: float) -> None:
-        """Name the file system; nothing is contacted."""
+        """Set the file system; nothing is contacted."""
         super().__init__(connections, silence_timeout)
         self._fs = fs
         fs.kwargs.pop("max_concurrency", None)  # fsspec would pass it on to each request
@@ -54,7 +54,7 @@ class HttpRanges(RangeReader):
         self._slots = asyncio.Semaphore(connections)
 
     async def get(self, path: str, into: Destination) -> None:
-        """Read into place."""
+        """Read the range into place."""
         start, pinned = into.start, into.pin.revision
         asked = {"Range": f"bytes={start}-{into.stop - 1}"}
         if pinned is not None and pinned.startswith('"'):
@@ -63,14 +63,14 @@ class HttpRanges(RangeReader):
             into.patience.begin()
             async with self._request(path, asked) as found:
                 if found.status == 416:
-                    into.accept(RangeResponse(None, start, 0, None if start else 0))  # empty, or it ends before
+                    into.accept(RangeResponse(None, start, 0, None if start else 0))  # empty, or too short
                     return
                 await _read(found.content, into.accept(_response(found)), into)
 
     async def facts(self, path: str) -> RangeResponse | None:
-        """Size and revision, from the headers of a response whose bytes are not read.
+        """Return size and revision, from the headers of a response whose body is not read.
 
-        The request is for a range, as all others are: for the whole, a server may send another revision, or none.
+        This requests a range, like all other reads: for the whole object, a server may send another revision or none.
         """
         async with self._request(path, {"Range": "bytes=0-0"}) as found:
             part = None if found.status == 416 else _response(found)
@@ -82,11 +82,11 @@ class HttpRanges(RangeReader):
 
     @asynccontextmanager
     async def _request(self, path: str, asked: dict[str, str]) -> AsyncIterator[aiohttp.ClientResponse]:
-        """A good response, or the one (416) that says that the range is beyond the end.
+        """A successful response, or a 416, which means that the range is beyond the end.
 
         Raises:
-            TransientError: from a failure after which another try may succeed.
-            PinLostError: the object has another revision by now.
+            TransientError: from a failure that a retry may fix.
+            PinLostError: the object has another revision now.
             OSError: any other failure.
         """
         session = await self._fs.set_session()
@@ -111,7 +111,7 @@ class HttpRanges(RangeReader):
 
 
 def _why(exc: Exception) -> str:
-    """Why there is no connection, and what to do."""
+    """Why there is no connection, and what the user can do."""
     match exc:
         case aiohttp.ClientConnectorError(os_error=ConnectionRefusedError()):
             return "connection refused; check the address; a surfw server is started with 'surfw serve'"
@@ -123,19 +123,19 @@ def _why(exc: Exception) -> str:
 
 
 class _Response(aiohttp.ClientResponse):
-    """A response whose redirects lead to no unsafe place, and whose text is not longer than a page may be.
+    """A response that refuses unsafe redirects, and limits the length of its text.
 
-    Every response passes here before aiohttp follows it, also those to fsspec's own requests.
+    aiohttp creates every response as this class before it follows a redirect, also for fsspec's own requests.
     """
 
     tells_headers = False
-    """Whether the requests have headers that may be secret."""
+    """Whether the requests carry headers that may be secret."""
 
     async def start(self, connection: Any) -> aiohttp.ClientResponse:
         """Read the headers.
 
         Raises:
-            StorageError: it redirects to a place where the request must not go.
+            StorageError: it redirects to an unsafe address.
         """
         await super().start(connection)
         if self.status in REDIRECT_STATUSES:
@@ -147,7 +147,7 @@ class _Response(aiohttp.ClientResponse):
         if len(locations) != 1 or not locations[0]:  # aiohttp would follow the first one, or a header `URI`
             raise StorageError(f"{source.host} sends elsewhere with {len(locations)} headers Location, expected one")
         try:
-            target = source.join(URL(locations[0]))  # where aiohttp will follow it to
+            target = source.join(URL(locations[0]))  # where aiohttp would go
             redirect = parse_redirect(str(source), str(target))
         except ValueError as exc:
             raise StorageError(f"{source.host} sends to {display_text(locations[0])[:80]!a}, which is no URL") from exc
@@ -158,7 +158,7 @@ class _Response(aiohttp.ClientResponse):
             raise StorageError(f"{said}, which must not see the headers for {source.host}; name that address yourself")
 
     async def text(self, encoding: str | None = None, errors: str = "strict") -> str:
-        """The body as text, which is how fsspec reads a listing.
+        """Return the body as text; fsspec reads listings this way.
 
         Raises:
             StorageError: it is too long.
@@ -171,7 +171,7 @@ class _Response(aiohttp.ClientResponse):
 
 
 class _KeptResponse(_Response):
-    """A response to a request with headers that no other server must see."""
+    """A response to a request whose headers must not reach another server."""
 
     tells_headers = True
 
@@ -192,12 +192,12 @@ async def _read(content: aiohttp.StreamReader, memory: memoryview, into: Destina
                 del place
                 into.filled(done)
     except (aiohttp.ClientError, TimeoutError):
-        await in_thread(into.check_first, done)  # verified blocks need not come again
+        await in_thread(into.check_first, done)  # verified blocks are not requested again
         raise
 
 
 def _judge(found: aiohttp.ClientResponse) -> None:
-    """Raise the error that a bad status means."""
+    """Raise the error for a bad status."""
     said = f"the server answered {found.status} {found.reason or ''}".rstrip()
     if found.status in {404, 410} or (
         found.status in {200, 206} and found.url.path.endswith("/")

@@ -1,13 +1,13 @@
-"""Local files straight into memory that the caller owns, each piece verified while the next one is read.
+"""Reads of local files into the caller's memory; each piece is verified while the next one is read.
 
-Large reads bypass the page cache (O_DIRECT): the streamed weights are bigger than memory, so copies of them there would
-only evict useful pages. Ranges that do not begin at a page boundary, as those of a checkpoint's shards, are rounded out
-to whole pages, read into a buffer of the reading thread, and copied from there. On file systems that refuse O_DIRECT,
-files are read in the ordinary way. A pinned file has its revision checked before and after it is read.
+Large reads bypass the page cache (O_DIRECT): streamed weights are bigger than memory, so caching them would only evict
+useful pages. Ranges that do not begin at a page boundary, such as those of a checkpoint's shards, are extended to whole
+pages, read into a buffer of the reading thread, and copied. On file systems that refuse O_DIRECT, files are read
+through the page cache. The revision of a pinned file is checked before and after the read.
 
-Two threads read pieces in the order of the requests, so that the device always has the next one queued, and a third one
-verifies: next to a decoding model on two cores they read at 96 to 98 % of the idle device's rate, one reader at 88 to
-94 %. An urgent read has a thread of its own, and overtakes those that were made ahead.
+Two threads read pieces in the order of the requests, so that the device always has the next one queued; a third thread
+verifies. Next to a decoding model on two cores they read at 96 to 98 % of the idle device's rate; a single reader at 88
+to 94 %. Urgent reads have a thread of their own, and overtake prefetches.
 """
 
 import asyncio
@@ -37,7 +37,7 @@ _SMALL_BYTES = 256 * 1024
 _HUGE_BYTES = 2 * MIB
 _BOUNCE_BYTES = PIECE_BYTES + _HUGE_BYTES
 BOUNCES_BYTES = (_READERS + 1) * _BOUNCE_BYTES
-"""The most memory that buffers for unaligned ranges take."""
+"""The most memory that the buffers for unaligned ranges take."""
 _NO_DIRECT = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS}
 
 T = TypeVar("T")
@@ -45,7 +45,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class FileRange:
-    """A byte range (end-exclusive) of a file, and the revision that the file has to have, if it is pinned."""
+    """A byte range (end-exclusive) of a file; if the file is pinned, also the revision that it must have."""
 
     path: Path
     start: int
@@ -54,10 +54,9 @@ class FileRange:
 
 
 class LocalReader:
-    """Reads and verifies, in threads of its own, which exist from the first read until `close`."""
+    """Reads and verifies in its own threads, which run from the first read until `close`."""
 
     def __init__(self) -> None:
-        """Nothing runs yet."""
         self._ahead = ThreadPoolExecutor(_READERS, thread_name_prefix="surfw-read-ahead")
         self._urgent = ThreadPoolExecutor(1, thread_name_prefix="surfw-read")
         self._checks = ThreadPoolExecutor(1, thread_name_prefix="surfw-verify")
@@ -66,14 +65,14 @@ class LocalReader:
     async def read(
         self, ranges: Sequence[FileRange], destination: memoryview, check: Check | None, *, urgent: bool
     ) -> None:
-        """Fill the destination with ranges of files, one after the other; with `check`, verify it piece by piece.
+        """Fill the destination with consecutive ranges of files; with `check`, verify it piece by piece.
 
-        Once this has ended, also by a failure or a cancellation, nothing is written to the destination any more.
+        Once this has ended, even by a failure or cancellation, nothing more is written to the destination.
 
         Raises:
-            ChangedObjectError: a file is not of its revision.
-            StorageError: they could not be read.
-            Exception: what `check` raised.
+            ChangedObjectError: a file does not have its pinned revision.
+            StorageError: a file could not be read.
+            Exception: any error of `check`.
         """
         stop = threading.Event()
         files = {(one.path, one.revision): _File(one.path, one.revision, self._bounces) for one in ranges}
@@ -113,23 +112,23 @@ class LocalReader:
         await _results([check for check in checks if check is not None])
 
     async def check(self, view: memoryview, check: Check) -> None:
-        """Verify bytes that are in memory already.
+        """Verify bytes that are already in memory.
 
         Raises:
-            Exception: what `check` raised.
+            Exception: any error of `check`.
         """
         starts = range(0, len(view), PIECE_BYTES)
         jobs = [_submit(self._checks, check, at, view[at : at + PIECE_BYTES]) for at in starts]
         await _results(jobs, on_cancel=lambda: [job.cancel() for job in jobs])
 
     def close(self) -> None:
-        """End the threads; queued reads are given up."""
+        """Stop the threads; queued reads are cancelled."""
         for threads in (self._ahead, self._urgent, self._checks):
             threads.shutdown(cancel_futures=True)
 
 
 def _pieces(ranges: Sequence[FileRange]) -> Iterator[list[FileRange]]:
-    """The ranges cut into pieces of `PIECE_BYTES`: the parts of each, in order; the last piece may be shorter."""
+    """Cut ranges into pieces of `PIECE_BYTES`, each a list of parts in order; the last piece may be shorter."""
     parts: list[FileRange] = []
     room = PIECE_BYTES
     for one in ranges:
@@ -147,22 +146,21 @@ def _pieces(ranges: Sequence[FileRange]) -> Iterator[list[FileRange]]:
 
 
 class _Bounces(threading.local):
-    """A buffer for each reading thread, made at its first use and reused: huge pages, aligned as devices want it."""
+    """One reusable buffer per reading thread, made at its first use: huge pages, aligned for O_DIRECT."""
 
     _buffer: memoryview | None = None
 
     def get(self) -> memoryview:
-        """This thread's."""
         if self._buffer is None:
             mapped = mmap.mmap(-1, _BOUNCE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            with suppress(OSError):  # a kernel without huge pages: ordinary ones do
+            with suppress(OSError):  # the kernel has no huge pages
                 mapped.madvise(mmap.MADV_HUGEPAGE)
             self._buffer = memoryview(mapped)
         return self._buffer
 
 
 def _submit(threads: ThreadPoolExecutor, work: Callable[..., T], *arguments: Any) -> Future[T]:
-    """As `submit`, but a cancelled future once the threads are closed: jobs that were submitted before have to end."""
+    """`submit`, but return a cancelled future once the threads are closed: the caller still awaits its other jobs."""
     try:
         return threads.submit(work, *arguments)
     except RuntimeError:
@@ -185,21 +183,21 @@ async def _results(jobs: Sequence[Future[T]], on_cancel: Callable[[], object] = 
 
 
 class MappedFile:
-    """A range of a file as memory, whose pages are those of the page cache; writing to it changes the copy here only.
+    """A private mapping of a range of a file. It shares pages with the page cache; writes do not reach the file.
 
     Attributes:
-        memory: the bytes. They stay valid as long as anything refers to them, unless the file is cut off.
+        memory: the bytes. They stay valid as long as anything refers to them, unless the file is truncated.
     """
 
     def __init__(self, file: FileRange) -> None:
-        """Map it.
+        """Map the range.
 
         Args:
-            file: its start is a multiple of the page size.
+            file: the range; its start must be a multiple of the page size.
 
         Raises:
-            NotFoundError: there is no such file.
-            StorageError: the file ends early, is no regular one, or cannot be mapped.
+            NotFoundError: the file does not exist.
+            StorageError: the file ends early, is not a regular file, or cannot be mapped.
         """
         self._file = file
         self._fd = -1
@@ -210,15 +208,15 @@ class MappedFile:
             expect_file_revision(file.path, self._fd, file.revision)
             if found.st_size < file.stop:
                 raise StorageError(f"{file.path} ends at byte {found.st_size}, expected {file.stop} bytes")
-            begin = file.start - file.start % _HUGE_BYTES  # so that huge pages of the file can be those of the mapping
+            begin = file.start - file.start % _HUGE_BYTES  # aligned, so that the mapping can use huge pages of the file
             self.memory = _map(self._fd, begin, file.stop - begin)[file.start - begin :]
 
     def expect_unchanged(self, check: Check) -> None:
-        """Verify all of the range again if the file was written to, truncated or touched.
+        """Verify the whole range again if the file was written to, truncated or touched.
 
         Raises:
-            StorageError: it was truncated: reading the missing pages would end the process (SIGBUS).
-            Exception: what `check` raises.
+            StorageError: the file was truncated: reading the missing pages would kill the process (SIGBUS).
+            Exception: any error of `check`.
         """
         found = os.fstat(self._fd)
         if _traces(found) == self._seen:
@@ -251,33 +249,33 @@ _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
 def _map(descriptor: int, start: int, length: int) -> memoryview:
-    """Private pages of a file; unmapped when nothing refers to them any more.
+    """Map private pages of a file; they are unmapped when nothing refers to them any more.
 
     Python's own `mmap` keeps a second descriptor of the file open for each mapping (until 3.13: `trackfd`), and a model
     has thousands of chunks.
 
     Raises:
-        OSError: it cannot be mapped.
+        OSError: the file cannot be mapped.
     """
     address = _libc.mmap(None, length, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE, descriptor, start)
     if address == ctypes.c_void_p(-1).value:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    _libc.madvise(address, length, mmap.MADV_HUGEPAGE)  # advice that not every file system takes
+    _libc.madvise(address, length, mmap.MADV_HUGEPAGE)  # not every file system supports it
     pages = (ctypes.c_char * length).from_address(address)
     weakref.finalize(pages, _libc.munmap, address, length).atexit = False
     return memoryview(pages).cast("B")
 
 
 def _traces(found: os.stat_result) -> tuple[int, int, int]:
-    """The traces of a writer; ctime changes even if it sets the modification time back."""
+    """What a writer changes; ctime changes even if the writer sets the modification time back."""
     return found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 class _File:
-    """A file that threads read, past the page cache where that is possible."""
+    """A file that threads read, past the page cache if possible."""
 
     def __init__(self, path: Path, revision: str | None, bounces: _Bounces) -> None:
-        """Open it when something is read."""
+        """Set the file; it is opened at the first read."""
         self._path = path
         self._revision = revision
         self._bounces = bounces
@@ -286,12 +284,12 @@ class _File:
         self._lock = threading.Lock()
 
     def close(self) -> None:
-        """Close it. Nobody reads any more."""
+        """Close the file. No read may be in flight."""
         for descriptor in self._descriptors.values():
             os.close(descriptor)
 
     def expect_revision(self) -> None:
-        """Check that it still has its revision, after it was read.
+        """Check after a read that the file still has its revision.
 
         Raises:
             ChangedObjectError: it has another.
@@ -305,11 +303,11 @@ class _File:
         Args:
             start: the first byte.
             destination: the memory to fill.
-            in_place: whether it begins at a page boundary; if `start` does too, it is read into without a buffer.
+            in_place: whether the destination begins at a page boundary; if `start` does too, no buffer is needed.
 
         Raises:
-            NotFoundError: there is no such file.
-            StorageError: the file ends early, is of another revision, or cannot be read.
+            NotFoundError: the file does not exist.
+            StorageError: the file ends early, has another revision, or cannot be read.
         """
         with translate_errors(f"reading {self._path}"):
             done = 0
@@ -331,7 +329,7 @@ class _File:
                 )
 
     def _bounce(self, start: int, destination: memoryview) -> int:
-        """Read whole pages around the range into this thread's buffer, copy, and return how many bytes there were."""
+        """Read the pages around the range into this thread's buffer, copy the range, and return its byte count."""
         first = start - start % mmap.PAGESIZE
         last = -(-(start + len(destination)) // mmap.PAGESIZE) * mmap.PAGESIZE
         buffer = self._bounces.get()[: last - first]
@@ -341,7 +339,7 @@ class _File:
         return done
 
     def _fill(self, flag: int, start: int, destination: memoryview) -> int:
-        """Read until the destination is full or the file ends, and return how many bytes there were."""
+        """Read until the destination is full or the file ends, and return the number of bytes read."""
         done = 0
         while done < len(destination):
             count = os.preadv(self._open(flag), [destination[done:]], start + done)

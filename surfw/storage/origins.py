@@ -1,11 +1,11 @@
-"""The objects that a store's manifests point to: its own blobs, and objects of *origins*, which were not copied.
+"""The objects that a store's manifests refer to: its own blobs, and objects of *origins*, which were not copied.
 
-Objects of an origin are named `origins/KEY/NAME` here, after the origin's key. Invariants:
+Objects of an origin are named `origins/KEY/NAME` here, where KEY is the origin's key. Invariants:
 
-- Every byte of an origin that is returned was read from the revision that the manifest pinned.
-- A manifest is data. It can make this machine read folders, S3, the web and the hub, and it runs no code. A store on
-  another machine never makes this one read its own files.
-- Storage options, which may hold secrets, go to no other server than the one they were given for.
+- Every byte returned from an origin was read from the revision that the manifest pins.
+- A manifest is data. It can make this machine read folders, S3, the web and the hub, but runs no code. A store on
+  another machine cannot make this machine read its own local files.
+- Storage options, which may hold secrets, are sent only to the server for which they were given.
 - Origins are read, never written to.
 """
 
@@ -37,12 +37,12 @@ logger = logging.getLogger("surfw.storage")
 
 _MOUNT, _ANY = "origins/", "any"
 _FROM_AFAR = {"s3", "http", "https", "hf"}
-"""Schemes of origins that manifests may name; those of stores on this machine may also name folders."""
+"""The schemes that origins may have; a manifest of a store on this machine may also name a folder."""
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """Where an object is: its storage and its key there; revision and size that it has to have, if it is pinned."""
+    """The location of an object: its storage and key; for a pinned object, also its required revision and size."""
 
     backend: RangedBackend
     key: str
@@ -52,20 +52,20 @@ class Found:
 
 @dataclass(frozen=True)
 class PlacedOptions:
-    """Storage options, and the place that they were given for: a store, or a checkpoint that is not copied."""
+    """Storage options, and the place for which they were given: a store, or a checkpoint that is served in place."""
 
     place: str
     options: Mapping[str, Any]
 
     @classmethod
     def of_chunking(cls, model: str, store: str, options: Mapping[str, Any]) -> "PlacedOptions":
-        """Those given where a checkpoint is chunked: a folder takes none, so beside one they are the other's."""
+        """Assign the options of a chunking run to the store, or to the checkpoint if the store is a folder."""
         return cls(model if is_local_url(store) else store, options)
 
     def for_url(self, url: str) -> Mapping[str, Any]:
-        """Return the options for another address: all if it is of the same server, none otherwise.
+        """Return the options for another address: all of them for the same server, otherwise none.
 
-        Options of S3 are for one endpoint and all its buckets, which no address can change; folders have no options.
+        S3 options belong to an endpoint with all its buckets, and no address changes the endpoint. Folders have none.
         """
         scheme, own_scheme = scheme_of(url), scheme_of(self.place)
         if scheme == "s3":
@@ -75,10 +75,10 @@ class PlacedOptions:
 
 
 class Objects:
-    """A store's own objects and those of its manifests' origins, in one space of keys, to be read."""
+    """Read access to a store's own objects and those of its manifests' origins, in one key space."""
 
     def __init__(self, own: RangedBackend, marker: str, options: PlacedOptions | None = None) -> None:
-        """Name the store's backend, its marker, and the storage options of origins; nothing is opened yet."""
+        """Set the store's backend, its marker, and the storage options of origins; nothing is opened yet."""
         self.url = own.url
         self._own = own
         self._is_local = own.local_path(marker) is not None
@@ -90,12 +90,12 @@ class Objects:
 
     @property
     def parallel_reads(self) -> int:
-        """How many reads are worth having under way: as many as for the storage that gains most from it."""
+        """How many reads to keep in flight: the largest value of all storages."""
         return max(backend.parallel_reads for backend in self._backends())
 
     @property
     def buffered_bytes(self) -> int:
-        """The most memory that reading takes besides its destinations; files are read in place."""
+        """The most memory that reading takes, not counting its destinations; local files are read in place."""
         return max(
             0 if backend.local_path(_ANY) and backend.parallel_reads == 1 else backend.buffered_bytes
             for backend in self._backends()
@@ -103,18 +103,20 @@ class Objects:
 
     @property
     def has_local_origin(self) -> bool:
-        """Whether an origin is a folder, in whose shards tensors begin at any byte."""
+        """Whether an origin is a folder. Tensors in its shards may begin at any byte."""
         return any(is_local_url(origin.url) for origin, _ in self._mounted.values())
 
     def _backends(self) -> list[RangedBackend]:
         return [self._own, *(backend for _, backend in self._mounted.values())]
 
     def mount(self, manifest: Manifest, *, where: str) -> Manifest:
-        """Return the manifest with its objects named as they are here; without an origin, as it is.
+        """Open the manifest's origin, and return the manifest with object names of this key space.
+
+        A manifest without an origin is returned unchanged.
 
         Raises:
-            ManifestError: its origin is not one that this store may have.
-            ConfigurationError: no storage has the scheme of its origin.
+            ManifestError: this store may not have such an origin.
+            ConfigurationError: no storage supports the scheme of the origin.
         """
         origin = manifest.origin
         if origin is None:
@@ -139,7 +141,7 @@ class Objects:
         return replace(manifest, chunks=chunks, files=files)
 
     def _refuse(self, origin: Origin, where: str) -> None:
-        """Raise ManifestError if no manifest, or no manifest of a store on another machine, may name such an origin."""
+        """Raise ManifestError if a manifest of this store may not name such an origin."""
         if self._is_local if is_local_url(origin.url) else scheme_of(origin.url) in _FROM_AFAR:
             return
         whose = "no manifest may say" if self._is_local else "a store that is not on this machine may not say"
@@ -149,10 +151,10 @@ class Objects:
         )
 
     def find(self, key: str) -> Found:
-        """Find out where the object is.
+        """Return the location of an object.
 
         Raises:
-            StorageError: its key names an origin that no manifest of this store has.
+            StorageError: the key names an unknown origin.
         """
         if not key.startswith(_MOUNT):
             return Found(self._own, key)
@@ -164,34 +166,34 @@ class Objects:
         raise StorageError(f"{key[:200]} in {self.url} belongs to no origin; chunk the model again")
 
     async def read_into(self, key: str, start: int, destination: memoryview) -> None:
-        """Fill `destination` with the object's bytes from `start` on, if it is unchanged."""
+        """Fill `destination` with the object's bytes from `start` on; a changed object is an error."""
         found = self.find(key)
-        pinned = {} if found.revision is None else {"revision": found.revision}  # some custom backends know none
+        pinned = {} if found.revision is None else {"revision": found.revision}  # not all custom backends take one
         with explain_change(is_pinned=found.revision is not None):
             await found.backend.read_into(found.key, start, destination, **pinned)
 
     def run_bytes(self, key: str) -> int:
-        """As `RangedBackend.run_bytes`."""
+        """See `RangedBackend.run_bytes`."""
         found = self.find(key)
         return found.backend.run_bytes(found.key)
 
     async def read_pieces(
         self, key: str, start: int, pieces: Iterable[memoryview], on_filled: Callable[[int], object]
     ) -> None:
-        """As `RangedBackend.read_pieces`, if the object is unchanged."""
+        """See `RangedBackend.read_pieces`; a changed object is an error."""
         found = self.find(key)
         with explain_change(is_pinned=found.revision is not None):
             await found.backend.read_pieces(found.key, start, pieces, on_filled, revision=found.revision)
 
     async def read_all(self, reads: Sequence[ObjectRead]) -> None:
-        """Fill the destinations of reads of one model, as `RangedBackend.read_all`. Its bytes are in one storage."""
+        """See `RangedBackend.read_all`. All reads must be of one model, whose bytes are in one storage."""
         if first := next((part for read in reads for part in read.parts), None):
             found = self.find(first.key)
             with explain_change(is_pinned=found.revision is not None):
                 await found.backend.read_all([replace(read, parts=self._find_parts(read)) for read in reads])
 
     def _find_parts(self, read: ObjectRead) -> list[ObjectRange]:
-        """The ranges of a read as their storage names and pins them."""
+        """The ranges of a read, with the keys and pins of their storage."""
         parts = []
         for part in read.parts:
             found = self.find(part.key)
@@ -200,7 +202,7 @@ class Objects:
         return parts
 
     async def load_capped(self, key: str, most_bytes: int) -> bytes:
-        """The whole object, if it is no larger."""
+        """Return the whole object, which may have at most `most_bytes`."""
         found = self.find(key)
         if found.revision is None:
             return await found.backend.load_capped(found.key, most_bytes)
@@ -211,22 +213,22 @@ class Objects:
         return bytes(memory)
 
     def forget(self, key: str) -> None:
-        """The next read asks its storage."""
+        """Drop cached bytes of the object, so that the next read goes to its storage."""
         found = self.find(key)
         found.backend.forget(found.key)
 
     async def size(self, key: str) -> int:
-        """The object's length; for a pinned one, the length that was pinned."""
+        """Return the object's length; for a pinned object, the pinned length."""
         found = self.find(key)
         return await found.backend.size(found.key) if found.size is None else found.size
 
     def local_path(self, key: str) -> Path | None:
-        """The object's file, if it is on this machine."""
+        """Return the object's path if it is a local file, otherwise None."""
         found = self.find(key)
         return found.backend.local_path(found.key)
 
     async def close(self) -> None:
-        """Close the origins; the store's own backend stays open."""
+        """Close the storages of origins; the store's own backend stays open."""
         with self._mounting:
             mounted, self._mounted = list(self._mounted.values()), {}
         await asyncio.gather(*(backend.close() for _, backend in mounted))
@@ -234,7 +236,7 @@ class Objects:
 
 @contextmanager
 def explain_change(*, is_pinned: bool = True) -> Iterator[None]:
-    """Say what to do about a changed object, if a manifest pins it."""
+    """Add advice to the error about a changed object, if a manifest pins the object."""
     try:
         yield
     except ChangedObjectError as exc:
@@ -257,11 +259,11 @@ def _host_of(url: str) -> str:
 
 
 def private_store(place: str, options: Mapping[str, Any], stores: Path | None = None) -> Path:
-    """Return the folder of the private store that describes the model at a place, which is served without a copy.
+    """Return the folder of the private store with the manifest of a model that is served in place.
 
     Args:
         place: a folder, or a storage URL.
-        options: storage options: the same URL at another endpoint is another place.
+        options: storage options; the same URL at another endpoint is another place.
         stores: the folder of all private stores; default: `private_stores()`.
     """
     address = place if "://" in place else str(expand_home(place).absolute())
@@ -270,9 +272,9 @@ def private_store(place: str, options: Mapping[str, Any], stores: Path | None = 
 
 
 def private_stores() -> Path:
-    """The folder of private stores: `$SURFW_HOME/in-place`, or, where that cannot be written, a temporary one.
+    """Return the folder of private stores: `$SURFW_HOME/in-place`, or a temporary one if that cannot be written.
 
-    The temporary one is this process's own, and is removed at its end.
+    A temporary folder belongs to this process, and is removed when the process ends.
     """
     folder = surfw_home() / "in-place"
     with suppress(OSError):

@@ -1,7 +1,7 @@
-"""How long a read of a remote storage waits for progress: `silence_timeout` seconds, tries and pauses included.
+"""The timeout of reads of a remote storage: `silence_timeout` seconds without progress, retries and delays included.
 
-Progress means `PROGRESS_BYTES` more of the response, or a complete response; a byte now and then does not count. While
-a read waits for a connection, progress of any other read of the same storage counts for it too.
+Progress means `PROGRESS_BYTES` more of the response, or a complete response; a trickle of bytes does not count. While
+a read waits for a connection, progress of any other read of the same storage counts as its own.
 """
 
 import asyncio
@@ -17,18 +17,17 @@ T = TypeVar("T")
 
 
 class Activity:
-    """When a storage last made progress with any read."""
+    """The time of the last progress of any read of a storage."""
 
     def __init__(self) -> None:
-        """It has not made any yet."""
         self.last = float("-inf")
 
 
 class ReadPatience:
-    """The patience of one read. Progress may be reported from any thread."""
+    """The timeout of one read. Progress may be reported from any thread."""
 
     def __init__(self, seconds: float, activity: Activity) -> None:
-        """Start to wait, at first for a connection."""
+        """Start the timeout; the read waits for a connection first."""
         self.seconds = seconds
         self.extent = 1
         self._activity = activity
@@ -38,16 +37,16 @@ class ReadPatience:
         self._bytes = 0
 
     def queue(self) -> None:
-        """Wait for a connection: until `begin`, the progress of other reads counts."""
+        """Start to wait for a connection: until `begin`, the progress of other reads counts."""
         self._queued, self.extent, self._since = True, 1, time.monotonic()
 
     def begin(self, blocks: int = 1) -> None:
-        """The request is made now. A response that shows no progress may take as long as that of `blocks` blocks."""
-        self._last += time.monotonic() - self._since  # the time in the queue is not the storage's fault
+        """Note that the request is sent. A response without visible progress gets the time of `blocks` blocks."""
+        self._last += time.monotonic() - self._since  # time in the queue does not count against the storage
         self._queued, self.extent = False, blocks
 
     def arrived(self, count: int) -> None:
-        """Count bytes that came."""
+        """Count bytes that arrived."""
         self._few += count
         self._bytes += count
         if self._few >= PROGRESS_BYTES:
@@ -59,7 +58,7 @@ class ReadPatience:
         self._last = self._activity.last = time.monotonic()
 
     def left(self) -> float:
-        """Return the seconds until it is over."""
+        """Return the seconds until the timeout."""
         last = max(self._last, self._activity.last) if self._queued else self._last
         return last + self.seconds * self.extent - time.monotonic()
 
@@ -71,10 +70,10 @@ class ReadPatience:
             )
 
     async def hold(self, work: Coroutine[Any, Any, T], name: str) -> T:
-        """Await the work while it makes progress. When this ends, the work has ended too.
+        """Await the work as long as it makes progress. When this returns or raises, the work has ended too.
 
         Raises:
-            SilenceError: patience is over.
+            SilenceError: the timeout has passed.
         """
         task = asyncio.ensure_future(work)
         try:
@@ -85,7 +84,7 @@ class ReadPatience:
             task.cancel()
             await to_its_end(asyncio.ensure_future(asyncio.wait([task])))
             if not task.cancelled():
-                task.exception()  # nothing else retrieves it
+                task.exception()  # mark it retrieved: nothing else does
             raise
         self.progress()
         return task.result()

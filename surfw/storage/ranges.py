@@ -1,9 +1,8 @@
-"""A read of stored bytes, and how it is cut into ranges. Pure: nothing is read here.
+"""Reads of stored bytes, and how they are cut into ranges. Pure: nothing is read here.
 
-`most_range_bytes` decides how large a range is when a chunker or a model reads a store that is far away. A server reads
-less at a time: pages (`config.PAGE_BYTES`). A storage that takes one read at a time is read in pieces
-(`config.PIECE_BYTES`). `RangedBackend.read_all` cuts a read, and keeps as many ranges under way as are worth it; a
-backend reads one range at a time (`read_range`).
+`most_range_bytes` sets the size of a range when a chunker or a model reads a remote store. A server reads smaller
+pages (`config.PAGE_BYTES`). A storage that takes one read at a time is read in pieces (`config.PIECE_BYTES`).
+`RangedBackend.read_all` cuts a read and keeps several ranges in flight; `read_range` of a backend reads one range.
 """
 
 import threading
@@ -14,7 +13,7 @@ from itertools import pairwise
 from surfw.config import BLOCK_BYTES, MIB
 
 Check = Callable[[int, memoryview], None]
-"""Verifies bytes, given their offset in the read and the bytes themselves; raises, or notes what is damaged."""
+"""Verifies bytes, given their offset in the read and the bytes; raises, or records the damage."""
 
 _LEAST_BYTES = 8 * MIB
 _MOST_HELD_BYTES, _ALL_HELD_BYTES = 16 * MIB, 64 * MIB
@@ -25,12 +24,12 @@ class Pin:
     """The one revision that all ranges of a read must have. Usable from any thread."""
 
     def __init__(self, revision: str | None = None) -> None:
-        """Name the revision; with None, the first response decides."""
+        """Set the revision; None takes that of the first response."""
         self.revision = revision
         self._lock = threading.Lock()
 
     def settle(self, seen: str | None) -> str | None:
-        """Return the revision that a response has to have; if none is set, that of this response becomes it."""
+        """Return the required revision; if none is set yet, `seen` becomes it."""
         with self._lock:
             if self.revision is None:
                 self.revision = seen
@@ -39,7 +38,7 @@ class Pin:
 
 @dataclass(frozen=True, slots=True)
 class ObjectRange:
-    """`length` bytes of an object from `start` on, of the pinned revision."""
+    """`length` bytes of an object from `start` on, at the pinned revision."""
 
     key: str
     start: int
@@ -49,13 +48,13 @@ class ObjectRange:
 
 @dataclass(frozen=True, slots=True)
 class ObjectRead:
-    """Stored bytes to read: one or several ranges of objects, one after the other in memory.
+    """Stored bytes to read: one or several ranges of objects, consecutive in memory.
 
     Attributes:
-        parts: the ranges; together they have as many bytes as the destination.
+        parts: the ranges; their total length is that of the destination.
         destination: writable memory.
         check: verifies whole blocks, counted from the beginning of the destination; None if the bytes are not verified.
-            Then all ranges of an object have to be of one revision.
+            Without a check, all ranges of an object must have one revision.
     """
 
     parts: Sequence[ObjectRange]
@@ -76,7 +75,7 @@ class ObjectRead:
 
 
 def shifted(check: Check, begin: int) -> Check:
-    """Return the check for bytes from `begin` on, which counts offsets from there."""
+    """Return a check whose offsets are relative to `begin`."""
     return lambda at, piece: check(begin + at, piece)
 
 
@@ -85,7 +84,7 @@ def cut(read: ObjectRead, most_bytes: int) -> Iterator[ObjectRead]:
 
     Args:
         read: the read.
-        most_bytes: the size of the largest piece, in whole blocks. All cuts are between blocks of the destination.
+        most_bytes: the largest size of a piece, a multiple of the block size. Cuts are at blocks of the destination.
     """
     length = read.destination.nbytes
     blocks, count = -(-length // BLOCK_BYTES), -(-length // most_bytes)
@@ -95,15 +94,16 @@ def cut(read: ObjectRead, most_bytes: int) -> Iterator[ObjectRead]:
 
 
 def most_range_bytes(connections: int, *, streamed: bool) -> int:
-    """Return the size of the largest range for a number of connections, in whole blocks.
+    """Return the largest range size for a number of connections, a multiple of the block size.
 
-    All ranges under way share 128 MiB (64 if they are held), so that the bytes of a layer or two keep all connections
-    busy. Each has at least 8 MiB, because a request costs both ends some 2 ms of processor time, and at most 32 (16 if
-    held). Measured from a gateway on the same two cores, over 4 connections: 0.86 GB/s in ranges of 16 MiB, 0.92 in 32.
+    All ranges in flight share 128 MiB (64 if buffered), so that the bytes of a layer or two keep all connections busy.
+    Each is at least 8 MiB, because a request costs both ends some 2 ms of processor time, and at most 32 MiB (16 if
+    buffered). Measured from a gateway on the same two cores, over 4 connections: 0.86 GB/s with ranges of 16 MiB, 0.92
+    with 32 MiB.
 
     Args:
         connections: how many ranges are read at a time.
-        streamed: whether they are streamed into place; ranges that are held in memory first have at most 16 MiB.
+        streamed: whether they are streamed into place, and not buffered in memory first.
     """
     most, all_bytes = (_MOST_STREAMED_BYTES, _ALL_STREAMED_BYTES) if streamed else (_MOST_HELD_BYTES, _ALL_HELD_BYTES)
     return max(_LEAST_BYTES, min(most, all_bytes // connections // BLOCK_BYTES * BLOCK_BYTES))

@@ -1,9 +1,9 @@
-"""A bucket of S3, or of a server that speaks its protocol, as a storage: a thin constructor over s3fs.
+"""Storage in a bucket of S3 or of a compatible server: a thin constructor over s3fs.
 
-Credentials, region and endpoint that are not given are found as botocore finds them: environment, profile, role.
-Invariants: no connection, credential or listing is shared with another backend; no secret is in `url` or in a message.
-Ranges are read in threads (see `s3_ranges`); other requests run on fsspec's own event loop. An upload holds at most
-`_PARTS` parts in memory, and is invisible until it is complete; one that fails is aborted, so that no parts are left.
+By default, botocore finds credentials, region and endpoint: in the environment, a profile or a role. Invariants: no
+connection, credential or listing is shared with another backend; `url` and messages contain no secret. Ranges are read
+in threads (see `s3_ranges`); other requests run on fsspec's event loop. An upload holds at most `_PARTS` parts in
+memory, and is invisible until it is complete; a failed upload is aborted, so that no parts remain.
 """
 
 import asyncio
@@ -31,7 +31,7 @@ _ATTEMPTS, _ROUNDS = 2, 3
 """How often botocore tries a request, and how often s3fs calls botocore: a silent endpoint fails in half a minute."""
 
 _PART_BYTES, _PARTS, _MOST_PARTS = 16 * MIB, 4, 10_000
-"""The least size of an upload's parts, how many are under way at a time, and how many S3 accepts for one object."""
+"""The least size of an upload's parts, how many are in flight at a time, and how many S3 accepts per object."""
 
 AddressingStyle = Literal["auto", "path", "virtual"]
 Encryption = Literal["AES256", "aws:kms", "aws:kms:dsse"]
@@ -43,13 +43,13 @@ _KNOWN = (
     "max_concurrency", "silence_timeout", "aws_access_key_id", "aws_secret_access_key", "aws_session_token",
 )  # fmt: skip
 _NOT_GIVEN = {"self", "session", "asynchronous", "loop", "kwargs"}
-"""Parameters of s3fs that are not options."""
+"""Parameters of `S3FileSystem` that are not storage options."""
 
 _TABLES = ("client_kwargs", "config_kwargs", "s3_additional_kwargs")
 
 
 class S3Backend(FsspecBackend):
-    """Objects in a bucket of S3, under a prefix."""
+    """Objects in an S3 bucket, under a prefix."""
 
     def __init__(
         self,
@@ -71,24 +71,24 @@ class S3Backend(FsspecBackend):
         silence_timeout: float = DEFAULT_SILENCE_SECONDS,
         **options: Any,
     ) -> None:
-        """Name the bucket; nothing is contacted yet.
+        """Set the bucket; nothing is contacted yet.
 
         Args:
             bucket_name: the bucket, which must exist.
-            prefix: comes before every key, such as `models/mine`.
+            prefix: the beginning of every key, such as `models/mine`.
             region_name: the bucket's region, such as `eu-central-1`.
-            endpoint_url: of a server other than Amazon's, such as `http://127.0.0.1:9000`.
+            endpoint_url: the address of a server other than Amazon's, such as `http://127.0.0.1:9000`.
             aws_access_key_id: given together with the secret key, or not at all.
             aws_secret_access_key: the secret key.
             aws_session_token: for temporary credentials.
-            profile_name: of the shared credentials and configuration files.
-            addressing_style: `path` puts the bucket into the path, as many compatible servers need it; `virtual` into
-                the host's name. Default: as botocore finds it.
-            sse: have the server encrypt what is written: `AES256` (SSE-S3), `aws:kms` or `aws:kms:dsse` (SSE-KMS).
+            profile_name: a profile in the shared credentials and configuration files.
+            addressing_style: `path` puts the bucket into the path, which many compatible servers need; `virtual` into
+                the host name. Default: botocore's choice.
+            sse: server-side encryption of uploads: `AES256` (SSE-S3), `aws:kms` or `aws:kms:dsse` (SSE-KMS).
             sse_kms_key_id: the key for SSE-KMS; default: the account's own.
-            requester_pays: pay for requests to a bucket whose owner wants that.
-            anonymous: sign nothing, for public buckets.
-            silence_timeout: seconds without progress after which a read is given up.
+            requester_pays: agree to pay for requests to a requester-pays bucket.
+            anonymous: send unsigned requests, for public buckets.
+            silence_timeout: seconds without progress after which a read fails.
             **options: other arguments of `s3fs.S3FileSystem`, such as `config_kwargs`, and `max_concurrency`.
 
         Raises:
@@ -163,7 +163,7 @@ class S3Backend(FsspecBackend):
         if self._addressing_style:
             config["s3"] = dict(config.get("s3") or {}) | {"addressing_style": self._addressing_style}
         fs = s3fs.S3FileSystem(
-            skip_instance_cache=True,  # fsspec would share one between equal arguments
+            skip_instance_cache=True,  # fsspec would share an instance between equal arguments
             use_listings_cache=False,
             config_kwargs=config,
             **options,
@@ -181,7 +181,7 @@ class S3Backend(FsspecBackend):
 
     @contextmanager
     def _translate(self, what: str) -> Iterator[None]:
-        """Translate all errors, also those of S3 and botocore."""
+        """Translate all errors, including those of S3 and botocore."""
         with super()._translate(what):
             try:
                 yield
@@ -192,7 +192,7 @@ class S3Backend(FsspecBackend):
                 raise
 
     def _code(self, exc: BaseException) -> str:
-        """S3's code for the error. A response to HEAD has no body with the code, so a listing is asked for it."""
+        """S3's code for the error. A response to HEAD has no body with the code, so a listing is sent to get it."""
         code = code_of(exc)
         if code != "403":
             return code
@@ -208,7 +208,7 @@ class S3Backend(FsspecBackend):
         """Close the connections; a later use opens new ones."""
         if self._far is not None:
             self._far.reader.close()
-        creator = getattr(self.fs, "_s3creator", None)  # s3fs has no public name for what its close_session takes
+        creator = getattr(self.fs, "_s3creator", None)  # s3fs has no public name for the argument of close_session
         if creator is not None:
             await asyncio.to_thread(self.fs.close_session, self.fs.loop, creator)
 
@@ -234,7 +234,7 @@ def _check_texts(**given: object) -> None:
 
 
 def _check_options(url: str, options: Mapping[str, Any]) -> None:
-    """Check that s3fs takes the options that are not arguments of `S3Backend`.
+    """Check that s3fs accepts the options that are not arguments of `S3Backend`.
 
     Raises:
         ConfigurationError: it does not, or s3fs is not installed.
@@ -266,7 +266,7 @@ def _check_choice(name: str, given: str | None, choices: tuple[str, ...]) -> Non
 
 
 def _check_endpoint(url: str) -> None:
-    """Raise ConfigurationError for an endpoint that is not a server's address, or holds a password."""
+    """Raise ConfigurationError for an endpoint that is not a server's address, or contains credentials."""
     parts = urlsplit(url)
     if parts.username is not None or parts.password is not None:
         raise ConfigurationError("endpoint_url must not hold credentials; give them as arguments of their own")

@@ -1,4 +1,4 @@
-"""Translation of the errors of S3 and botocore. No value that may be a secret is in a message."""
+"""Translate errors of S3 and botocore. Messages contain no possible secret."""
 
 from typing import Any
 from urllib.parse import urlsplit
@@ -14,12 +14,12 @@ _WRONG_CREDENTIALS = {
 
 
 def explain_botocore(exc: BaseException, url: str, endpoint_url: str | None) -> SurfwError | None:
-    """Return the error for what botocore raises without a response of S3; None for anything else.
+    """Return the error for an exception that botocore raised without a response from S3; None for any other.
 
     Args:
         exc: the exception.
-        url: the storage.
-        endpoint_url: its server, if it was given.
+        url: the URL of the storage.
+        endpoint_url: its server, if given.
     """
     from botocore import exceptions as boto
 
@@ -42,7 +42,7 @@ def explain_botocore(exc: BaseException, url: str, endpoint_url: str | None) -> 
 
 
 def _endpoint_of(exc: Any) -> str:
-    """The server that was tried."""
+    """The server that botocore tried to reach."""
     parts = urlsplit(str(getattr(exc, "kwargs", {}).get("endpoint_url", "")))
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}" if parts.netloc else "its endpoint"
 
@@ -54,7 +54,7 @@ def _tls_advice(said: str, where: str) -> str:
 
 
 def explain_code(code: str, url: str, bucket: str) -> SurfwError | None:
-    """Return the error for the code in a response of S3; None for errors that all storages have in common."""
+    """Return the error for a code in S3's response; None for errors common to all storages."""
     if code == "NoSuchBucket":
         return StorageError(f"{url}: there is no bucket {bucket}; make it, or name another")
     if code == "InvalidBucketName":
@@ -71,7 +71,7 @@ def explain_code(code: str, url: str, bucket: str) -> SurfwError | None:
 
 
 def code_of(exc: BaseException | None) -> str:
-    """Return the code in S3's response, the cause of s3fs' exception; empty if there was no response."""
+    """Return S3's error code from the exception or its causes; empty if there was no response."""
     while exc is not None:
         response = getattr(exc, "response", None)
         if isinstance(response, dict):

@@ -1,8 +1,8 @@
-"""Ranges of S3's objects, streamed into place, of one ETag.
+"""Ranges of S3 objects: streamed into place, and of one ETag.
 
-They are requested by botocore's blocking client, in threads, with the arguments that s3fs has for its own client: a
-byte costs two thirds of the processor time that it takes through s3fs' event loop, which is what a fast link is short
-of, and can be verified at once. botocore tries a request again as configured; `FarReads` does the rest.
+They are requested with botocore's blocking client, in threads, with the arguments of s3fs' own client. This takes two
+thirds of the processor time per byte of s3fs' event loop, which is the bottleneck on a fast link, and bytes can be
+verified at once. botocore retries requests as configured; `FarReads` does the rest.
 """
 
 import re
@@ -27,16 +27,16 @@ from surfw.threads import DaemonThreads, to_its_end
 
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18})")
 _PASSED_ON = ("RequestPayer", "SSECustomerAlgorithm", "SSECustomerKey", "SSECustomerKeyMD5", "ExpectedBucketOwner")
-"""Settings of the file system that a GET takes."""
+"""Settings of the file system that are also arguments of GET."""
 
 _OF_AIOBOTOCORE = ("connector_args", "http_session_cls")
-"""Settings of a client's configuration that only s3fs' own client takes."""
+"""Client settings that only s3fs' own client accepts."""
 
 _STREAM_BYTES = 256 << 10
-"""How much is taken of a stream at a time: so much is still in the processor's cache when it is copied into place."""
+"""How much is read from a stream at a time: it is still in the processor's cache when it is copied into place."""
 
 _SLOW_SECONDS = 1.0
-"""After a piece that took longer, a stream is taken in pieces of `PROGRESS_BYTES`, so that progress shows."""
+"""After a piece that took longer, a stream is read in pieces of `PROGRESS_BYTES`, so that progress is visible."""
 
 _TRANSIENT_CODES = {
     "SlowDown", "RequestTimeout", "RequestTimeoutException", "Throttling", "ThrottlingException", "429",
@@ -56,7 +56,7 @@ class S3Ranges(RangeReader):
     """Ranges of objects in one bucket; paths begin with the bucket's name."""
 
     def __init__(self, fs: Any, connections: int, silence_timeout: float) -> None:
-        """Name the file system; nothing is contacted."""
+        """Set the file system; nothing is contacted."""
         super().__init__(connections, silence_timeout)
         self._fs = fs
         self._threads = DaemonThreads(connections, "surfw-s3")
@@ -64,7 +64,7 @@ class S3Ranges(RangeReader):
         self._connecting = threading.Lock()
 
     async def get(self, path: str, into: Destination) -> None:
-        """Read into place, in the next thread that is free."""
+        """Read the range into place, in the next free thread."""
         one = _Get(partial(self._ask, path, into), into)
         reading = self._threads.submit(one.run)
         with _classified(self._fs.endpoint_url):
@@ -85,7 +85,7 @@ class S3Ranges(RangeReader):
         return found
 
     def close(self) -> None:
-        """End the threads and close the connections; a later use opens new ones."""
+        """Stop the threads and close the connections; a later use opens new ones."""
         self._threads.close()
         with self._connecting:
             client, self._client = self._client, None
@@ -94,7 +94,7 @@ class S3Ranges(RangeReader):
 
 
 class _Get:
-    """One range, in a thread: asked for, and read into its destination."""
+    """One GET request in a thread, read into its destination."""
 
     def __init__(self, ask: Callable[[], Mapping[str, Any]], into: Destination) -> None:
         self._ask = ask
@@ -104,7 +104,7 @@ class _Get:
         self._stream: urllib3.HTTPResponse | None = None
 
     def run(self) -> None:
-        """Do it, unless it is given up before there is a response."""
+        """Send the request and read the response, unless it is cancelled before."""
         into = self._into
         into.patience.begin()
         try:
@@ -112,7 +112,7 @@ class _Get:
         except boto.ClientError as exc:
             if code_of(exc) not in {"InvalidRange", "416"}:
                 raise
-            into.accept(RangeResponse(None, into.start, 0, None if into.start else 0))  # empty, or one that ends before
+            into.accept(RangeResponse(None, into.start, 0, None if into.start else 0))  # empty, or too short
             return
         with found["Body"] as stream:
             with self._lock:
@@ -123,12 +123,12 @@ class _Get:
             _read(stream, memory, into)
 
     def give_up(self) -> bool:
-        """End it. Returns whether it has to be awaited, because it may still write to its destination."""
+        """Cancel the request. Returns whether it must be awaited, because it may still write to its destination."""
         with self._lock:
             self._given_up = True
             if self._stream is None:
                 return False
-            with suppress(RuntimeError, ValueError, OSError):  # it is at its end already
+            with suppress(RuntimeError, ValueError, OSError):  # it has ended already
                 self._stream.shutdown()
             return True
 
@@ -169,12 +169,12 @@ def _response(found: Mapping[str, Any]) -> RangeResponse:
     revision, length = found.get("ETag"), int(found["ContentLength"])
     if match := _CONTENT_RANGE.fullmatch(found.get("ContentRange", "")):
         return RangeResponse(revision, int(match[1]), length, int(match[3]))
-    return RangeResponse(revision, 0, length, length)  # the server took no notice of the range
+    return RangeResponse(revision, 0, length, length)  # the server ignored the range
 
 
 @contextmanager
 def _classified(endpoint: str | None) -> Iterator[None]:
-    """Transient failures as `TransientError`, all others as s3fs translates them."""
+    """Raise transient failures as `TransientError`, and all others as s3fs translates them."""
     try:
         yield
     except boto.ClientError as exc:

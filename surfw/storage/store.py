@@ -1,13 +1,13 @@
 """A store: the layout of chunked models in a storage.
 
     surfw.json                             marks a store, with its version
-    models/NAME.json                       a manifest behind its digest; a model is visible when this exists
-    blobs/ab/abcdef….safetensors           a chunk's payload behind a safetensors header
+    models/NAME.json                       a digest line, then the manifest; a model is visible when this exists
+    blobs/ab/abcdef….safetensors           a safetensors header, then a chunk's payload
     blobs/ab/abcdef….json                  a tokenizer file, with the suffix of its name
-    partial/                               work in progress; only the `chunk` that wrote it reads it
-    leases/, prunes/                       files by which writers and pruners coordinate: see `housekeeping.leases`
+    partial/                               work in progress; read only by the `chunk` command that wrote it
+    leases/, prunes/                       coordination of writers and pruners: see `housekeeping.leases`
 
-Blobs are named by their content and written first; the manifest is written last. Half a model is never visible.
+Blobs are named by their content and written first; the manifest is written last. A partial model is never visible.
 """
 
 import asyncio
@@ -65,17 +65,17 @@ class Store:
     """Chunked models in a storage backend."""
 
     def __init__(self, backend: StorageBackend, origin_options: PlacedOptions | None = None) -> None:
-        """Name the backend, which is adapted if it is a custom one. Nothing is read yet.
+        """Set the backend, which is wrapped if it is a custom one. Nothing is read yet.
 
         Args:
-            backend: where the store lies.
+            backend: the storage that holds the store.
             origin_options: storage options for the origins of models that were not copied.
         """
         self.backend = adapt_backend(backend)
         self.objects = Objects(self.backend, MARKER, origin_options)
-        """The objects that the manifests point to, named as in the manifests that this returns."""
+        """The objects that manifests refer to, under the names used in the manifests that this store returns."""
         self.reloads = 0
-        """How many documents were loaded again because they arrived damaged."""
+        """How many documents were reloaded because they arrived damaged."""
         self.learned = LearnedDigests()
         """Digests of chunks whose manifests lack them."""
         self._given = backend
@@ -85,7 +85,7 @@ class Store:
     async def close(self, *, owned: bool) -> None:
         """Close the storages of origins, and the backend if it is `owned`.
 
-        Of a backend that stays open, what was loaded for this store alone is dropped.
+        A custom backend that stays open loses the objects that this store's adapter cached.
         """
         await self.objects.close()
         if owned:
@@ -94,10 +94,10 @@ class Store:
             await self.backend.let_go()
 
     async def check(self) -> None:
-        """Check that this place is a store.
+        """Check that the backend holds a store.
 
         Raises:
-            NotAStoreError: it is not.
+            NotAStoreError: it does not.
         """
         try:
             data = await self.backend.load_capped(MARKER, _MARKER_BYTES)
@@ -118,8 +118,8 @@ class Store:
             )
 
     async def _explain_lack(self) -> str:
-        """Why this is not a store, and what to do."""
-        is_web = self.url.startswith("http")  # a web server need not list what it has
+        """The error message when the marker is missing."""
+        is_web = self.url.startswith("http")  # a web server may not list its objects
         with suppress(StorageError):
             if not is_web and await self._foreign_key() is None:
                 option = "" if self.url == default_store() else f" --store {self.url}"
@@ -133,7 +133,7 @@ class Store:
         )
 
     async def create(self) -> None:
-        """Make this place a store, if it is not one yet.
+        """Create the store if it does not exist yet.
 
         Raises:
             NotAStoreError: the place is used for something else.
@@ -143,7 +143,7 @@ class Store:
             await self.backend.save(MARKER, json.dumps(document).encode())
 
     async def check_place(self) -> bool:
-        """Whether this place is a store already; if not, `create` makes it one.
+        """Return whether the store exists already; if not, `create` can create it.
 
         Raises:
             NotAStoreError: the place is used for something else.
@@ -159,14 +159,14 @@ class Store:
         return False
 
     async def _foreign_key(self) -> str | None:
-        """A key that a store would not have before it has its marker."""
+        """The first key outside `partial/`, `leases/` and `prunes/`, if any."""
         found = await self.backend.find_foreign_key(_PARTIAL)
         if found is not None and found.startswith(_IN_PROGRESS):
             found = next((key for key in await self.backend.list() if not key.startswith(_IN_PROGRESS)), None)
         return found
 
     async def models(self) -> list[str]:
-        """Return the names of the models, sorted. Files with names that a model cannot have are left out."""
+        """Return the sorted names of the models. Files whose names are not valid model names are skipped."""
         names = set(await self.listed())
         strays = {name for name in names if not _is_model_name(name)}
         for name in sorted(strays - self._strays):
@@ -175,7 +175,7 @@ class Store:
         return sorted(names - strays)
 
     async def listed(self) -> list[str]:
-        """Return the names of all manifests, also those that a model cannot have."""
+        """Return the names of all manifests, including invalid model names."""
         keys = await self.backend.list(MODELS)
         return [key.removeprefix(MODELS).removesuffix(".json") for key in keys if key.endswith(".json")]
 
@@ -186,14 +186,14 @@ class Store:
             UnknownModelError: no model or several models match.
         """
         if _is_model_name(model) and await self.backend.exists(manifest_key(model)):
-            return model  # a web server need not list the others
+            return model  # works without a listing, which a web server may not offer
         return find_model(model, await self.models(), where=self.url)
 
     async def expect_name(self, model: str) -> None:
-        """Check that a model may have this name.
+        """Check that this is a valid model name.
 
         Raises:
-            UnknownModelError: it may not, so there is no such model.
+            UnknownModelError: it is not, so there is no such model.
             NotAStoreError: this is not a store.
         """
         if not _is_model_name(model):
@@ -211,7 +211,7 @@ class Store:
         return await asyncio.to_thread(self.with_digests, manifest)
 
     async def facts(self, model: str) -> Manifest:
-        """Return the manifest as it is stored: no origin is opened, and its objects are named as in the stored bytes.
+        """Return the manifest as stored: without opening its origin, and with the stored object names.
 
         Raises:
             UnknownModelError: there is no such model.
@@ -220,13 +220,13 @@ class Store:
         return await self.read_manifest(model, partial(self._parse, model))
 
     async def read_manifest(self, model: str, parse: Callable[[bytes], T]) -> T:
-        """Return what `parse`, called in a thread, makes of the model's manifest as it is stored.
+        """Return `parse(data)`, called in a thread, for the stored bytes of the model's manifest.
 
-        It is read again if it is not valid: it may have been damaged on its way.
+        An invalid manifest is read again, because it may have been damaged in transit.
 
         Raises:
             UnknownModelError: there is no such model.
-            Exception: what `parse` raises.
+            Exception: any error of `parse`.
         """
         return await self.load_right(
             lambda: self.manifest_bytes(model), parse, forget=lambda: self.backend.forget(manifest_key(model))
@@ -235,16 +235,16 @@ class Store:
     async def load_right(
         self, load: Callable[[], Awaitable[bytes]], parse: Callable[[bytes], T], *, forget: Callable[[], None]
     ) -> T:
-        """Return what `parse`, called in a thread, makes of a document, which is loaded again if it arrives damaged.
+        """Load a document and return `parse(data)`, called in a thread. A damaged document is loaded again.
 
         Args:
-            load: loads it.
-            parse: raises `IntegrityError` or `ManifestError` if it is damaged.
-            forget: drops what is cached of it, before it is loaded again.
+            load: loads the document.
+            parse: raises `IntegrityError` or `ManifestError` if the document is damaged.
+            forget: drops cached bytes of the document, before it is loaded again.
 
         Raises:
-            IntegrityError, ManifestError: it stays damaged; the message says whether it was the same each time.
-            Exception: what `load` and `parse` raise.
+            IntegrityError, ManifestError: it stays damaged; the message says whether the bytes were the same each time.
+            Exception: any other error of `load` or `parse`.
         """
         seen: list[str] = []
         while True:
@@ -258,7 +258,7 @@ class Store:
                     if isinstance(exc, IntegrityError):
                         raise IntegrityError(f"{exc}; {where}") from exc
                     if len(set(seen)) == 1:
-                        raise  # it is stored like this, and the parser knows best what that means
+                        raise  # it is stored like this: the parser has the best message
                     raise ManifestError(exc.complaint, advice=where) from exc
             self.reloads += 1
             forget()
@@ -276,22 +276,22 @@ class Store:
                 return await self.backend.load_capped(key, MANIFEST_BYTES)
             if model not in await self.listed():
                 raise UnknownModelError(model, await self.models(), where=self.url)
-            return await self.backend.load_capped(key, MANIFEST_BYTES)  # published meanwhile, or a broken link
+            return await self.backend.load_capped(key, MANIFEST_BYTES)  # published meanwhile, or a broken symlink
         except StorageError as exc:
             is_movable = self.backend.local_path(key) is not None and not is_denial(exc)
             advice = "; move it away, and chunk the model again" * is_movable
             raise StorageError(f"the manifest of model {model} cannot be read: {exc}{advice}") from exc
 
     async def manifest_revision(self, model: str) -> str | None:
-        """Return a string that changes whenever the model's manifest does; None if the storage has no such thing."""
+        """Return a string that changes with the model's manifest; None if the storage has no revisions."""
         return await self.backend.revision(manifest_key(model))
 
     def parse_manifest(self, model: str, data: bytes) -> Manifest:
-        """Return the manifest for its stored bytes. A large one takes long: call this in a thread.
+        """Parse the stored bytes of a manifest. Call this in a thread: a large manifest takes long.
 
         Raises:
-            ManifestError: it is damaged, or not valid.
-            StorageError: it is another model's.
+            ManifestError: it is damaged or invalid.
+            StorageError: it is the manifest of another model.
         """
         return self.objects.mount(self._parse(model, data), where=self.url)
 
@@ -302,14 +302,14 @@ class Store:
         return manifest
 
     def with_digests(self, manifest: Manifest) -> Manifest:
-        """Return the manifest with the digests that are known by now (see `digests`); reads a file."""
+        """Return the manifest with all digests learned so far (see `digests`); reads a file."""
         return self.learned.complete(manifest)
 
     async def publish(self, manifest: Manifest) -> None:
-        """Make a model visible. All its blobs have to be written already.
+        """Make a model visible. All its blobs must have been written before.
 
         Raises:
-            ManifestError: the manifest could not be read again.
+            ManifestError: the manifest is invalid, or cannot be written as JSON.
         """
         try:
             data = encode_stored_manifest(manifest)
@@ -320,7 +320,7 @@ class Store:
 
 
 async def is_checkpoint(backend: StorageBackend) -> bool:
-    """Whether a place holds a plain checkpoint; else it holds a store.
+    """Return whether a storage holds a plain checkpoint (True) or a store (False).
 
     Raises:
         NotAStoreError: it holds neither.
@@ -328,7 +328,7 @@ async def is_checkpoint(backend: StorageBackend) -> bool:
     """
     if await backend.exists(MARKER):
         return False
-    if await backend.exists(_CONFIG) or await backend.exists(_ADAPTER_CONFIG):  # the second is refused, with the reason
+    if await backend.exists(_CONFIG) or await backend.exists(_ADAPTER_CONFIG):  # adapters are refused later
         return True
     for name in (MARKER, _CONFIG):
         path = backend.local_path(name)
@@ -368,28 +368,28 @@ def manifest_key(model: str) -> str:
 
 
 def blob_key(digest: str, suffix: str) -> str:
-    """Return the key of the blob with this content."""
+    """Return the key of the blob with this digest."""
     return f"{BLOBS}{digest[:2]}/{digest}{suffix}"
 
 
 def is_blob(key: str) -> bool:
-    """Return whether the key is one of a blob."""
+    """Return whether the key is that of a blob."""
     return bool(_BLOB.fullmatch(key))
 
 
 def belongs(key: str) -> bool:
-    """Return whether a key is part of a store's layout; a storage may hold others too."""
+    """Return whether a key is part of a store's layout; a storage may also hold foreign keys."""
     return key == MARKER or key.startswith(_IN_PROGRESS) or is_blob(key) or model_of(key) is not None
 
 
 def model_of(key: str) -> str | None:
-    """Return the model whose manifest has this key; None if it is not the key of a manifest."""
+    """Return the name of the model whose manifest has this key; None for any other key."""
     name = key.removeprefix(MODELS).removesuffix(".json")
     return name if key == f"{MODELS}{name}.json" and _is_model_name(name) else None
 
 
 def objects_of(manifest: Manifest) -> dict[str, int]:
-    """Return the store's objects with a model's bytes, and how long each is at least; {} for a model in an origin."""
+    """Return the blobs of a model, each with its least length in bytes; {} for a model that was not copied."""
     if manifest.origin is not None:
         return {}
     found: dict[str, int] = {}
@@ -401,7 +401,7 @@ def objects_of(manifest: Manifest) -> dict[str, int]:
 
 
 def segments(locations: Sequence[Location], start: int, stop: int) -> list[tuple[str, int, int]]:
-    """Return the object ranges with stored bytes `start` to `stop` of a form: (object, start, length) in order."""
+    """Return the ranges that hold stored bytes `start` to `stop` of a form: (object, start, length), in order."""
     found, at = [], 0
     for location in locations:
         length = location.stop - location.start

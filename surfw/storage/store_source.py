@@ -1,8 +1,8 @@
-"""A storage as a `ChunkSource`: no server between. Blocks are verified as they arrive, or while others are read.
+"""A store as a `ChunkSource`, without a server. Blocks are verified as they arrive, or while others are read.
 
 Local files are read by `local_reader`, everything else by `RangedBackend.read_all`. Blocks that arrive damaged are
-noted, and read again when all others are there. Chunks of a model that was not copied may lack digests: all bytes of
-such a chunk are read once to compute them (see `digests`), and from then on it is verified as any other.
+recorded, and read again after all others. Chunks of a model that was not copied may lack digests: all bytes of such a
+chunk are read once to compute them (see `digests`), and from then on it is verified like any other.
 """
 
 import asyncio
@@ -34,16 +34,16 @@ from surfw.storage.store import Store, segments
 from surfw.threads import in_thread, together
 
 _DIGESTED_BYTES = 16 * BLOCK_BYTES
-"""How much of a chunk is in memory while its digests are computed."""
+"""How much of a chunk is in memory at a time while its digests are computed."""
 
 
 class StorageSource(ChunkSource):
-    """Reads a store directly."""
+    """A source that reads a store directly."""
 
     def __init__(
         self, backend: StorageBackend, *, owned: bool = True, origin_options: PlacedOptions | None = None
     ) -> None:
-        """Name the backend, and whether it is closed with this; `open_storage_source` also checks the store."""
+        """Set the backend; an `owned` one is closed with the source. `open_storage_source` also checks the store."""
         self.store = Store(backend, origin_options)
         self._owned = owned
         self.url = backend.url
@@ -62,15 +62,15 @@ class StorageSource(ChunkSource):
         return self._refetched_blocks + self.store.reloads
 
     async def models(self) -> list[str]:
-        """The names of the models there are."""
+        """Return the names of all models."""
         return await self.store.models()
 
     async def manifest(self, model: str) -> Manifest:
-        """The manifest of the model."""
+        """Return the manifest of the model."""
         return await self.store.manifest(model)
 
     async def file(self, manifest: Manifest, path: str) -> bytes:
-        """A tokenizer file of the model, verified; one that arrives damaged is loaded again."""
+        """Return a tokenizer file of the model, verified; if it arrives damaged, it is loaded again."""
         entry, objects = manifest.file(path), self.store.objects
 
         def check(data: bytes) -> bytes:
@@ -85,9 +85,9 @@ class StorageSource(ChunkSource):
         return await self.store.load_right(load, check, forget=lambda: objects.forget(entry.object))
 
     async def fetch(self, manifest: Manifest, reads: Sequence[Read], *, priority: int = 0) -> None:
-        """Fill every read's destination. Reads of local files with priority 0 overtake the others.
+        """Fill every read's destination. Reads of local files with priority 0 overtake others.
 
-        Local files are read in the order of the reads; far away, several ranges are under way at a time.
+        Local files are read in the order of the reads; from remote storage, several ranges are in flight at a time.
         """
         urgent = priority == 0
         found = [await self._with_digests(manifest, read, urgent=urgent) for read in reads]
@@ -98,7 +98,7 @@ class StorageSource(ChunkSource):
         self._fetched_bytes += sum(read.stop - read.start for read in reads)
 
     async def _with_digests(self, manifest: Manifest, read: Read, *, urgent: bool) -> Read | None:
-        """The read with its chunk's digests, computed if need be; None if that has filled it already."""
+        """The read with its chunk's digests, computed if needed; None if computing them has filled the destination."""
         if read.form.is_known:
             return read
         filled = False
@@ -116,7 +116,7 @@ class StorageSource(ChunkSource):
         return None if filled else replace(read, chunk=known, form=known.forms[0])
 
     async def digests(self, manifest: Manifest, chunk: Chunk) -> Digests | None:
-        """The digests of a chunk that its manifest lacks; all bytes of the chunk are read if they are not known."""
+        """Return the digests of a chunk whose manifest lacks them; if unknown, the whole chunk is read."""
         if chunk.forms[0].is_known:
             return None
         return await self.store.learned.find(manifest, chunk, partial(self._pieces, chunk))
@@ -124,7 +124,7 @@ class StorageSource(ChunkSource):
     async def _pieces(
         self, chunk: Chunk, *, urgent: bool = False, progress: Callable[[int, str], object] = lambda *_: None
     ) -> AsyncGenerator[memoryview]:
-        """All stored bytes of a chunk that lacks digests, a piece at a time, in memory that is reused."""
+        """Yield all stored bytes of a chunk that lacks digests, piece by piece, in a reused buffer."""
         (form,) = chunk.forms
         size = form.stored_bytes
         scratch = memoryview(mmap.mmap(-1, max(1, min(size, _DIGESTED_BYTES))))
@@ -137,7 +137,7 @@ class StorageSource(ChunkSource):
     async def digest_all(
         self, manifest: Manifest, *, progress: Callable[[int, str], object] = lambda *_: None
     ) -> Mapping[str, Digests]:
-        """Read all bytes of the chunks that lack digests, and keep their digests.
+        """Read all bytes of the chunks that lack digests, and store the digests.
 
         Args:
             manifest: the model.
@@ -147,7 +147,7 @@ class StorageSource(ChunkSource):
             The digests by the provisional ids of their chunks; see `Manifest.with_digests`.
 
         Raises:
-            StorageError: they could not be read.
+            StorageError: a chunk could not be read.
         """
         slots = asyncio.Semaphore(self.store.objects.parallel_reads)
         found: dict[str, Digests] = {}
@@ -161,10 +161,10 @@ class StorageSource(ChunkSource):
         return found
 
     async def view(self, manifest: Manifest, chunk: Chunk, form: Form) -> View | None:
-        """The form's bytes, verified, as mapped pages of a local file, which all processes share.
+        """Return the form's bytes, verified, as mapped pages of a local file, which all processes share.
 
-        Only blobs of a store are mapped, which are replaced but never changed. The files of a checkpoint may change, so
-        they are read.
+        Only blobs of a store are mapped: they may be replaced, but never change. Files of a checkpoint may change, so
+        they are read instead.
         """
         files = self._files(form, 0, form.stored_bytes)
         if manifest.origin or len(files) != 1 or files[0].start % mmap.ALLOCATIONGRANULARITY:
@@ -178,7 +178,7 @@ class StorageSource(ChunkSource):
                 start, stop = block * BLOCK_BYTES, min((block + 1) * BLOCK_BYTES, form.stored_bytes)
                 again = Read(chunk, form, start, stop, memoryview(mmap.mmap(-1, stop - start)))
                 await self._mend(again, {block: seen}, urgent=True)
-            return None  # the file is right, but its cached pages are not: it is read past them
+            return None  # the file is intact but its cached pages are not: read past the cache
         self._fetched_bytes += form.stored_bytes
 
         def expect_same(at: int, piece: memoryview) -> None:
@@ -191,7 +191,7 @@ class StorageSource(ChunkSource):
         return View(mapped.memory, partial(mapped.expect_unchanged, expect_same))
 
     def _files(self, form: Form, start: int, stop: int) -> list[FileRange]:
-        """The ranges of local files with these stored bytes; empty if they are not in local files."""
+        """The ranges of local files that hold these stored bytes; empty if they are not in local files."""
         found = []
         for key, offset, length in segments(form.locations, start, stop):
             path = self.store.objects.local_path(key)
@@ -202,15 +202,15 @@ class StorageSource(ChunkSource):
 
     @property
     def buffered_bytes(self) -> int:
-        """The most memory that fetching takes besides the destinations.
+        """The most memory that fetching takes, not counting the destinations.
 
-        It holds ranges that a backend returns as a whole, and the buffers for shards, whose tensors begin at any byte.
+        It counts the ranges that a backend buffers, and the buffers for unaligned reads of local shards.
         """
         objects = self.store.objects
         return objects.buffered_bytes + (BOUNCES_BYTES if objects.has_local_origin else 0)
 
     async def _read(self, reads: Sequence[tuple[Read, Check | None]], *, urgent: bool) -> None:
-        """Fill destinations from local files or from far away, and verify those that have a check."""
+        """Fill destinations from local files or remote objects, and verify those that have a check."""
         far = []
         for read, check in reads:
             if not read.form.locations:
@@ -224,7 +224,7 @@ class StorageSource(ChunkSource):
         await self.store.objects.read_all(far)
 
     async def _mend(self, read: Read, damaged: Mapping[int, str], *, urgent: bool) -> None:
-        """Read damaged blocks again; `damaged` has the digest that each of them had.
+        """Read damaged blocks again; `damaged` maps each to the wrong digest that it had.
 
         Raises:
             IntegrityError: a block stays damaged.
@@ -247,14 +247,14 @@ class StorageSource(ChunkSource):
                 raise IntegrityError(f"{what}; {locate_damage(seen, stored=self.url)}")
 
     async def close(self) -> None:
-        """Close the backend, if this owns it."""
+        """Close the reader and the store, including the backend if it is owned."""
         await in_thread(self._local.close)
         await self.store.close(owned=self._owned)
 
 
 @contextmanager
 def _naming(what: str, where: str) -> Iterator[None]:
-    """Name what a file holds in errors of that file."""
+    """Name the chunk or file in storage errors."""
     try:
         yield
     except ChangedObjectError:
@@ -271,7 +271,7 @@ async def open_storage_source(
     """Return a source for the store in the backend; an `owned` backend is closed with the source.
 
     Raises:
-        NotAStoreError: there is no store in it.
+        NotAStoreError: the backend holds no store.
     """
     source = StorageSource(backend, owned=owned, origin_options=origin_options)
     await source.store.check()

@@ -1,6 +1,6 @@
-"""For those who test what they write for surfw: a suite for storage backends, and a proxy that does what networks do.
+"""Test helpers for code that extends surfw: a suite for storage backends, and a proxy that injects network faults.
 
-It needs pytest. `backends` says how the suite is used, `faults` how the proxy is.
+It needs pytest. See `backends` and `faults` for how to use them.
 """
 
 from surfw.testing.backends import KEY, OBJECTS, BrokenStream, ReadOnlyStorageBackendSuite, StorageBackendSuite

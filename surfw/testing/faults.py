@@ -1,13 +1,13 @@
-"""A TCP proxy that does to bytes what networks do, for those who write clients or servers.
+"""A TCP proxy that injects network faults, for testing clients and servers.
 
     from surfw.testing import Fault, FaultProxy
 
     with FaultProxy("ws://127.0.0.1:8765", [[Fault("cut", at=5_000_000)], []]) as proxy:
-        run_my_client(proxy.url)  # its first connection is cut after so many bytes, its second one is left alone
+        run_my_client(proxy.url)  # the first connection is cut after 5 MB, the second has no faults
 
-It listens on a free port of this machine, and is over, with all of its connections, when the context ends. What happens
-is said before: `Fault.draw` makes the same schedule for the same seed at each run. `hold` stops all bytes, as a cable
-that is pulled, until `release`; `drop` ends all connections.
+It listens on a free local port until the context ends, which also closes all connections. Faults follow a fixed
+schedule: `Fault.draw` returns the same schedule for the same seed. `hold` stops all traffic, like a pulled cable, until
+`release`; `drop` ends all connections.
 """
 
 import contextlib
@@ -32,14 +32,14 @@ _SLOW_BYTES = 1 << 11
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing that happens to the bytes of one direction of a connection.
+    """A fault in one direction of a connection.
 
     Attributes:
         kind: one of `KINDS`.
         direction: `DOWN` to the client, `UP` to the server.
-        at: how many bytes go before, counted from `marker`, or from the connection's first byte if it is empty.
-        marker: a text in the stream, such as the beginning of an announcement; its next occurrence counts.
-        amount: seconds of a delay or throttle; which bit is flipped; bytes that are left out, or come twice.
+        at: the offset of the fault in bytes, from `marker`, or from the start of the connection if `marker` is empty.
+        marker: bytes in the stream, such as the start of an announcement; the next occurrence counts.
+        amount: seconds of a delay or throttle; the bit to flip; or the number of bytes to drop or duplicate.
     """
 
     kind: str
@@ -49,10 +49,10 @@ class Fault:
     amount: float = 0
 
     def __post_init__(self) -> None:
-        """Refuse what is not known.
+        """Validate the fault.
 
         Raises:
-            ValueError: there is no such kind or direction.
+            ValueError: the kind or the direction is unknown.
         """
         if self.kind not in KINDS or self.direction not in {DOWN, UP}:
             known = ", ".join(KINDS)
@@ -60,11 +60,11 @@ class Fault:
 
     @staticmethod
     def draw(seed: int, reach_bytes: int) -> "list[list[Fault]]":
-        """The faults of the first, second, … connection, by chance; there are none after the last of them.
+        """Draw a random schedule: the faults of the first, second, … connection; later ones have none.
 
         Args:
-            seed: the same one gives the same faults.
-            reach_bytes: how far into the stream to the client they may lie.
+            seed: determines the schedule.
+            reach_bytes: an upper limit for `at` in the stream to the client.
         """
         draw = random.Random(seed)  # noqa: S311 - no secrets are made of it
         schedule = [[_draw_fault(draw, reach_bytes) for _ in range(draw.choice([1, 1, 2, 3]))]]
@@ -92,12 +92,12 @@ def _draw_fault(draw: random.Random, reach_bytes: int) -> Fault:
 
 
 class FaultProxy(socketserver.ThreadingTCPServer):
-    """Before the server at `target`, a URL. Use it as a context manager.
+    """A proxy for the server at `target`, a URL. Use it as a context manager.
 
     Attributes:
-        flips: each flip of a bit: all that was sent that way on its connection, as it was before, and the byte's place.
-        passed_bytes: how many bytes were passed on to clients.
-        connections: how many there were so far.
+        flips: for each flipped bit, the original bytes of that direction of its connection, and the byte's offset.
+        passed_bytes: how many bytes were forwarded to clients.
+        connections: how many connections were opened so far.
     """
 
     allow_reuse_address = True
@@ -105,12 +105,12 @@ class FaultProxy(socketserver.ThreadingTCPServer):
     request_queue_size = 64
 
     def __init__(self, target: str, schedule: Sequence[Sequence[Fault]] = (), *, keeps_sent: bool = True) -> None:
-        """Listen; nothing is passed on before the context is entered.
+        """Listen. Nothing is forwarded before the context is entered.
 
         Args:
-            target: the server's address.
-            schedule: the faults of the first, second, … connection; there are none after the last of them.
-            keeps_sent: whether all bytes are kept, for `flips`; leave that out for long runs.
+            target: the server's URL.
+            schedule: the faults of the first, second, … connection; later ones have none.
+            keeps_sent: whether to keep all bytes, for `flips`; disable this for long runs.
         """
         parts = urlsplit(target)
         self.target = (parts.hostname or "", parts.port or 80)
@@ -128,15 +128,15 @@ class FaultProxy(socketserver.ThreadingTCPServer):
 
     @property
     def url(self) -> str:
-        """Its own address, in the place of the server's."""
+        """The proxy's URL, to use instead of the server's."""
         return f"ws://127.0.0.1:{self.server_address[1]}"
 
     def hold(self) -> None:
-        """Pass nothing on, as a cable that is pulled; connections stay open."""
+        """Stop forwarding, like a pulled cable; connections stay open."""
         self.flowing.clear()
 
     def release(self) -> None:
-        """Pass everything on again, also what came meanwhile."""
+        """Resume forwarding, including the bytes that arrived meanwhile."""
         self.flowing.set()
 
     def drop(self) -> None:
@@ -147,13 +147,13 @@ class FaultProxy(socketserver.ThreadingTCPServer):
                     end.shutdown(socket.SHUT_RDWR)
 
     def __enter__(self) -> Self:
-        """Begin to pass bytes on."""
+        """Start forwarding."""
         self._thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End all connections, and listen no more."""
+        """End all connections and stop listening."""
         self.over.set()
         self.flowing.set()
         self.shutdown()
@@ -170,7 +170,7 @@ class _Handler(socketserver.BaseRequestHandler):
     request: socket.socket
 
     def handle(self) -> None:
-        """Pass bytes on between the client and a connection of its own to the server, until either ends."""
+        """Forward bytes between the client and a new connection to the server, until either ends."""
         with self.server.lock:
             self.server.connections += 1
             faults = self.server.schedule.pop(0) if self.server.schedule else []
@@ -228,7 +228,7 @@ class _Pump:
         self.left_out = 0
 
     def run(self) -> None:
-        """Pass on what comes, until it ends."""
+        """Forward bytes until the source ends."""
         with contextlib.suppress(OSError):
             while data := self.source.recv(_READ_BYTES):
                 if self.stuck.is_set():
@@ -236,11 +236,11 @@ class _Pump:
                     return
                 self.proxy.flowing.wait()
                 self.pass_on(data)
-        with contextlib.suppress(OSError):  # also after a reset: who waits at the other end has to know
+        with contextlib.suppress(OSError):  # also after a reset, so that the other end notices
             self.sink.shutdown(socket.SHUT_WR)
 
     def pass_on(self, data: bytes) -> None:
-        """Send the data, with what happens to it."""
+        """Send data, and apply the faults that fall into it."""
         if self.proxy.keeps_sent:
             self.sent += data
         while data:
@@ -253,7 +253,7 @@ class _Pump:
                 data = getattr(self, fault.kind.replace("-", "_"))(data, fault)
 
     def find(self, fault: Fault, data: bytes) -> int | None:
-        """Where in the data the fault comes about, if it does."""
+        """The fault's offset in the data, or None."""
         start = -self.gone
         if fault.marker:
             start = data.find(fault.marker)
@@ -309,7 +309,7 @@ class _Pump:
     def reset(self, data: bytes, fault: Fault) -> bytes:
         del data, fault
         self.sink.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self.sink.shutdown(socket.SHUT_RD)  # or the other direction would read on, and keep it from being closed
+        self.sink.shutdown(socket.SHUT_RD)  # else the other direction would continue to read and keep it open
         self.sink.close()
         self.source.shutdown(socket.SHUT_RDWR)
         return b""

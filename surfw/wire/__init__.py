@@ -1,8 +1,8 @@
 """The protocol `surfw.v1`, sans-I/O: messages, the order they come in, and a session for each side.
 
-Nothing here imports asyncio, sockets, time or a WebSocket library: text and sizes go in, messages and places come out,
-so that two sessions joined in memory are the whole protocol. The invariant: *whatever a peer sends, a session takes it
-or raises `RemoteProtocolError`, never anything else*. A mistake of our own side raises `LocalProtocolError`.
+Nothing here imports asyncio, sockets, time or a WebSocket library: text and sizes go in, messages and positions come
+out, so that two sessions connected in memory are the whole protocol. The invariant: *whatever a peer sends, a session
+accepts it or raises `RemoteProtocolError`, never anything else*. A mistake of our own side raises `LocalProtocolError`.
 """
 
 from surfw.wire.access import EXPIRED, bearer, check_token, is_meant, shown_token

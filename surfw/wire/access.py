@@ -1,7 +1,7 @@
-"""Access to a server: how a token is shown, and the hosts that may be named.
+"""Access to a server: how a token is sent, and which host names are accepted.
 
 A client sends `Authorization: Bearer TOKEN` with its WebSocket handshake, and with `GET /stats` and `/metrics`. Without
-TLS it sends it to this machine only. No error and no `repr` shows a token.
+TLS, the token is sent only to this machine. No error and no `repr` shows a token.
 """
 
 import ipaddress
@@ -29,7 +29,7 @@ def check_token(token: str) -> str:
 
 
 def bearer(token: str) -> dict[str, str]:
-    """The header that carries the token.
+    """Return the header that carries the token.
 
     Raises:
         ConfigurationError: the token is not valid.
@@ -38,19 +38,19 @@ def bearer(token: str) -> dict[str, str]:
 
 
 def shown_token(shown: Sequence[str]) -> str | None:
-    """The token that the values of a request's `Authorization` headers carry, if they do so as they should."""
+    """Return the token in a request's `Authorization` headers; None unless there is one valid header."""
     scheme, _, token = shown[0].partition(" ") if len(shown) == 1 else ("", "", "")
     return token.strip() if scheme.lower() == "bearer" else None
 
 
 EXPIRED = 'Bearer error="invalid_token", error_description="The access token expired"'
-"""The challenge (`WWW-Authenticate`) to a token that was valid once, as RFC 6750 has it."""
+"""The challenge (`WWW-Authenticate`) for an expired token, as defined in RFC 6750."""
 
 
 def is_meant(host: str, names: Collection[str]) -> bool:
     """Whether a `Host` header names this server: by an address, as `localhost`, or by one of its names.
 
-    A server without a token refuses other names, against *DNS rebinding*: a web page whose own name resolves to this
+    A server without a token refuses other names, to prevent *DNS rebinding*: a web page whose own name resolves to this
     machine could otherwise make a browser read from the server.
     """
     name = host.strip().rpartition(":")[0] if _PORT.search(host.strip()) else host.strip()

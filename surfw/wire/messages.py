@@ -1,19 +1,19 @@
-"""The messages of `surfw.v1` as values, each declared once, with its fields and their bounds.
+"""The messages of `surfw.v1`, each declared once as a class, with its fields and their bounds.
 
 `PROTOCOL.md` has the same list.
 
-A message is a JSON object; `type` names it, and the other fields are those of the class below. Binary frames, which
-come after `Data`, have no header of their own but that of WebSocket. Rules:
+A message is a JSON object; `type` names it, and the other fields are those of its class below. Binary frames, which
+follow `Data`, have no header of their own besides WebSocket's. Rules:
 
 - `parse_client_message` and `parse_server_message` return a message or raise `RemoteProtocolError`, whatever the text.
-- Unknown fields are ignored, so that a later surfw may add some; unknown types are refused. A field with a default may
+- Unknown fields are ignored, so that later versions may add some; unknown types are refused. A field with a default may
   be missing.
 - Texts are bounded and encodable; those that people see are printable.
-- Sizes and ids are from 0 to 2^53, which every JSON implementation keeps exactly.
+- Sizes and ids are from 0 to 2^53, which every JSON implementation represents exactly.
 
-A new message is a class here, a member of a union below the classes, and, if it is a request or belongs to an answer,
-an entry in the tables of `sessions.py`. A new field is a line here with a default that is not None, which older peers
-leave out; who sends and who reads it are in `client/wire_source.py` and `server/connection.py`.
+To add a message, add a class here and to a union below the classes and, for a request or a message of an answer, an
+entry to the tables of `sessions.py`. To add a field, add a line here with a default that is not None; older peers omit
+it. Fields are sent and read in `client/wire_source.py` and `server/connection.py`.
 """
 
 import json
@@ -32,18 +32,18 @@ PROTOCOL = "surfw.v1"
 MAX_SIZE = 1 << 53
 MAX_PRIORITY = 1 << 31
 MOST_SCHEDULED = 1024
-"""The most chunks that each list of a schedule names."""
+"""The most chunks in each list of a schedule."""
 _NAME_LENGTH = 256
 _ID_LENGTH = 64
 _TEXT_LENGTH = 4096
 
 _SHORT = reprlib.Repr()
-"""Values as text for a close reason, which has little room."""
+"""Shortens values for a close reason, which must be short."""
 _SHORT.maxlevel = 1
 _SHORT.maxstring = 40
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
-"""JSON can carry lone surrogates, but UTF-8 cannot."""
+"""JSON can contain lone surrogates, but UTF-8 cannot."""
 
 _FINAL_BINARY = 0x82
 """The first byte of an unfragmented binary frame: RFC 6455, section 5.2."""
@@ -63,7 +63,7 @@ def _integer(low: int, high: int) -> Callable[[object], int]:
 
 
 def _text(longest: int, *, shown: bool = False) -> Callable[[object], str]:
-    """Texts that are `shown` to people must not control their terminals."""
+    """Return a check for texts; those `shown` to people must not contain terminal control characters."""
 
     def check(value: object) -> str:
         if not isinstance(value, str) or len(value) > longest or _SURROGATE.search(value):
@@ -97,18 +97,18 @@ Size = Annotated[int, _integer(0, MAX_SIZE)]
 """Bytes, an offset, a count or an id."""
 Priority = Annotated[int, _integer(-MAX_PRIORITY, MAX_PRIORITY)]
 Name = Annotated[str, _text(_NAME_LENGTH)]
-"""A text to look something up by."""
+"""A lookup key."""
 ShownName = Annotated[str, _text(_NAME_LENGTH, shown=True)]
 ShownText = Annotated[str, _text(_TEXT_LENGTH, shown=True)]
 Names = Annotated[tuple[str, ...], _names]
 Chunks = Annotated[tuple[str, ...], _chunks]
-"""Identities of chunks."""
+"""Chunk ids."""
 Flag = Annotated[bool, _flag]
 
 
 @dataclass(frozen=True, slots=True)
 class ClientHello:
-    """The client's first message: its name and version, its window, and whether it takes `progress`."""
+    """The client's first message: its name and version, its window, and whether it accepts `progress`."""
 
     type: ClassVar[str] = "hello"
     client: ShownName
@@ -118,7 +118,7 @@ class ClientHello:
 
 @dataclass(frozen=True, slots=True)
 class ListModels:
-    """Asks for the names of the models."""
+    """Requests the names of the models."""
 
     type: ClassVar[str] = "models"
     id: Size
@@ -126,7 +126,7 @@ class ListModels:
 
 @dataclass(frozen=True, slots=True)
 class GetManifest:
-    """Asks for a model's manifest, without locations."""
+    """Requests a model's manifest, without locations."""
 
     type: ClassVar[str] = "manifest"
     id: Size
@@ -135,7 +135,7 @@ class GetManifest:
 
 @dataclass(frozen=True, slots=True)
 class GetFile:
-    """Asks for a tokenizer file that the model's manifest lists."""
+    """Requests a tokenizer file that the model's manifest lists."""
 
     type: ClassVar[str] = "file"
     id: Size
@@ -145,7 +145,7 @@ class GetFile:
 
 @dataclass(frozen=True, slots=True)
 class GetDigests:
-    """Asks for the digests of a chunk that has none in its manifest; the server reads all of it first."""
+    """Requests the digests of a chunk whose manifest has none; the server reads the whole chunk first."""
 
     type: ClassVar[str] = "digests"
     id: Size
@@ -155,9 +155,9 @@ class GetDigests:
 
 @dataclass(frozen=True, slots=True)
 class Get:
-    """Asks for bytes `start` to `stop` of a form of a chunk, named by its identity. Lower priorities are sent first.
+    """Requests bytes `start` to `stop` of a form of a chunk, given by its id. Lower priorities are sent first.
 
-    `fresh` has them read from the storage again, after they arrived damaged from the server's cache.
+    `fresh` bypasses the server's cache, after bytes from it arrived damaged.
     """
 
     type: ClassVar[str] = "get"
@@ -173,7 +173,7 @@ class Get:
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
-    """Cancels a request. The server answers with `error`, unless its answer was already complete."""
+    """Cancels a request. The server answers with `error`, unless the answer was already complete."""
 
     type: ClassVar[str] = "cancel"
     id: Size
@@ -181,9 +181,9 @@ class Cancel:
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """Announces which chunks of a model are used again and again, in which order, and which of them the client keeps.
+    """Announces the cycle in which a client uses the chunks of a model, and which of them it keeps in memory.
 
-    It takes the place of what was announced of this model before, has no answer, and binds nobody.
+    It replaces the client's previous schedule for the model, has no answer, and is only a hint.
     """
 
     type: ClassVar[str] = "schedule"
@@ -194,7 +194,7 @@ class Schedule:
 
 @dataclass(frozen=True, slots=True)
 class Credit:
-    """The client has taken in `bytes`, and the server may announce as many more."""
+    """The client has received `bytes`, and the server may announce that many more."""
 
     type: ClassVar[str] = "credit"
     bytes: Size
@@ -202,7 +202,7 @@ class Credit:
 
 @dataclass(frozen=True, slots=True)
 class ServerHello:
-    """The server's first message: its name and version, the limits for both sides, and whether it takes `schedule`."""
+    """The server's first message: its name and version, the limits of both sides, whether it accepts `schedule`."""
 
     type: ClassVar[str] = "hello"
     protocol: Name
@@ -224,7 +224,7 @@ class Models:
 
 @dataclass(frozen=True, slots=True)
 class Begin:
-    """Begins the answer to `manifest`, `file` and `digests`: its size and BLAKE3."""
+    """Begins the answer to `manifest`, `file` and `digests`, with its size and BLAKE3."""
 
     type: ClassVar[str] = "begin"
     id: Size
@@ -244,7 +244,7 @@ class Data:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """An open request waits for the storage, which has read `bytes` for it so far. The count only rises."""
+    """An open request is waiting for the storage, which has read `bytes` for it so far. The count only rises."""
 
     type: ClassVar[str] = "progress"
     id: Size
@@ -253,7 +253,7 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """Ends a request without the rest of its answer. `code` is for programs, `message` for people."""
+    """Ends a request before its answer is complete. `code` is for programs, `message` for people."""
 
     type: ClassVar[str] = "error"
     id: Size
@@ -264,16 +264,16 @@ class Failed:
 Request = ListModels | GetManifest | GetFile | GetDigests | Get
 ClientMessage = ClientHello | Request | Cancel | Credit | Schedule
 AnswerMessage = Models | Begin | Data | Progress | Failed
-"""What a server says about one request."""
+"""The server's messages that belong to a request."""
 ServerMessage = ServerHello | AnswerMessage
 
 
 _FieldCheck = tuple[str, object, Callable[[object], object]]
-"""A field: its name, the value that stands for a missing one, and its check."""
+"""A field: its name, the value used if it is missing, and its check."""
 
 
 def _declared(messages: Any) -> dict[str, tuple[type, list[_FieldCheck]]]:
-    """The classes of a union by their `type`, with their fields."""
+    """Return the classes of a union by `type`, with their fields."""
     return {
         kind.type: (kind, [(one.name, _default(one), get_args(one.type)[1]) for one in fields(kind)])
         for kind in get_args(messages)
@@ -290,35 +290,35 @@ _TYPE = _text(32)
 
 
 def encode(message: ClientMessage | ServerMessage) -> str:
-    """The message as JSON text. False fields are left out, so that older peers' messages and ours are the same."""
+    """Return the message as JSON text. False fields are omitted, so that messages are the same as older peers'."""
     values = {name: value for name in message.__slots__ if (value := getattr(message, name)) is not False}
     return json.dumps({"type": message.type} | values, separators=(",", ":"))
 
 
 def parse_client_message(text: str) -> ClientMessage:
-    """A message that a client may send.
+    """Parse a message from a client.
 
     Raises:
-        RemoteProtocolError: the text is not one.
+        RemoteProtocolError: the text is not a client's message.
     """
     message: ClientMessage = _parse(text, _FROM_CLIENT)
     return message
 
 
 def parse_server_message(text: str) -> ServerMessage:
-    """A message that a server may send.
+    """Parse a message from a server.
 
     Raises:
-        RemoteProtocolError: the text is not one.
+        RemoteProtocolError: the text is not a server's message.
     """
     message: ServerMessage = _parse(text, _FROM_SERVER)
     return message
 
 
 def binary_header(length: int) -> bytes:
-    """The header of an unmasked binary frame with `length` bytes of payload.
+    """Return the header of an unmasked binary frame with `length` bytes of payload.
 
-    A server writes it, and then the cached bytes themselves, without copying them into a frame.
+    A server writes it before the cached bytes, to avoid copying them into a frame.
     """
     if length < 126:
         return struct.pack("!BB", _FINAL_BINARY, length)

@@ -9,14 +9,14 @@ from surfw.wire.reports import ServerStats
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """What happened in an interval, per second unless the name says otherwise.
+    """Activity in an interval, per second unless the name says otherwise.
 
     Attributes:
-        seconds: how long the interval was.
-        sent_bytes: bytes of models that were sent.
-        read_bytes: bytes that were read from the storage; None of an older server, which does not report them.
-        requests: requests that were received.
-        hit_rate: the cache's in the interval; None if nothing was asked of it.
+        seconds: the length of the interval.
+        sent_bytes: bytes of models sent.
+        read_bytes: bytes read from the storage; None if the server is too old to report them.
+        requests: requests received.
+        hit_rate: the cache's hit rate in the interval; None if the cache was not used.
         sent_to: bytes sent to each connection that both reports list, by its number.
     """
 
@@ -29,7 +29,7 @@ class Rates:
 
 
 def rates_between(before: ServerStats, after: ServerStats) -> Rates | None:
-    """What a server did between two of its reports, by its own clock; None if it was started again in between."""
+    """Return a server's activity between two reports, by its own clock; None if it was restarted in between."""
     seconds = after["server"]["uptime_seconds"] - before["server"]["uptime_seconds"]
     sent = after["bytes_sent"] - before["bytes_sent"]
     requests = after["requests"]["total"] - before["requests"]["total"]

@@ -1,6 +1,6 @@
-"""What a server reports over plain HTTP: the shapes of `/stats` and of its health.
+"""What a server reports over plain HTTP: the structure of `/stats` and of its health.
 
-A client does not trust the report: `parse_stats` accepts these shapes and nothing else.
+A client does not trust the report: `parse_stats` accepts only this structure.
 """
 
 import json
@@ -52,17 +52,17 @@ class StorageState(TypedDict):
 
 
 class ResourceStats(TypedDict):
-    """What the server's process uses; the CPU since the last report."""
+    """The resources used by the server's process; CPU since the last report."""
 
     rss_bytes: int
     cpu_percent: float
 
 
 class RedisState(TypedDict):
-    """The URL of the Redis tier, without credentials, whether it answered last time, and what it was used for.
+    """The URL of the Redis tier, without credentials, whether it answered last time, and its counters.
 
-    `hits` and `misses` count segments, `poisoned` those that had wrong bytes. `bypassed` says why the tier is not used
-    at the moment, and `bypassed_seconds` since when; both are there only while it is not.
+    `hits` and `misses` count segments, `poisoned` those with wrong bytes. `bypassed` is the reason why the tier is not
+    used at the moment, `bypassed_seconds` for how long; both are present only while it is bypassed.
     """
 
     url: str
@@ -77,9 +77,9 @@ class RedisState(TypedDict):
 
 
 class SendingState(TypedDict):
-    """The most that is sent per second, to all clients and to each, where that is limited.
+    """The rate limits in bytes per second, for all clients and for each, if there are any.
 
-    `slow_clients` counts those that were closed since they took nothing of what they had asked for.
+    `slow_clients` counts clients that were closed because they took none of the data they requested.
     """
 
     slow_clients: int
@@ -90,8 +90,8 @@ class SendingState(TypedDict):
 class ClientFacts(TypedDict):
     """An open connection.
 
-    `number` tells the connections of one start apart. `name` is what the client calls itself, and "" before its hello;
-    `model` is the one that it read last, and "" before the first.
+    `number` identifies a connection between two starts of the server. `name` is the name in the client's hello, and ""
+    before it; `model` is the model that it read last, and "" before the first.
     """
 
     number: int
@@ -107,9 +107,9 @@ class ServerEvent(TypedDict):
     """Something that happened, when (in seconds since 1970), and of which kind.
 
     Kinds are `joined`, `left`, `closed` (for breaking the protocol, or for being too slow), `refused`, `failed` (a
-    request, because of the storage), `storage` (slow, away or back), `redis` (away or there, slow, full, or with wrong
-    bytes), `models` (came or went), `cache`, `access` (tokens or certificates were read again), `reload` (what was
-    looked at again, or could not be) and `stopping`. Later versions may have more.
+    request, because of the storage), `storage` (slow, unreachable, or reachable again), `redis` (unreachable or
+    reachable, slow, full, or with wrong bytes), `models` (added or removed), `cache`, `access` (tokens or certificates
+    were reread), `reload` (what was reloaded, or could not be) and `stopping`. Later versions may have more.
     """
 
     time: float
@@ -118,10 +118,10 @@ class ServerEvent(TypedDict):
 
 
 class ModelHeat(TypedDict):
-    """What of a model is in the cache: for each of its first 256 `chunks`, in their order.
+    """How much of a model is cached: values for each of its first 256 `chunks`, in order.
 
-    `resident` is the part of a chunk that is cached, `hits` how often its pages were hit since the start, or since
-    there were too many to count.
+    `resident` is the cached share of a chunk; `hits` counts hits of its pages since the start, or since the counters
+    were cleared because there were too many.
     """
 
     model: str
@@ -131,9 +131,9 @@ class ModelHeat(TypedDict):
 
 
 class CacheShortage(TypedDict):
-    """A cache that is smaller than one pass over a model that was read, and a size that would help.
+    """A cache that is smaller than one pass over a model that was read, and a size that would suffice.
 
-    Every pass evicts what the next one wants first.
+    Every pass evicts what the next one reads first.
     """
 
     model: str
@@ -142,11 +142,11 @@ class CacheShortage(TypedDict):
 
 
 class ServerStats(TypedDict):
-    """A server's counters since its start, and how it is now.
+    """A server's counters since its start, and its current state.
 
-    `connections` are the busiest `MOST_CONNECTIONS`, `events` the latest, the oldest of them first, `heat` of the
-    models that were read last. Older servers have none of them, nor `bytes_read` (from the storage) and
-    `sending`. Only a server whose cache is too small has `cache_shortage`, and only one with a Redis tier `redis`.
+    `connections` are the busiest `MOST_CONNECTIONS`, `events` the latest in chronological order, and `heat` covers the
+    most recently read models. Older servers report none of these, nor `bytes_read` (from the storage) and `sending`.
+    `cache_shortage` is present only if the cache is too small, and `redis` only with a Redis tier.
     """
 
     server: ServerFacts
@@ -167,9 +167,9 @@ class ServerStats(TypedDict):
 
 
 class ServerHealth(TypedDict):
-    """Whether a server listens (`live`), and whether its storage answers too (`ready`), and its models.
+    """Whether a server listens (`live`), whether its storage answers too (`ready`), and its models.
 
-    `redis` is `"bypassed"`, and only there, while a server with a Redis does without it.
+    `redis` is present only while a server bypasses its Redis, as `"bypassed"`.
     """
 
     live: bool
@@ -180,7 +180,7 @@ class ServerHealth(TypedDict):
 
 
 def find_shortage(stats: ServerStats, pass_bytes: int) -> CacheShortage | None:
-    """How a server's cache falls short for a client that reads so many bytes in each pass; None if it does not."""
+    """Return a server's cache shortage if a pass of `pass_bytes` exceeds its cache, else None."""
     shortage = stats.get("cache_shortage")
     return shortage if pass_bytes > stats["cache"]["capacity_bytes"] else None
 
@@ -189,7 +189,7 @@ def parse_stats(data: bytes) -> ServerStats:
     """Parse the JSON of `/stats`.
 
     Raises:
-        RemoteProtocolError: it does not have the shape of a surfw server's statistics.
+        RemoteProtocolError: it is not the statistics of a surfw server.
     """
     try:
         document = json.loads(data)
@@ -202,9 +202,9 @@ def parse_stats(data: bytes) -> ServerStats:
 
 
 def _has_shape(value: Any, shape: Any) -> bool:
-    """Whether a value has a type: a `TypedDict` (more keys are fine), a list, a dictionary or a plain one.
+    """Whether a value has a type: a `TypedDict` (extra keys are allowed), a list, a dictionary or a plain type.
 
-    Texts, names and numbers are bounded too.
+    Sizes of texts, dictionaries and numbers are bounded too.
     """
     if is_typeddict(shape):
         hints = get_type_hints(shape)
@@ -223,4 +223,4 @@ def _has_shape(value: Any, shape: Any) -> bool:
         return isinstance(value, bool) and shape is bool
     if shape is str:
         return isinstance(value, str) and len(value) <= _LONGEST_TEXT
-    return isinstance(value, int | float if shape is float else shape) and abs(value) <= MAX_SIZE  # which NaN is not
+    return isinstance(value, int | float if shape is float else shape) and abs(value) <= MAX_SIZE  # False for NaN

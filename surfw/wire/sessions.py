@@ -1,9 +1,9 @@
-"""The two sides of a session, sans-I/O: text and sizes go in, messages and places come out.
+"""The two sides of a session, sans-I/O: text and sizes go in, messages and positions come out.
 
-The first message of each side is its hello, which comes only once. Both sides run on two tables: `ANSWER_STARTS` has
-the first state of the answer to each request, `ANSWERS` the messages that may come in a state, and the state after
-each; any other message breaks the protocol. `cancel`, `credit` and `schedule`, which belong to no answer, are not in
-them. The sessions add everything that is counted: ids, open requests, frames, and the window. A session that has raised
+The first message of each side is its hello, which comes only once. Both sides use two tables: `ANSWER_STARTS` maps
+each request to the first state of its answer; `ANSWERS` maps each state to the messages allowed in it and the state
+after each. Any other message breaks the protocol. `cancel`, `credit` and `schedule` belong to no answer and are not in
+the tables. The sessions check what is counted: ids, open requests, frames, and the window. A session that has raised
 `RemoteProtocolError` is over.
 """
 
@@ -43,7 +43,7 @@ _SHOWN = 40
 
 
 class AnswerState(Enum):
-    """How far the answer to a request has come: on the server by what was sent, on the client by what was received."""
+    """The state of an answer: on the server by what was sent, on the client by what was received."""
 
     NAMES = auto()
     """`models` is the whole answer."""
@@ -64,7 +64,7 @@ ANSWER_STARTS: dict[type, AnswerState] = {
     GetDigests: _DOCUMENT,
     Get: _BYTES,
 }
-# A cancelled request has no state of its own: runs, and the end of its answer, may have crossed the cancel.
+# A cancelled request has no state of its own: runs and the end of its answer may already be in flight.
 ANSWERS: dict[AnswerState, dict[type, AnswerState]] = {
     _NAMES: {Models: _DONE, Progress: _NAMES, Failed: _DONE},
     _DOCUMENT: {Begin: _BYTES, Progress: _DOCUMENT, Failed: _DONE},
@@ -76,14 +76,14 @@ ANSWERS: dict[AnswerState, dict[type, AnswerState]] = {
 
 @dataclass(slots=True)
 class Exchange:
-    """A request and how far its answer has come.
+    """A request and the state of its answer.
 
     Attributes:
-        request: what was asked for.
-        state: what may come next; see `ANSWERS`.
-        at: the next byte of the answer to announce.
-        stop: the end of the answer, which is known in the state `BYTES`.
-        read_bytes: the count of the last `progress`.
+        request: the request.
+        state: decides which message may come next; see `ANSWERS`.
+        at: the offset of the next byte to announce.
+        stop: the end of the answer, known in the state `BYTES`.
+        read_bytes: the count in the last `progress`.
     """
 
     request: Request
@@ -94,12 +94,12 @@ class Exchange:
 
     @classmethod
     def to(cls, request: Request) -> Self:
-        """The exchange that begins with a request."""
+        """Return the exchange that a request begins."""
         state = ANSWER_STARTS[type(request)]
         return cls(request, state, request.start, request.stop) if isinstance(request, Get) else cls(request, state)
 
     def take(self, message: AnswerMessage) -> bool:
-        """Advance by one message of the answer; False, without any change, if it may not come now."""
+        """Advance by one message of the answer; return False, without any change, if it may not come now."""
         after = ANSWERS[self.state].get(type(message))
         if after is None:
             return False
@@ -120,13 +120,13 @@ class Exchange:
         return True
 
     def _continues(self, run: Data) -> bool:
-        """Whether the run starts where the last one ended. It has bytes, unless the answer has none at all."""
+        """Whether the run starts where the last one ended. A run is empty only if the whole answer is."""
         return run.start == self.at and (run.start < run.stop <= self.stop or run.start == run.stop == self.stop)
 
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """Bytes `start` to `stop` of the answer to `id` were taken in; `last` if that completes it."""
+    """Bytes `start` to `stop` of the answer to `id` were received; `last` if they complete it."""
 
     id: int
     start: int
@@ -135,10 +135,10 @@ class Arrival:
 
 
 class _Session:
-    """What both sides keep: whether the peer said hello, and the exchanges that are not complete."""
+    """What both sides track: whether the peer has sent its hello, and the open exchanges."""
 
     _no_hello: ClassVar[tuple[str, int]]
-    """The complaint about a peer that does not begin with its hello, and the close code."""
+    """The error text and close code for a peer that does not begin with its hello."""
 
     def __init__(self, limits: WireLimits) -> None:
         self.limits = limits
@@ -146,7 +146,7 @@ class _Session:
         self._exchanges: dict[int, Exchange] = {}
 
     def is_open(self, request_id: int) -> bool:
-        """Whether the answer to a request is not complete yet."""
+        """Whether the answer to a request is still incomplete."""
         return request_id in self._exchanges
 
     def _check_length(self, text: str) -> None:
@@ -160,7 +160,7 @@ class _Session:
         self._greeted = True
 
     def _advance(self, message: AnswerMessage, wrong: type[LocalProtocolError | RemoteProtocolError]) -> Exchange:
-        """Advance the exchange that a message of an answer belongs to; raise `wrong` if it may not come now."""
+        """Advance the exchange that a message belongs to; raise `wrong` if the message may not come now."""
         exchange = self._exchanges.get(message.id)
         if exchange is None:
             raise wrong(f"{message.type} for id {message.id}, which is not open")
@@ -170,19 +170,19 @@ class _Session:
 
 
 class ClientSession(_Session):
-    """The client's side: takes the server's messages in, and encodes the client's.
+    """The client's side: parses the server's messages and encodes the client's.
 
     Attributes:
-        requests: how many requests may be open at a time, by both sides' limits; 0 before the server's hello.
-        offered: the protocol that the server's hello names, even if it is not ours; "" before.
-        takes_schedules: whether the server takes `schedule`.
+        requests: the maximum number of open requests, by both sides' limits; 0 before the server's hello.
+        offered: the protocol named in the server's hello, even if it is not ours; "" before.
+        takes_schedules: whether the server accepts `schedule`.
         next_id: the id for the next request.
     """
 
     _no_hello = (f"the first message of a server is hello for {PROTOCOL}", 1002)
 
     def __init__(self, limits: WireLimits, *, client: str) -> None:
-        """Begin a session; `client` is the name and version for the hello."""
+        """Begin a session; `client` is the name and version sent in the hello."""
         super().__init__(limits)
         self.requests = 0
         self.offered = ""
@@ -192,15 +192,15 @@ class ClientSession(_Session):
         self._frame_bytes = 0
         self._window_bytes = 0
         self._uncredited_bytes = 0
-        self._run: Data | None = None  # whose binary frames follow, and nothing else before they are complete
+        self._run: Data | None = None  # the announced run; only its binary frames may come until it is complete
         self._run_at = 0
 
     def hello(self) -> str:
-        """The answer to the server's hello."""
+        """Return the reply to the server's hello."""
         return encode(ClientHello(self._client, self.limits.window_bytes, progress=True))
 
     def receive(self, text: str) -> ServerMessage:
-        """Take one text message from the server.
+        """Parse and apply one text message from the server.
 
         Raises:
             RemoteProtocolError: the message is malformed, or may not come now.
@@ -252,7 +252,7 @@ class ClientSession(_Session):
             self._end_run(run)
 
     def _end_run(self, run: Data) -> bool:
-        """The run is complete; return whether its answer is."""
+        """Complete the run; return whether that completes its answer."""
         self._run = None
         done = self._exchanges[run.id].state is AnswerState.DONE
         if done:
@@ -260,7 +260,7 @@ class ClientSession(_Session):
         return done
 
     def place(self, size: int) -> tuple[int, int]:
-        """Where a binary frame of `size` bytes belongs: the id of its request, and the offset in its answer.
+        """Return where a binary frame of `size` bytes belongs: the id of its request, and the offset in its answer.
 
         Raises:
             RemoteProtocolError: no such frame may come now.
@@ -275,7 +275,7 @@ class ClientSession(_Session):
         return self._run.id, self._run_at
 
     def receive_binary(self, size: int) -> Arrival:
-        """Take a binary frame of `size` bytes.
+        """Account for a binary frame of `size` bytes.
 
         Raises:
             RemoteProtocolError: no such frame may come now.
@@ -287,7 +287,7 @@ class ClientSession(_Session):
         return Arrival(request_id, start, stop, last)
 
     def credit(self) -> str | None:
-        """The credit to send now, if it is due: half the window was taken in since the last one."""
+        """Return the credit to send now, if half the window was received since the last one."""
         if 2 * self._uncredited_bytes < self._window_bytes:
             return None
         message, self._uncredited_bytes = Credit(self._uncredited_bytes), 0
@@ -318,19 +318,19 @@ class ClientSession(_Session):
 
 
 class ServerSession(_Session):
-    """The server's side: takes the client's messages in, and encodes the server's.
+    """The server's side: parses the client's messages and encodes the server's.
 
     Attributes:
-        credit_bytes: how much may be announced before the client credits more; 0 before its hello.
-        credited_bytes: how much it has credited so far.
-        takes_progress: whether the client takes `progress`.
-        client: what the client calls itself; "" before its hello.
+        credit_bytes: how many bytes may be announced before the client sends more credit; 0 before its hello.
+        credited_bytes: how many bytes the client has credited so far.
+        takes_progress: whether the client accepts `progress`.
+        client: the name in the client's hello; "" before.
     """
 
     _no_hello = ("the first message of a client is hello", 1008)
 
     def __init__(self, limits: WireLimits, *, server: str, takes_schedules: bool = False) -> None:
-        """Begin a session; the hello has name and version of the server, and whether it makes use of schedules."""
+        """Begin a session; `server` (name and version) and `takes_schedules` are sent in the hello."""
         super().__init__(limits)
         self.credit_bytes = self.credited_bytes = 0
         self.takes_progress = False
@@ -341,7 +341,7 @@ class ServerSession(_Session):
         self._last_id = -1
 
     def hello(self) -> str:
-        """The first message to send."""
+        """Return the first message to send."""
         limits = self.limits
         return encode(
             ServerHello(
@@ -355,7 +355,7 @@ class ServerSession(_Session):
         )
 
     def receive(self, message: str | bytes) -> Request | Cancel | Credit | Schedule | None:
-        """Take one message from the client, and return it if the application has to act on it.
+        """Parse and apply one message from the client; return it if the application has to act on it.
 
         Raises:
             RemoteProtocolError: the message is malformed, or may not come now.

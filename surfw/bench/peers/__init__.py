@@ -1,8 +1,8 @@
-"""What surfw is compared with: one file for each, which runs in a process of its own.
+"""The peers that surfw is compared with, one module each; every peer runs in its own process.
 
-Every file but `runai`, `generation`, `download` and `gguf_file` has a function `run` that takes the `Comparison`, or a
-`Work` of its own, and measures; `__main__` calls it. None of them imports what it measures before that, so that a peer
-that is not installed can be named. `streaming` is surfw itself, and `reads` measures the disk.
+Every module but `runai`, `generation`, `download` and `gguf_file` has a function `run` that takes the `Comparison`, or
+the module's own `Work`, and measures; `__main__` calls it. Each imports the library that it measures only in `run`, so
+that a missing one can be reported. `streaming` is surfw itself, and `reads` measures the disk.
 """
 
 from collections.abc import Mapping
@@ -17,14 +17,14 @@ class Peer(NamedTuple):
     """Another way to run a model.
 
     Attributes:
-        module: its file in this package.
-        package: what has to be installed for it, as Python imports it; None for what comes with surfw.
-        installation: how to install that.
-        needs: what the `Comparison` must name for it; None for nothing.
-        advice: how to make that.
-        gguf_kind: how llama.cpp's file for it is made of the checkpoint, where none is named; see `gguf_file`.
-        options: what surfw's model is opened with for it.
-        is_usual: whether it runs where no names are given.
+        module: its module in this package.
+        package: import name of the package that it requires; None if surfw requires that package anyway.
+        installation: how to install the package.
+        needs: the field of `Comparison` that it requires; None if there is none.
+        advice: how to provide that field.
+        gguf_kind: the kind of GGUF file that is made of the checkpoint, if none is given; see `gguf_file`.
+        options: values that replace fields of the `Comparison`.
+        is_usual: whether it runs by default.
     """
 
     module: str
@@ -37,11 +37,11 @@ class Peer(NamedTuple):
     is_usual: bool = True
 
     def installed(self) -> str | None:
-        """Return how to install it if that has to be done first."""
+        """Return how to install the package, or None if it is installed."""
         return self.installation if self.package is not None and find_spec(self.package) is None else None
 
     def missing(self, comparison: "Comparison") -> str | None:
-        """Return what it needs and was not given, or None if it has everything."""
+        """Return what is missing and how to provide it, or None if nothing is."""
         from surfw.bench.peers.gguf_file import check_gguf
 
         if self.needs is None or (self.is_usual and getattr(comparison, self.needs) is not None):
@@ -64,7 +64,7 @@ LLAMA_CRASH = (
     "-DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_AVX512=ON -DGGML_AVX512_VNNI=ON -DGGML_AVX512_BF16=ON' "
     "pip install --no-binary :all: llama-cpp-python"
 )
-"""What is said where llama.cpp was ended by a signal."""
+"""The note for a llama.cpp process that was killed by a signal."""
 
 PEERS: Mapping[str, Peer] = {
     "resident": Peer("resident"),
@@ -87,4 +87,4 @@ PEERS: Mapping[str, Peer] = {
     "lru": STREAMING._replace(options={"policy": "lru"}, is_usual=True),
     **{codec: STREAMING._replace(options={"codec": codec}) for codec in ("none", "lossless", "int8", "int4")},
 }
-"""What surfw is compared with, in the order in which they run."""
+"""The peers by name, in the order in which they run."""

@@ -1,8 +1,8 @@
-"""`python -m surfw.bench.peers MODULE COMPARISON`: run one file of this package in this process.
+"""`python -m surfw.bench.peers MODULE COMPARISON`: run one module of this package in this process.
 
-COMPARISON is a JSON object: a `Comparison`, or the file's own `Work`. The last line on stdout is one, too: what was
-measured, or `failed` with the reason. All other output goes to stderr. The process ends when its stdin does: then
-nobody waits for it any longer.
+COMPARISON is a JSON object: a `Comparison`, or the module's own `Work`. The last line on stdout is also a JSON object:
+the measurements, or `failed` with the reason. All other output goes to stderr. The process exits when its stdin closes,
+because then its parent is gone.
 """
 
 import json
@@ -17,7 +17,7 @@ from surfw.bench.comparison import Comparison
 
 
 def main() -> None:
-    """Run it."""
+    """Run the module and print its result."""
     stdin = os.dup(0)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     threading.Thread(target=_end_with, args=(stdin,), daemon=True).start()

@@ -1,4 +1,4 @@
-"""transformers with accelerate's disk offload: the layers on the disk, everything else in memory."""
+"""transformers with accelerate's disk offload: layers on disk, everything else in memory."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from surfw.bench.comparison import Comparison, Measurement
 
 
 def run(work: Comparison) -> Measurement:
-    """Measure it."""
+    """Measure a generation."""
     import torch
     from transformers import AutoConfig
 

@@ -1,15 +1,15 @@
-"""AirLLM, which splits a copy of the checkpoint by layer, and reads each layer at every token."""
+"""AirLLM, which splits a copy of the checkpoint by layer and reads each layer for every token."""
 
 from dataclasses import replace
 
 from surfw.bench.comparison import Comparison, Measurement
 
 MOST_TOKENS = 4
-"""It is slow, and as slow at every token: more of them would only take longer."""
+"""Every token is equally slow, so more of them would only take longer."""
 
 
 def run(work: Comparison) -> Measurement:
-    """Measure it, over a few tokens."""
+    """Measure a generation of a few tokens."""
     import torch
     from airllm import AutoModel
     from transformers import AutoConfig

@@ -1,7 +1,7 @@
-"""`python -m surfw.bench.peers.download PLACE IDS`: fetch a checkpoint's files, load them, and print a token's id.
+"""`python -m surfw.bench.peers.download PLACE IDS`: fetch a checkpoint's files, load them, and print one token's id.
 
-What people do with transformers alone. From a URL the files go into a folder that is removed afterwards, several at a
-time; those of a folder are loaded where they are.
+This is how transformers alone is used. If PLACE is a URL, the files are downloaded into a temporary folder, several at
+a time; a local folder is loaded in place.
 """
 
 import sys
@@ -12,7 +12,7 @@ import fsspec
 
 
 def main() -> None:
-    """Do it."""
+    """Fetch, load, and print the token's id."""
     place, ids = sys.argv[1:]
     with tempfile.TemporaryDirectory(prefix="surfw-bench-") as scratch:
         folder = _fetch(place, scratch) if "://" in place else place

@@ -1,4 +1,4 @@
-"""The measured generation of all that generate with transformers' `generate()`."""
+"""Measures a generation, for all peers that have transformers' `generate()`."""
 
 import time
 from collections.abc import Callable
@@ -18,9 +18,9 @@ def measure_generation(
     """Generate one token to warm up, then measure.
 
     Args:
-        generate: `generate()` of the model.
+        generate: the model's `generate()`.
         work: what to generate.
-        fetched_bytes: a counter of the weights fetched so far, if there is one.
+        fetched_bytes: returns the bytes of weights fetched so far, if they are counted.
     """
     prompt = torch.tensor([work.prompt_ids])
     for count in (1, work.new_tokens):
@@ -49,5 +49,5 @@ def measure_generation(
 
 
 def model_class(config: Any) -> Any:
-    """The class of transformers that a checkpoint names, which is the one surfw builds."""
+    """The transformers class that a checkpoint names, which is also the one surfw builds."""
     return getattr(transformers, (config.architectures or [""])[0], transformers.AutoModelForCausalLM)

@@ -1,4 +1,4 @@
-"""A LLaMA or Qwen3-MoE checkpoint as a GGUF file for llama.cpp, a tensor at a time. Only token ids go in and out."""
+"""Converts a LLaMA or Qwen3-MoE checkpoint to GGUF for llama.cpp, one tensor at a time, without a real vocabulary."""
 
 import json
 import re
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     import torch
 
 KINDS = ("bf16", "q8_0", "q4_0")
-"""How matrices are stored; everything else is float32."""
+"""How matrices can be stored; all other tensors are float32."""
 
 _ARCHITECTURES = {"llama": "llama", "qwen3_moe": "qwen3moe"}
-"""What llama.cpp calls these types of models."""
+"""llama.cpp's names for these model types."""
 _EXPERT = re.compile(r"(model\.layers\.\d+\.mlp)\.experts\.(\d+)\.(gate|up|down)_proj\.weight")
 _LAYER = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
@@ -51,13 +51,13 @@ def check_gguf(model_dir: str) -> str | None:
 
 
 def write_gguf(model_dir: Path, path: Path, kind: str = "bf16", *, head: str | None = None) -> Path:
-    """Write it.
+    """Convert a checkpoint to a GGUF file.
 
     Args:
-        model_dir: a checkpoint that `check_gguf` takes.
-        path: of the file.
-        kind: of `KINDS`, for all matrices.
-        head: of `KINDS`, for the matrix that makes logits; None for `kind`.
+        model_dir: a checkpoint that `check_gguf` accepts.
+        path: the file to write.
+        kind: one of `KINDS`, for all matrices.
+        head: one of `KINDS`, for the matrix that makes the logits; None for `kind`.
 
     Raises:
         UnsupportedModelError: the checkpoint cannot be converted here.
@@ -68,7 +68,7 @@ def write_gguf(model_dir: Path, path: Path, kind: str = "bf16", *, head: str | N
 
     config = _read_config(model_dir)
     architecture = _ARCHITECTURES[config["model_type"]]
-    writer = gguf.GGUFWriter(path, architecture, use_temp_file=True)  # or else it would hold all tensors in memory
+    writer = gguf.GGUFWriter(path, architecture, use_temp_file=True)  # otherwise it holds all tensors in memory
     _add_config(writer, config, getattr(gguf.LlamaFileType, f"MOSTLY_{kind.upper()}"))
     _add_vocabulary(writer, config["vocab_size"])
     tensors = dict(_read_shapes(model_dir))
@@ -95,7 +95,7 @@ def _read_config(model_dir: Path) -> dict[str, Any]:
 
 
 def _read_shapes(model_dir: Path) -> Iterator[tuple[str, Path]]:
-    """The tensors of a checkpoint, and their files."""
+    """The names of a checkpoint's tensors, each with its file."""
     from safetensors import safe_open
 
     for shard in sorted(model_dir.glob("*.safetensors")):
@@ -104,7 +104,7 @@ def _read_shapes(model_dir: Path) -> Iterator[tuple[str, Path]]:
 
 
 def _stacked(tensors: Iterable[str]) -> dict[str, list[str]]:
-    """Which tensors each tensor of the file is made of: itself, or of experts all that stand in one stack, in order."""
+    """The source tensors of each tensor in the file: itself, or all experts that form one stack, in order."""
     stacks: dict[str, list[str]] = {}
     for name in sorted(tensors, key=lambda one: int(found[2]) if (found := _EXPERT.fullmatch(one)) else -1):
         found = _EXPERT.fullmatch(name)
@@ -113,7 +113,7 @@ def _stacked(tensors: Iterable[str]) -> dict[str, list[str]]:
 
 
 def _read(tensors: Mapping[str, Path], names: Sequence[str]) -> "torch.Tensor":
-    """A tensor of a checkpoint, or several in a stack."""
+    """Load one tensor of a checkpoint, or stack several experts."""
     import torch
     from safetensors import safe_open
 
@@ -148,7 +148,7 @@ def _add_config(writer: Any, config: dict[str, Any], file_type: int) -> None:
 
 
 def _add_vocabulary(writer: Any, size: int) -> None:
-    """Tokens without a meaning."""
+    """Add placeholder tokens: only token ids go in and out."""
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     tokens += [f"<t{index}>" for index in range(len(tokens), size)]
     writer.add_tokenizer_model("llama")
@@ -172,7 +172,7 @@ def _add_tensor(writer: Any, name: str, weight: "torch.Tensor", kind: str | None
 
 
 def _pair_neighbours(weight: "torch.Tensor", heads: int) -> "torch.Tensor":
-    """llama.cpp pairs neighbouring dimensions when it rotates, transformers pairs halves."""
+    """Reorder rows for rotary embeddings: llama.cpp pairs neighbouring dimensions, transformers pairs halves."""
     return weight.reshape(heads, 2, weight.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(weight.shape)
 
 

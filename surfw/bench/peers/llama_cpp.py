@@ -1,4 +1,4 @@
-"""llama.cpp, which maps a GGUF file and leaves the rest to the page cache."""
+"""llama.cpp, which memory-maps a GGUF file and relies on the page cache."""
 
 import os
 import time
@@ -9,7 +9,7 @@ _SPARE_POSITIONS = 16
 
 
 def run(work: Comparison) -> Measurement:
-    """Measure it, on every core that this process may use."""
+    """Measure a generation on every core that this process may use."""
     from llama_cpp import Llama
 
     from surfw.runtime.memory import peak_rss_bytes

@@ -1,4 +1,4 @@
-"""llama.cpp's logits on some passages of token ids, in a file."""
+"""Writes llama.cpp's logits for passages of token ids to a file."""
 
 import json
 import os
@@ -8,16 +8,16 @@ from pathlib import Path
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Work:
-    """What to read, and with which model.
+    """The passages to evaluate, and the model.
 
     Attributes:
-        gguf: the model.
+        gguf: the model's GGUF file.
         passages: a JSON file: a list of lists of token ids.
-        out: where to write the logits of each token that has a next one: float32 of shape (tokens, vocabulary), row by
-            row, the passages one after another.
-        cap_bytes: as of `Comparison`.
-        folder: as of `Comparison`.
-        patience_seconds: as of `Comparison`.
+        out: where to write the logits of each token but a passage's last: float32 of shape (tokens, vocabulary), row by
+            row, one passage after another.
+        cap_bytes: see `Comparison`.
+        folder: see `Comparison`.
+        patience_seconds: see `Comparison`.
     """
 
     gguf: str
@@ -30,11 +30,11 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Logits:
-    """What was written.
+    """The shape of the logits that were written.
 
     Attributes:
-        tokens: rows.
-        vocabulary: columns.
+        tokens: number of rows.
+        vocabulary: number of columns.
     """
 
     tokens: int
@@ -42,7 +42,7 @@ class Logits:
 
 
 def run(work: Work) -> Logits:
-    """Read the passages, each by itself, on every core that this process may use."""
+    """Evaluate each passage on its own, on every core that this process may use."""
     from llama_cpp import Llama
 
     passages: list[list[int]] = json.loads(Path(work.passages).read_text("utf-8"))

@@ -1,4 +1,4 @@
-"""How fast the files of a model in a local store can be read, past the page cache where that is possible."""
+"""Measures how fast the files of a model in a local store can be read, bypassing the page cache if possible."""
 
 import asyncio
 import mmap
@@ -22,25 +22,25 @@ _SECONDS = 3.0
 
 
 def run(work: Comparison) -> Bandwidth:
-    """Measure the files of the comparison's model."""
+    """Measure reads of the comparison's model."""
     assert work.source is not None, "bench_infer names it"
     assert work.model is not None, "and the model"
     return measure_reads(work.source, work.model)
 
 
 def measure_reads(store: str, model: str, *, seconds: float = _SECONDS) -> Bandwidth:
-    """Read the model's files for some seconds, two pieces of 8 MiB at a time, into two buffers of huge pages in turn.
+    """Read the model's files for some seconds, two pieces of 8 MiB at a time, alternating between huge-page buffers.
 
-    The buffers are as large as the files: what is read has to arrive in memory, not in the processor's cache.
+    Each buffer is as large as the largest file, so that the bytes must reach memory, not only the processor's cache.
 
     Args:
-        store: a folder.
-        model: its name there.
-        seconds: how long, at least; the files are read again if need be.
+        store: the store's folder.
+        model: the model's name in the store.
+        seconds: the least duration; files are read again if necessary.
 
     Raises:
-        ConfigurationError: the store's objects are not local files.
-        SurfwError: there is no such model.
+        ConfigurationError: the store's objects are not local files, or the model has no chunks.
+        SurfwError: the model does not exist.
     """
     files = asyncio.run(_files(store, model))
     if not files:
@@ -49,11 +49,11 @@ def measure_reads(store: str, model: str, *, seconds: float = _SECONDS) -> Bandw
 
 
 def read_files(files: Sequence[Path], *, seconds: float = _SECONDS) -> Bandwidth:
-    """As `measure_reads`, of these files."""
+    """Read these files as `measure_reads` does."""
     buffers = [Buffer(max(path.stat().st_size for path in files)).view for _ in range(2)]
     for view in buffers:
         for at in range(0, len(view), mmap.PAGESIZE):
-            view[at] = 0  # touched once, so that the pages are there
+            view[at] = 0  # touch every page once, so that it is allocated
     direct = all(_takes_direct_reads(path) for path in files)
     done, start = 0, time.perf_counter()
     with ThreadPoolExecutor(_READERS) as readers:
@@ -86,7 +86,7 @@ def _takes_direct_reads(path: Path) -> bool:
 
 
 def _read(path: Path, view: memoryview, readers: ThreadPoolExecutor, *, direct: bool) -> int:
-    """Read a file to its end; its size."""
+    """Read a whole file, and return its size."""
     fd = os.open(path, os.O_RDONLY | (os.O_DIRECT if direct else 0))
     try:
         if not direct:

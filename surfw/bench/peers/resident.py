@@ -1,10 +1,10 @@
-"""Plain transformers: `from_pretrained`, everything in memory."""
+"""Plain transformers: `from_pretrained`, with everything in memory."""
 
 from surfw.bench.comparison import Comparison, Measurement
 
 
 def run(work: Comparison) -> Measurement:
-    """Measure it."""
+    """Measure a generation."""
     from transformers import AutoConfig
 
     from surfw.bench.peers.generation import measure_generation, model_class

@@ -1,7 +1,7 @@
-"""Run:ai Model Streamer, reading safetensors objects from S3 in a process of its own.
+"""Run:ai Model Streamer, which reads safetensors objects from S3, in its own process.
 
-`python -m surfw.bench.peers.runai` reads the objects that its stdin names, one URL a line, and prints the seconds and
-the bytes as JSON. Credentials go through the environment, never through the command line.
+`python -m surfw.bench.peers.runai` reads the objects named on stdin, one URL per line, and prints the seconds and the
+bytes as JSON. Credentials are passed in the environment, never on the command line.
 """
 
 import importlib.util
@@ -19,15 +19,15 @@ _PATIENCE_SECONDS = 600
 
 
 def find_streamer() -> bool:
-    """Whether it is installed, with its part for S3."""
+    """Whether the streamer and its S3 extension are installed."""
     return all(importlib.util.find_spec(name) for name in ("runai_model_streamer", "runai_model_streamer_s3"))
 
 
 def stream_objects(objects: list[str], backend: S3Backend) -> float:
-    """Return the seconds that it takes to read all tensors of the objects into memory, imports not counted.
+    """Return the seconds that it takes to read all tensors of the objects into memory, without imports.
 
     Raises:
-        SurfwError: it fails.
+        SurfwError: the streamer fails.
     """
     try:
         done = subprocess.run(
@@ -49,7 +49,7 @@ def stream_objects(objects: list[str], backend: S3Backend) -> float:
 
 
 def _environment(backend: S3Backend) -> dict[str, str]:
-    """Return where the bucket is, and the credentials, in the variables that the streamer reads."""
+    """Return the endpoint and credentials as the environment variables that the streamer reads."""
     fs = backend.fs
     known = {
         "AWS_ACCESS_KEY_ID": fs.key,
@@ -69,7 +69,7 @@ def _environment(backend: S3Backend) -> dict[str, str]:
 
 
 def main() -> None:
-    """Read what stdin names."""
+    """Read the objects named on stdin, and print the result."""
     from runai_model_streamer import SafetensorsStreamer
 
     objects = sys.stdin.read().split("\n")

@@ -4,7 +4,7 @@ from surfw.bench.comparison import Comparison, Measurement
 
 
 def run(work: Comparison) -> Measurement:
-    """Measure it."""
+    """Measure a generation."""
     from surfw.config import is_server_url, parse_size
     from surfw.models.read_ahead import ReadAheadClient
     from surfw.settings import Settings
@@ -19,7 +19,7 @@ def run(work: Comparison) -> Measurement:
         memory_bytes=0,
         codec=work.codec,
         budget_bytes=None if work.memory_budget is None else parse_size(work.memory_budget),
-        **connection,  # type: ignore[arg-type]  # of its two types
+        **connection,  # type: ignore[arg-type]  # its values have two types
     ) as client:
         client.begin()
         if client.streams:

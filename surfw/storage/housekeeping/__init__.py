@@ -1,7 +1,6 @@
-"""Keeping a store in order: list what lies in it, remove models, prune what nobody needs, verify every byte.
+"""Maintain a store: list its contents, remove models, prune unneeded blobs, verify every byte.
 
-`leases` has the protocol by which writers and pruners on any machines stay out of each other's way; `prune` and
-`verify` do what their names say.
+`leases` implements the protocol that coordinates writers and pruners on any machine.
 """
 
 import os
@@ -39,16 +38,16 @@ class StoredModel:
 
     Attributes:
         name: its name.
-        class_name: the class that is built to run it.
+        class_name: the model class that runs it.
         dtype: the dtype it is built with.
         codecs: the forms that it can be run in.
         layers: how many of its chunks are layers.
         chunks: how many chunks it has.
         payload_bytes: the size of all its weights.
-        stored_bytes: what its blobs take.
-        shared_bytes: how much of that other models need as well.
-        origin: where its weights lie, if they were not copied.
-        base: of an adapter, the model that it changes.
+        stored_bytes: the size of its blobs.
+        shared_bytes: how much of that is shared with other models.
+        origin: the address of its weights, if they were not copied.
+        base: for an adapter, the name of its base model.
     """
 
     name: str
@@ -66,15 +65,15 @@ class StoredModel:
 
 @dataclass(frozen=True, kw_only=True)
 class UnfinishedModel:
-    """A model that is being written, or whose writer ended before it was complete.
+    """A model that is being written, or whose writer ended before completing it.
 
     Attributes:
         name: its name.
-        host: the machine that writes it.
-        pid: the process there.
+        host: the machine of its writer.
+        pid: the process id of the writer.
         at_work: whether that process may still be running.
-        idle_seconds: how long ago it gave its last sign of life.
-        blobs: how many blobs are kept for it.
+        idle_seconds: seconds since its lease was last renewed.
+        blobs: how many blobs its lease protects.
     """
 
     name: str
@@ -87,17 +86,17 @@ class UnfinishedModel:
 
 @dataclass(frozen=True, kw_only=True)
 class StoreContents:
-    """What lies in a store.
+    """The contents of a store.
 
     Attributes:
-        store: where.
-        models: by name.
-        unfinished: models that are not complete; they hold their blobs for a week after their last sign of life.
-        stored_bytes: what the blobs of all models take.
+        store: the address of the store.
+        models: the complete models.
+        unfinished: incomplete models; their blobs are protected for a week after the last renewal of the lease.
+        stored_bytes: the size of the blobs of all models.
         unneeded_blobs: how many blobs `prune` would remove; None if that is unknown.
-        unneeded_bytes: their size.
+        unneeded_bytes: their size; None if that is unknown.
         left_alone: keys that are not part of a store's layout.
-        complaints: manifests and leases that are not understood; while there is one, nothing can be pruned.
+        complaints: unreadable manifests and leases; as long as there is one, nothing can be pruned.
     """
 
     store: str
@@ -111,7 +110,7 @@ class StoreContents:
 
 
 class Housekeeping:
-    """Lists, prunes and verifies a store. Use it as an async context manager, or close it."""
+    """Lists, prunes and verifies a store. Use it as an async context manager, or call `close`."""
 
     def __init__(
         self,
@@ -119,14 +118,14 @@ class Housekeeping:
         *,
         storage_options: Mapping[str, Any] | None = None,
     ) -> None:
-        """Name the store; nothing is read yet.
+        """Set the store; nothing is read yet.
 
         Args:
-            store: its folder, its storage URL, or the storage itself, which stays the caller's to close.
-            storage_options: for the storage that a URL names, such as `{"endpoint_url": "http://…"}`.
+            store: a folder, a storage URL, or a backend, which the caller has to close.
+            storage_options: options for a storage URL, such as `{"endpoint_url": "http://…"}`.
 
         Raises:
-            ConfigurationError: it is something else.
+            ConfigurationError: `store` is something else.
         """
         expect("store", store, str | os.PathLike | StorageBackend, "a folder, a storage URL or a StorageBackend")
         self._owned = not isinstance(store, StorageBackend)
@@ -135,10 +134,10 @@ class Housekeeping:
         self._store = Store(store, PlacedOptions(store.url, storage_options or {}))
 
     async def contents(self) -> StoreContents:
-        """What lies in the store.
+        """Return the contents of the store.
 
         Raises:
-            NotAStoreError: no store lies there.
+            NotAStoreError: this is not a store.
             StorageError: it cannot be read.
         """
         await self._store.check()
@@ -169,27 +168,27 @@ class Housekeeping:
         )
 
     async def remove(self, model: str) -> Removed:
-        """Remove the model with exactly this name, and give up unfinished work on it. Its blobs stay until `prune`.
+        """Remove the model with exactly this name, and abandon unfinished work on it. Its blobs remain until `prune`.
 
-        Servers notice within seconds, and refuse it from then on.
+        Servers notice within seconds, and refuse the model from then on.
 
         Raises:
             UnknownModelError: there is no such model.
-            ConfigurationError: adapters need it.
+            ConfigurationError: it is the base of adapters.
             StorageError: it is being written at the moment, or cannot be removed.
         """
         await self._store.expect_name(model)
         return await remove_model(self._store, model)
 
     async def prune(self, *, dry_run: bool = False, progress: Steps | None = None) -> Pruned:
-        """Remove the blobs that no model needs, finished or not. Servers and writers on any machine may go on.
+        """Remove the blobs that no finished or unfinished model needs. Safe beside servers and writers on any machine.
 
         Args:
             dry_run: only report what would be removed.
-            progress: called with the bytes done, the bytes in all, and a key.
+            progress: called with the bytes done, the total bytes, and a key.
 
         Raises:
-            StorageError: a manifest or a lease is not understood, so that nothing is removed, or a removal failed.
+            StorageError: a manifest or lease cannot be parsed, so nothing is removed; or a removal failed.
         """
         return await prune(self._store, dry_run=dry_run, progress=progress or (lambda *_: None))
 
@@ -198,17 +197,16 @@ class Housekeeping:
 
         Args:
             model: its name, in full or a unique last part; default: all.
-            progress: called with the bytes done, the bytes in all, and the part that was read.
+            progress: called with the bytes done, the total bytes, and the part being read.
 
         Raises:
             UnknownModelError: there is no such model.
-            StorageError: the storage does not answer. Damaged or missing parts are not an error: the
-                result lists them.
+            StorageError: the storage does not answer. Damaged or missing parts do not raise: the result lists them.
         """
         return await verify(self._store, model, progress=progress or (lambda *_: None))
 
     async def close(self) -> None:
-        """Close the storage, unless it is the caller's."""
+        """Close the storage, unless it was passed in as a backend."""
         await self._store.close(owned=self._owned)
 
     async def __aenter__(self) -> Self:
@@ -219,11 +217,11 @@ class Housekeeping:
 
 
 def summarise(manifest: Manifest, objects: Mapping[str, int], uses: Counter[str]) -> StoredModel:
-    """What is listed of a model.
+    """Summarise a model for a listing.
 
     Args:
         manifest: the model.
-        objects: its blobs, and their sizes in bytes.
+        objects: its blobs, with their sizes in bytes.
         uses: how many models need each blob.
     """
     return StoredModel(

@@ -1,4 +1,4 @@
-"""All that a store knows of one of its models, without reading a weight."""
+"""The details of a model in a store, without reading weights."""
 
 import asyncio
 from collections import Counter
@@ -17,7 +17,7 @@ from surfw.storage.store import Store, objects_of
 
 @dataclass(frozen=True, kw_only=True)
 class StoredChunk:
-    """A chunk of a stored model: its name, its kind (see `Chunk`), and its weights."""
+    """A chunk of a stored model: name, kind (see `Chunk`), number of tensors and payload size."""
 
     name: str
     kind: str
@@ -38,8 +38,8 @@ class UsedExperts:
     """How the experts of a mixture were used.
 
     Attributes:
-        tokens: that were computed, about.
-        quarter_share: the part of all choices that fell on the quarter of the experts that is chosen most.
+        tokens: the approximate number of tokens computed.
+        quarter_share: the share of all choices that fell on the most-chosen quarter of the experts.
     """
 
     tokens: int
@@ -51,16 +51,16 @@ class ModelDetails(StoredModel):
     """A model in a store, with its parts.
 
     Attributes:
-        store: where it lies.
+        store: the address of the store.
         digest: BLAKE3 of its manifest: equal for equal models.
-        identity: BLAKE3 of its configuration, files and payloads, which it can be pinned to; None where digests of its
-            weights are not known.
-        form_bytes: what is stored in forms of each codec.
-        key_id: which key they are encrypted with; None where they are not.
-        signed_by: which key says that it signed it, unchecked; None where none does.
-        files: of its tokenizer.
-        parts: its chunks, in the order of its modules.
-        experts: how its experts were used so far, on this machine; None if it has none, or they were not.
+        identity: BLAKE3 of its configuration, files and payloads, to which it can be pinned; None if digests of its
+            weights are unknown.
+        form_bytes: the stored bytes by codec.
+        key_id: the id of the key that encrypts its forms; None if they are not encrypted.
+        signed_by: the id of the key in its signature, which is not verified here; None if it is not signed.
+        files: its tokenizer files.
+        parts: its chunks, in module order.
+        experts: how its experts were used so far on this machine; None if it has none, or no usage is known.
     """
 
     store: str
@@ -78,9 +78,9 @@ async def describe_model(url: str, model: str, *, storage_options: Mapping[str, 
     """Describe a model.
 
     Args:
-        url: the store: a folder or a storage URL.
+        url: the folder or storage URL of the store.
         model: its name, in full or a unique last part.
-        storage_options: for the storage.
+        storage_options: options for the storage.
 
     Raises:
         UnknownModelError: no model or several models match.

@@ -1,17 +1,17 @@
-"""Leases: small objects in a store by which processes on any machines tell each other what they are doing.
+"""Leases: small objects in a store through which processes on any machine coordinate.
 
     leases/ID.json    a writer: its model, and every blob that it relies on
-    prunes/ID.json    a pruner: while this exists, no writer starts to rely on another blob
+    prunes/ID.json    a pruner: while it exists, no writer starts to rely on another blob
 
-They keep `prune` from removing a blob of a model that is being written. All they need of the storage is that a read or
-a listing shows every write that finished before it began; it has no locks and no renames.
+They keep `prune` from removing a blob of a model that is being written. The storage needs no locks and no renames; a
+read or a listing only has to show every write that finished before it began.
 
 - **A writer** adds a blob to its lease and writes the lease. *Then* it looks for pruners. If there is none, the blob is
-  safe, and only now may the writer check whether it exists, or put it in place. If there is one, the writer waits until
-  it is gone, writes its lease again and looks again. When all blobs are there, it renews its lease in this way once
-  more, makes sure that every blob exists, publishes the manifest, and only then releases the lease.
+  safe, and only now may the writer check whether the blob exists, or write it. If there is one, the writer waits until
+  the pruner is gone, writes its lease again and looks again. When all blobs are written, it renews its lease in this
+  way once more, checks that every blob exists, publishes the manifest, and only then releases the lease.
 - **A pruner** writes its lease. *Then* it reads the writers' leases, *then* the manifests, and removes the blobs that
-  neither names. It releases its lease only when the last removal has ended.
+  neither names. It releases its lease only after the last removal has ended.
 
 Both write before they look, so at least one of the two sees the other. A writer's lease disappears only after its
 manifest was published, so reading the manifests after the leases misses neither. Several pruners at once are as safe as
@@ -19,14 +19,15 @@ one. Removing leases counts as pruning.
 
 Processes die, and machines sleep:
 
-- A lease is renewed every minute (`RENEW_SECONDS`). A process that could not renew it for `TRUSTED_SECONDS`, by a clock
-  that keeps counting during sleep, stops relying on it: a pruner removes nothing more, a writer renews and checks
-  everything again before it publishes.
-- A pruner that was silent for `SILENT_SECONDS` counts as gone, and so does one of this machine whose process has ended.
-  The former compares the clocks of machines, which have to agree to `SILENT_SECONDS - TRUSTED_SECONDS`.
+- A lease is renewed every minute (`RENEW_SECONDS`). A process that could not renew its lease for `TRUSTED_SECONDS`, by
+  a clock that runs during sleep, no longer relies on it: a pruner stops removing, and a writer renews the lease and
+  checks everything again before it publishes.
+- A pruner counts as gone if it did not renew its lease for `SILENT_SECONDS`, or if it ran on this machine and its
+  process has ended. The former compares the clocks of machines, which must agree to within
+  `SILENT_SECONDS - TRUSTED_SECONDS`.
 - A writer's lease protects its blobs for `ABANDONED_SECONDS` after its last renewal, so that a killed writer can be
-  resumed. Its name is kept with the unfinished work, so that the next run continues with the same lease.
-- A lease that cannot be removed is overwritten by one that says that it is over.
+  resumed. Its name is stored with the unfinished work, so that the next run continues with the same lease.
+- A lease that cannot be removed is overwritten with one that is marked as over.
 """
 
 import asyncio
@@ -70,14 +71,14 @@ _ID = re.compile(r"[0-9a-f]{32}")
 
 @dataclass(frozen=True, kw_only=True)
 class LeaseRecord:
-    """A lease as it was read: what some process on some host said of itself.
+    """A lease as read from the store.
 
     Attributes:
-        kernel: identifies the running kernel and the process's namespace; empty if unknown.
+        kernel: identifies the running kernel and the process's PID namespace; empty if unknown.
         renewed: when it was last written, in seconds since 1970.
         model: the model that is being written; empty for a pruner.
         objects: the blobs that the writer relies on.
-        over: whether it no longer counts.
+        over: whether it was released.
     """
 
     key: str
@@ -91,7 +92,7 @@ class LeaseRecord:
 
     @property
     def age_seconds(self) -> float:
-        """How long ago it was written."""
+        """Seconds since it was written."""
         return time.time() - self.renewed
 
     @property
@@ -102,19 +103,19 @@ class LeaseRecord:
 
     @property
     def holds(self) -> bool:
-        """Whether its blobs have to stay."""
+        """Whether it still protects its blobs."""
         return not self.over and self.age_seconds < ABANDONED_SECONDS
 
     def __str__(self) -> str:
-        """Who it is, for people."""
+        """Name the process, for display."""
         return f"process {self.pid} on {self.host}"
 
 
 async def read_leases(backend: StorageBackend, prefix: str = LEASES) -> list[LeaseRecord]:
-    """All leases of a kind (`LEASES` or `PRUNES`), including those that are over.
+    """Read all leases of a kind (`LEASES` or `PRUNES`), including those that are over.
 
     Raises:
-        StorageError: this surfw does not understand one of them.
+        StorageError: a lease cannot be parsed by this version of surfw.
     """
     found = []
     for key in await backend.list(prefix):
@@ -131,7 +132,7 @@ async def read_leases(backend: StorageBackend, prefix: str = LEASES) -> list[Lea
 
 
 def in_batches(keys: Sequence[str]) -> Iterator[Sequence[str]]:
-    """The keys of objects, as many as housekeeping asks for at a time."""
+    """Split keys into the batches that housekeeping requests at a time."""
     return (keys[start : start + _AT_ONCE] for start in range(0, len(keys), _AT_ONCE))
 
 
@@ -149,21 +150,21 @@ class Lease:
 
     @property
     def is_trusted(self) -> bool:
-        """Whether others can be assumed to respect it still."""
+        """Whether other processes still respect it."""
         return _clock() - self._written < TRUSTED_SECONDS
 
     async def write(self) -> None:
-        """Write or renew it."""
-        await to_its_end(self._write())  # a write that landed later than we think would be taken for a sign of life
+        """Write or renew the lease."""
+        await to_its_end(self._write())  # a write that lands late would look like a renewal
 
     async def release(self) -> None:
-        """End it, for good."""
+        """Release the lease permanently."""
         if self.key:
             await to_its_end(self._release())
 
     @asynccontextmanager
     async def renewed(self) -> AsyncIterator[None]:
-        """Renew it every minute during the context, from its first write until it is released."""
+        """Renew the lease every minute during the context, from its first write until its release."""
         renewing = asyncio.create_task(self._renew(), name=f"surfw renew {self.key}")
         try:
             yield
@@ -221,7 +222,7 @@ class PruneLease(Lease):
         Raises:
             StorageError: nothing can be removed from this storage.
         """
-        await self.backend.remove(self.key)  # not there yet: a storage that cannot remove says so before anything else
+        await self.backend.remove(self.key)  # does not exist yet: fails first if the storage cannot remove
         async with self.renewed():
             try:
                 await self.write()
@@ -231,16 +232,16 @@ class PruneLease(Lease):
 
 
 class WriteLease(Lease):
-    """The lease of a writer. One whose writer failed or was killed stays, for the run that resumes the work."""
+    """The lease of a writer. If the writer fails or is killed, it remains for the run that resumes the work."""
 
     def __init__(self, backend: StorageBackend, model: str, folder: Path) -> None:
-        """`folder` is the local one of the model's unfinished work."""
+        """`folder` is the local folder with the model's unfinished work."""
         super().__init__(backend, "", model=model)
         self._folder = folder
         self._held: set[str] = set()
 
     async def hold(self, objects: Iterable[str]) -> None:
-        """Protect blobs: call it before they are looked for or put in place. Waits while someone prunes.
+        """Protect blobs; call it before checking whether they exist and before writing them. Waits for pruners.
 
         Raises:
             StorageError: the lease cannot be written.
@@ -251,10 +252,10 @@ class WriteLease(Lease):
             self._held |= added
 
     async def confirm(self, objects: Collection[str]) -> None:
-        """Make sure that all these blobs exist and stay; publish right afterwards.
+        """Check that all these blobs exist and are protected; publish right afterwards.
 
         Raises:
-            StorageError: one is gone, because the lease was given up, or this process slept for a week.
+            StorageError: a blob is gone, because the lease was removed, or this process slept for a week.
         """
         while True:
             await self._write_unpruned(objects)
@@ -269,7 +270,7 @@ class WriteLease(Lease):
                 return
 
     async def _write_unpruned(self, objects: Iterable[str]) -> None:
-        """Write the lease, until it was written while nobody pruned: every later pruner sees such a lease."""
+        """Write the lease until no pruner was active after the write: every later pruner sees it."""
         self._objects.update(objects)
         if not self.key:
             self.key = f"{LEASES}{await asyncio.to_thread(self._name)}.json"
@@ -284,7 +285,7 @@ class WriteLease(Lease):
                 await asyncio.sleep(_LOOK_SECONDS)
 
     def _name(self) -> str:
-        """The name of the lease of an earlier run, or a new one."""
+        """The lease name of the run that is resumed, or a new one."""
         file = self._folder / "lease"
         with translate_errors(f"preparing {file}"):
             known = read_regular(file, _NAME_BYTES).decode(errors="replace") if file.exists() else ""
@@ -326,12 +327,12 @@ def _number(value: object) -> float:
 
 
 def _clock() -> float:
-    """Seconds that also count while the machine sleeps, where it can tell."""
+    """A monotonic clock that also runs during sleep, where the platform has one."""
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 def _kernel() -> str:
-    """Equal for processes that see each other's process ids."""
+    """An id that is equal for processes that share a PID namespace."""
     with suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {Path('/proc/self/ns/pid').readlink()}"

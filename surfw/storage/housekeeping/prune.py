@@ -1,7 +1,7 @@
-"""Removing models, and the blobs that no manifest and no writer needs.
+"""Remove models, and the blobs that no manifest and no writer needs.
 
-Anything that is not understood stays: if one manifest or one lease cannot be read, nothing is removed at all; objects
-whose keys are not part of a store's layout are listed, and stay. `leases` has the protocol with writers.
+If a manifest or a lease cannot be parsed, nothing is removed. Objects whose keys are not part of a store's layout are
+listed, but never removed. `leases` describes the protocol with writers.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ from surfw.storage.store import MODELS, PRUNES, Store, belongs, is_blob, manifes
 from surfw.threads import to_its_end
 
 Steps = Callable[[int, int, str], object]
-"""Called with the bytes done, the bytes in all, and the name of what is next."""
+"""Called with the bytes done, the total bytes, and the name of the current item."""
 
 _WORK = re.compile(r"[0-9a-f]{32}")
 _SCRATCH = re.compile(r"[0-9a-f]{32}\.tmp|[0-9a-f]{64}\.lock")
@@ -35,12 +35,12 @@ class Pruned:
     """What `prune` removed, or would remove.
 
     Attributes:
-        store: where.
+        store: the address of the store.
         blobs: how many blobs.
         blob_bytes: their size.
-        leftover_bytes: the size of unfinished work on this machine that nobody resumed for a week.
-        left_alone: keys that are not part of a store's layout; they stay.
-        dry_run: whether nothing was removed.
+        leftover_bytes: the size of unfinished work on this machine that was not resumed for a week.
+        left_alone: keys that are not part of a store's layout; they are not removed.
+        dry_run: whether this was a dry run, which removes nothing.
     """
 
     store: str
@@ -53,12 +53,12 @@ class Pruned:
 
 @dataclass(frozen=True, kw_only=True)
 class Removed:
-    """What `remove` did; the blobs stay until the store is pruned.
+    """The result of `remove`. The blobs remain until the store is pruned.
 
     Attributes:
-        model: the name.
-        published: whether there was such a model.
-        given_up: how many unfinished runs of it were given up.
+        model: the model's name.
+        published: whether the model existed.
+        given_up: how many unfinished runs of it were abandoned.
     """
 
     model: str
@@ -68,16 +68,14 @@ class Removed:
 
 @dataclass(frozen=True, kw_only=True)
 class Survey:
-    """What lies in a store, and who needs it.
+    """The contents of a store, and which blobs are needed.
 
     Attributes:
-        leases: the writers' leases; empty if one of them is not understood.
-        manifests: those that can be read.
-        unneeded: the blobs that no model and no writer needs, and their sizes in bytes; empty while something is
-            unclear.
+        leases: the writers' leases; empty if one of them cannot be parsed.
+        manifests: all readable manifests.
+        unneeded: the blobs that no model and no writer needs, with their sizes in bytes; empty if `unclear` is not.
         left_alone: keys that are not part of a store's layout.
-        unclear: manifests and leases that are not understood, in words; with each, the error that says why nothing is
-            removed.
+        unclear: descriptions of unreadable manifests and leases, each with the error to raise instead of pruning.
     """
 
     leases: Sequence[LeaseRecord]
@@ -87,13 +85,13 @@ class Survey:
     unclear: Mapping[str, StorageError]
 
     def expect_clear(self) -> None:
-        """Raises: StorageError, if it is not known what is needed."""
+        """Raise StorageError if it is unknown which blobs are needed."""
         for error in self.unclear.values():
             raise error
 
 
 async def survey(store: Store) -> Survey:
-    """Look through a store. The leases are read before the manifests, as the protocol has it."""
+    """Survey a store. The protocol requires reading the leases before the manifests."""
     unclear: dict[str, StorageError] = {}
     leases, manifests = list[LeaseRecord](), list[Manifest]()
     try:
@@ -129,7 +127,7 @@ async def survey(store: Store) -> Survey:
 
 
 async def _sizes(backend: StorageBackend, keys: Sequence[str]) -> dict[str, int]:
-    """The length of each object in bytes; 0 for one that is gone."""
+    """The size of each object in bytes; 0 for one that is gone."""
 
     async def size(key: str) -> int:
         with suppress(NotFoundError):
@@ -141,7 +139,7 @@ async def _sizes(backend: StorageBackend, keys: Sequence[str]) -> dict[str, int]
 
 
 async def prune(store: Store, *, dry_run: bool, progress: Steps) -> Pruned:
-    """Remove the blobs that nobody needs, and what killed runs left on this machine; see `Housekeeping.prune`."""
+    """Remove unneeded blobs, and leftovers of killed runs on this machine; see `Housekeeping.prune`."""
     await store.check()
     if dry_run:
         seen = await survey(store)
@@ -176,7 +174,7 @@ async def _remove_blobs(lease: PruneLease, sizes: Mapping[str, int], progress: S
 
 
 async def _remove_all(lease: PruneLease, keys: Sequence[str]) -> None:
-    """Remove objects at once; however this ends, no removal is under way any more."""
+    """Remove objects concurrently. However this ends, no removal is in flight afterwards."""
     if keys and not lease.is_trusted:
         raise StorageError(
             f"pruning {lease.backend.url} was interrupted for so long that writers do not wait for it; start again"
@@ -192,7 +190,7 @@ async def remove_model(store: Store, model: str) -> Removed:
     key = manifest_key(check_model_name(model))
     await store.check()
     lease = PruneLease(store.backend)
-    async with lease.held():  # a writer that resumes just now writes its lease again once this is over
+    async with lease.held():  # a writer that resumes now waits, then writes its lease again
         writers = [one for one in await read_leases(store.backend) if one.model == model]
         writing = next((one for one in writers if one.at_work), None)
         if writing is not None:
@@ -213,7 +211,7 @@ async def remove_model(store: Store, model: str) -> Removed:
 
 
 async def _adapters_of(store: Store, model: str) -> list[str]:
-    """The adapters in a store that need a model; of a manifest that cannot be read, nothing is known."""
+    """The adapters in a store whose base is this model; unreadable manifests are skipped."""
     found = []
     for name in await store.listed():
         with suppress(ManifestError, StorageError, UnknownModelError):
@@ -224,7 +222,7 @@ async def _adapters_of(store: Store, model: str) -> list[str]:
 
 
 def _remove_leftovers(spool: Path, *, dry_run: bool) -> int:
-    """Remove what killed runs left in a storage's spool and nobody resumed for a week; returns its size in bytes."""
+    """Remove leftovers of killed runs from a spool that were not resumed for a week. Returns their size in bytes."""
     freed = 0
     with translate_errors(f"looking for leftovers in {spool}"):
         for path in sorted(spool.iterdir()) if spool.is_dir() else ():
@@ -246,7 +244,7 @@ def _remove_leftovers(spool: Path, *, dry_run: bool) -> int:
 
 @contextmanager
 def _claimed(path: Path) -> Iterator[bool]:
-    """Whether a path is a leftover by its name and nobody uses it, which stays so during the context.
+    """Yield whether a path is named like a leftover and unused; it is locked during the context.
 
     A folder of unfinished work belongs to the process that holds the lock in it (see `chunking.write`).
     """

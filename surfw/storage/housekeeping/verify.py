@@ -1,9 +1,9 @@
-"""Verifying a store: every byte of its models is read, and every digest compared.
+"""Verify a store: read every byte of its models, and compare every digest.
 
-- What several models share is read once.
+- Parts that several models share are read once.
 - Two pieces of 8 MiB are in memory: one is verified while the next is read.
-- Coded forms are decoded, and compared with the id of their chunk.
-- Damaged or missing parts are findings; a storage that does not answer is an error.
+- Lossless forms are decoded, and compared with the id of their chunk.
+- Damaged or missing parts are reported in the result; a storage that does not answer raises an error.
 """
 
 import asyncio
@@ -28,12 +28,12 @@ from surfw.threads import in_thread, together
 
 @dataclass(frozen=True, kw_only=True)
 class Damage:
-    """Something of a model that is not what its manifest promises.
+    """A part of a model that is damaged or missing.
 
     Attributes:
-        model: the model's name; with what is shared, the first that has it.
-        part: the chunk or the tokenizer file; empty if it is the manifest itself.
-        objects: where it lies.
+        model: the model's name; for a shared part, the first model that has it.
+        part: the chunk or tokenizer file; empty for the manifest itself.
+        objects: the objects that hold it.
         complaint: what is wrong with it.
     """
 
@@ -45,16 +45,16 @@ class Damage:
 
 @dataclass(frozen=True, kw_only=True)
 class Verified:
-    """What verifying found.
+    """The result of verifying a store.
 
     Attributes:
-        store: where.
+        store: the address of the store.
         models: the models that were verified.
-        parts: how many chunks and files were read; what is shared counts once.
-        read_bytes: how many bytes.
+        parts: how many chunks and files were read; shared ones count once.
+        read_bytes: how many bytes were read.
         damage: what is damaged or missing; empty if nothing is.
-        undigested: the models whose manifests have no digest, as surfw 0.1.0 wrote them: damage to such a manifest is
-            not seen. Chunking the model again gives it one.
+        undigested: the models whose manifests have no digest, as written by surfw 0.1.0. Damage to such a manifest
+            cannot be detected; chunking the model again adds the digest.
     """
 
     store: str
@@ -67,17 +67,17 @@ class Verified:
 
 @dataclass(frozen=True)
 class _Part:
-    """A chunk or a tokenizer file to be read: of models that share it, the first is named.
+    """A form of a chunk, or a tokenizer file, to be read; `model` is the first model that has it.
 
-    A file has no digests of blocks, and is a whole object, not a range of one. Of a coded form, `payload` is the size
-    and the digest of what it decodes to.
+    A file has no block digests, and is a whole object, not a range of one. For a lossless form, `payload` is the size
+    and digest of the decoded bytes.
     """
 
     model: str
     name: str
     form: Form
     is_file: bool = False
-    has_header: bool = False  # of safetensors, before the payload
+    has_header: bool = False  # a safetensors header before the payload
     payload: tuple[int, str] | None = None
 
 
@@ -126,7 +126,7 @@ async def verify(store: Store, model: str | None, *, progress: Steps) -> Verifie
 
 
 async def _check_base(store: Store, manifest: Manifest) -> list[Damage]:
-    """What is wrong with the base of an adapter, as the store has it; nothing of a whole model."""
+    """Check the base of an adapter; a whole model has none."""
     if manifest.base is None:
         return []
     try:
@@ -141,18 +141,18 @@ async def _check_base(store: Store, manifest: Manifest) -> list[Damage]:
 
 
 def _parse(store: Store, name: str, data: bytes) -> tuple[Manifest, bool]:
-    """A manifest, and whether it is stored with a digest."""
+    """The manifest, and whether it is stored with a digest."""
     return store.parse_manifest(name, data), has_digest(data)
 
 
 def _parts_of(manifest: Manifest) -> Iterator[_Part]:
-    """What there is to compare; of a model in place, only the chunks whose digests are known."""
+    """The parts of a model to verify. For a model in place, these are the chunks with known digests."""
     for chunk in manifest.chunks:
         for form in chunk.forms:
             if form.is_known:
                 is_ours = manifest.origin is None and not manifest.key_id
                 has_header = is_ours and form.codec == "none" and len(form.locations) == 1
-                is_coded = form.codec == "lossless" and not manifest.key_id  # or nobody here can decode it
+                is_coded = form.codec == "lossless" and not manifest.key_id  # encrypted forms cannot be decoded here
                 payload = (chunk.payload_bytes, chunk.id) if is_coded else None
                 yield _Part(manifest.name, chunk.name, form, has_header=has_header, payload=payload)
     for file in manifest.files:
@@ -161,7 +161,7 @@ def _parts_of(manifest: Manifest) -> Iterator[_Part]:
 
 
 async def _verify(store: Store, part: _Part, tell: Callable[[int], object]) -> str:
-    """What is wrong with a part; empty if nothing is. `tell` is called with the bytes of it that were read."""
+    """Return what is wrong with a part; empty if it is intact. `tell` gets the number of its bytes read so far."""
     form, read = part.form, partial(_read_through, store, part, tell)
     if form.stored_bytes and not form.locations:
         return "its manifest does not say where it lies"
@@ -171,7 +171,7 @@ async def _verify(store: Store, part: _Part, tell: Callable[[int], object]) -> s
             size = await store.objects.size(location.object)
             if size < location.stop or (part.is_file and size != location.stop):
                 return f"{location.object} has {size} bytes, expected {location.stop}"
-        # A damaged block is read again by itself, but a file as a whole.
+        # Damaged blocks are read again one by one, a file as a whole.
         complaint = await (_retried(store, form, read) if part.is_file else read())
         if not complaint and part.payload:
             complaint = await _retried(store, form, partial(_decode, store, form, *part.payload))
@@ -186,7 +186,7 @@ async def _verify(store: Store, part: _Part, tell: Callable[[int], object]) -> s
 
 
 async def _retried(store: Store, form: Form, read: Callable[[], Awaitable[str]]) -> str:
-    """What `read` complains of, however often it reads: the bytes may have been damaged on their way."""
+    """Return what `read` still complains of after retries: bytes may be damaged in transit."""
     seen: list[str] = []
 
     async def again() -> str | None:
@@ -200,9 +200,9 @@ async def _retried(store: Store, form: Form, read: Callable[[], Awaitable[str]])
 
 
 async def _read_header(store: Store, at: Location) -> str:
-    """What is damaged in the safetensors header before a chunk's payload, of which there is no digest.
+    """Return what is damaged in the safetensors header before a chunk's payload, which has no digest.
 
-    Names, dtypes and shapes are not compared: models share an equal payload behind the header of one of them.
+    Names, dtypes and shapes are not compared: models with an equal payload share a file, with the header of one model.
     """
     if not PREFIX_BYTES <= at.start <= PREFIX_BYTES + MAX_HEADER_BYTES:
         return f"its payload begins at byte {at.start}, expected a header of at most {MAX_HEADER_BYTES} bytes before it"
@@ -219,13 +219,13 @@ async def _read_header(store: Store, at: Location) -> str:
 
 
 async def _read_through(store: Store, part: _Part, tell: Callable[[int], object]) -> str:
-    """What is wrong with the stored bytes; empty if nothing is."""
+    """Return what is wrong with the stored bytes; empty if they are intact."""
     form = part.form
     buffers = [memoryview(bytearray(min(form.stored_bytes, PIECE_BYTES))) for _ in range(2)]
     whole, damaged = blake3(), list[int]()
 
     async def check(start: int, piece: memoryview) -> None:
-        """Digest a piece; its damaged blocks are read again before."""
+        """Hash a piece, after its damaged blocks were read again."""
         bad = await in_thread(find_damage, form, start // BLOCK_BYTES, piece) if form.blocks else {}
         for block, digest in bad.items():
             low = block * BLOCK_BYTES - start
@@ -249,7 +249,7 @@ async def _read_through(store: Store, part: _Part, tell: Callable[[int], object]
 
 
 async def _decode(store: Store, form: Form, payload_bytes: int, digest: str) -> str:
-    """What is wrong with the payload that intact stored bytes decode to; a few MiB of them are in memory at a time."""
+    """Return what is wrong with the decoded payload of intact stored bytes. A few MiB are in memory at a time."""
     whole, at, ends = blake3(), 0, [*accumulate(form.frames)]
     frame_of = memoryview(bytearray(FRAME_BYTES))
 
@@ -275,7 +275,7 @@ async def _decode(store: Store, form: Form, payload_bytes: int, digest: str) -> 
 
 
 async def _read_block(store: Store, form: Form, block: int, destination: memoryview) -> str | None:
-    """Read a block past what the backend keeps; returns the digest it has, or None if that is right."""
+    """Read a block past the backend's cache. Returns its digest if that is wrong, otherwise None."""
     start = block * BLOCK_BYTES
     for key, _, _ in segments(form.locations, start, start + len(destination)):
         store.objects.forget(key)
