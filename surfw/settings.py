@@ -108,37 +108,37 @@ class Settings:
     )
     source: str | tuple[str, ...] | None = _setting(
         None,
-        "A server (host:port), a folder, a storage URL, or a hub id; more of them, for when one fails.",
+        "A server (host:port), a folder, a storage URL, or a hub id; give several for failover.",
         shown="a server on this machine, else the store, else the demo model",
         metavar="URL",
     )
     source_order: SourceOrder = _setting(  # noqa: RUF009 - it makes a field
-        "given", "Which of several sources is asked first: as they are given, or the one that turns out the fastest."
+        "given", "Which of several sources to read first: the first one given, or the fastest as measured."
     )
     storage_options: dict[str, Any] = _setting(  # noqa: RUF009 - it makes a field
         dict,
-        "An option of the storage's backend; may be repeated.",
+        "An option for the storage backend; may be repeated.",
         shown="none",
         metavar="KEY=VALUE",
         form="a table of names and values",
         has_form=is_options,
         in_repr=False,
     )
-    model: str | None = _setting(None, "Name of the model, or its last part.", shown="the only one there is")
-    adapter: str | None = _setting(None, "Name of a LoRA adapter over the model, which is applied to it.", shown="none")
-    host: str = _setting(DEFAULT_HOST, "Address to listen on.")
-    port: int = _setting(DEFAULT_PORT, "TCP port; 0 lets the system choose.", least=0, most=65535)
-    cache_mb: int = _setting(DEFAULT_CACHE_MB, "Size of the cache in MB.", least=17)
+    model: str | None = _setting(None, "The model's name, or the last part of it.", shown="the only one")
+    adapter: str | None = _setting(None, "The name of a LoRA adapter to apply to the model.", shown="none")
+    host: str = _setting(DEFAULT_HOST, "The address to listen on.")
+    port: int = _setting(DEFAULT_PORT, "The TCP port; 0 lets the system choose.", least=0, most=65535)
+    cache_mb: int = _setting(DEFAULT_CACHE_MB, "The size of the cache in MB.", least=17)
     redis_url: str | None = _setting(
         None,
-        "A Redis that servers share: redis://, rediss://, redis+cluster://.",
+        "The URL of a Redis shared by servers: redis://, rediss://, redis+cluster://.",
         shown="none",
         metavar="URL",
         in_repr=False,
     )
     max_bytes_per_second: str | None = _setting(
         None,
-        "What a server sends per second, to all clients together.",
+        "Limit the bytes sent per second to all clients together.",
         shown="no limit",
         metavar="SIZE",
         form="a size of 1MB or more",
@@ -146,7 +146,7 @@ class Settings:
     )
     max_client_bytes_per_second: str | None = _setting(
         None,
-        "What a server sends per second to each client.",
+        "Limit the bytes sent per second to each client.",
         shown="no limit",
         metavar="SIZE",
         form="a size of 1MB or more",
@@ -154,132 +154,143 @@ class Settings:
     )
     slow_client_timeout: float = _setting(
         DEFAULT_SLOW_SECONDS,
-        "Seconds after which a server closes a client that takes nothing of what it asked for.",
+        "Disconnect a client that takes none of the data it requested for this many seconds.",
         least=_SHORTEST_SECONDS,
     )
     insecure: bool = _setting(
         False,
-        "Allow listening beyond loopback without a token, or with one in clear text.",
+        "Allow listening beyond loopback without a token, or with one sent in clear text.",
     )
-    clients: int = _setting(DEFAULT_CLIENTS, "The most connections at a time.", least=1)
+    clients: int = _setting(DEFAULT_CLIENTS, "The maximum number of open connections.", least=1)
     allowed_host: str | None = _setting(
         None,
-        "Host names that a server without a token answers to, separated by commas.",
+        "The host names that a server without a token answers to, separated by commas.",
         shown="its addresses, localhost and --host",
         metavar="NAMES",
     )
-    log_format: LogFormat = _setting("text", "How to log on stderr: lines to read, or a JSON object per line.")  # noqa: RUF009 - it makes a field
+    log_format: LogFormat = _setting(  # noqa: RUF009 - it makes a field
+        "text", "The format of the log on stderr: plain lines, or one JSON object per line."
+    )
     drain_seconds: float = _setting(
-        DEFAULT_DRAIN_SECONDS, "How long requests in flight may take when a signal ends the server.", least=0
+        DEFAULT_DRAIN_SECONDS, "Seconds to let requests in flight finish when a signal stops the server.", least=0
     )
     cache_layers: int | None = _setting(
         None,
-        "Layers in memory: the one that runs, and those that are kept; one more may be in flight.",
+        "The number of layers in memory, including the running one; one more may be in flight.",
         shown="what fits",
         least=1,
     )
     memory_budget: str | None = _setting(
         None,
-        "Memory that weights may take, instead of a number of layers.",
-        shown="what memory there is",
+        "The memory budget for weights, instead of a number of layers.",
+        shown="the available memory",
         metavar="SIZE",
         form="a size such as 1.2GB",
         has_form=is_size,
     )
     device: str = _setting(
-        "cpu", "Where to compute: cpu, cuda, cuda:1, or auto.", form="cpu, cuda, cuda:1 or auto", has_form=is_device
+        "cpu",
+        "The device to compute on: cpu, cuda, cuda:1, or auto.",
+        form="cpu, cuda, cuda:1 or auto",
+        has_form=is_device,
     )
     device_memory: str | None = _setting(
         None,
-        "Memory that weights and the KV cache may take on the device.",
-        shown="what is free there",
+        "The memory budget on the device, for weights and the KV cache.",
+        shown="the device's free memory",
         metavar="SIZE",
         form="a size such as 8GB",
         has_form=is_size,
     )
-    policy: Policy = _setting("auto", "Which layers stay in memory: a fixed choice, or those used last.")  # noqa: RUF009 - it makes a field
+    policy: Policy = _setting("auto", "Which layers stay resident: a planned choice, or the most recently used.")  # noqa: RUF009 - it makes a field
     codec: CodecChoice = _setting(  # noqa: RUF009 - it makes a field
         "auto",
-        "Which form of the weights is read: what is faster, or one of them; int8 and int4 are not exact.",
+        "The form of the weights to read: the fastest (auto), or the one named; int8 and int4 are not exact.",
     )
     dtype: str | None = _setting(
         None,
-        "Run in this dtype, such as bfloat16.",
+        "The dtype to run in, such as bfloat16.",
         shown="as stored",
         form=f"one of {', '.join(DTYPES)}",
         has_form=DTYPES.__contains__,
     )
     disk_cache: str | None = _setting(
         None,
-        "Disk space for weights that arrive, so that later runs read them there.",
-        shown="none is kept",
+        "The size of the disk cache, which keeps fetched weights for later runs.",
+        shown="none",
         metavar="SIZE",
         form="a size such as 20GB",
         has_form=is_size,
     )
     cache_dir: str | None = _setting(
-        None, "The folder for that; processes may share it.", shown="$SURFW_HOME/cache", metavar="DIR"
+        None, "The folder of the disk cache; processes may share it.", shown="$SURFW_HOME/cache", metavar="DIR"
     )
     offline: bool | None = _setting(
         None,
-        "Contact nobody: take the weights from the disk cache.",
-        shown="what HF_HUB_OFFLINE says, where there is a disk cache",
+        "Contact no source: read weights only from the disk cache.",
+        shown="$HF_HUB_OFFLINE, if there is a disk cache",
     )
-    max_new_tokens: int = _setting(128, "The most tokens to generate.", least=1)
-    temperature: float | None = _setting(None, "Sample with this temperature.", shown="greedy", least=0)
-    top_p: float | None = _setting(None, "Sample from this much probability.", least=0, most=1)
-    top_k: int | None = _setting(None, "Sample from this many tokens.", least=1)
-    seed: int | None = _setting(None, "Seed of the random numbers.", least=0, most=2**63 - 1)
+    max_new_tokens: int = _setting(128, "The maximum number of tokens to generate.", least=1)
+    temperature: float | None = _setting(None, "The sampling temperature.", shown="greedy", least=0)
+    top_p: float | None = _setting(
+        None, "Sample from the most likely tokens with this total probability.", least=0, most=1
+    )
+    top_k: int | None = _setting(None, "Sample from this many of the most likely tokens.", least=1)
+    seed: int | None = _setting(None, "The random seed.", least=0, most=2**63 - 1)
     live: bool | Literal["full"] | None = _setting(
-        None, "Show live what goes on; 'full' adds a table of figures.", shown="in a terminal"
+        None, "Show a live view; 'full' adds a table of figures.", shown="in a terminal"
     )
     connect_timeout: float = _setting(
-        DEFAULT_CONNECT_SECONDS, "Seconds that a server has to answer.", least=_SHORTEST_SECONDS
+        DEFAULT_CONNECT_SECONDS, "Seconds to wait for a server to answer.", least=_SHORTEST_SECONDS
     )
     silence_timeout: float = _setting(
         DEFAULT_SILENCE_SECONDS,
         "Give up after this many seconds without progress.",
         least=_SHORTEST_SECONDS,
     )
-    retry_attempts: int = _setting(_RETRY.attempts, "Attempts to connect in all; 1 means no retry.", least=1, most=1000)
-    retry_first_delay: float = _setting(_RETRY.first_delay_seconds, "Seconds before the second try.", least=0)
-    retry_backoff: float = _setting(_RETRY.backoff, "How many times longer each further delay is.", least=1)
-    retry_most_delay: float = _setting(_RETRY.most_delay_seconds, "Longest delay in seconds.", least=0)
-    retry_jitter: float = _setting(_RETRY.jitter, "Share of each delay that is random.", least=0, most=1)
+    retry_attempts: int = _setting(
+        _RETRY.attempts, "The total number of attempts to connect; 1 means no retry.", least=1, most=1000
+    )
+    retry_first_delay: float = _setting(_RETRY.first_delay_seconds, "Seconds before the first retry.", least=0)
+    retry_backoff: float = _setting(_RETRY.backoff, "The factor by which each further delay grows.", least=1)
+    retry_most_delay: float = _setting(_RETRY.most_delay_seconds, "The longest delay in seconds.", least=0)
+    retry_jitter: float = _setting(_RETRY.jitter, "The share of each delay that is random.", least=0, most=1)
     retry_restart: float = _setting(
-        _RETRY.restart_seconds, "Seconds that a server may take to be back that says that it is stopping.", least=0
+        _RETRY.restart_seconds,
+        "Seconds to wait for a server to come back after it announced that it is stopping.",
+        least=0,
     )
     deadline: float | None = _setting(
         None,
-        "Wait so many seconds for whatever is to be read, although its source fails.",
-        shown="as often as it is tried again",
+        "Wait up to this many seconds for each read, and retry if its source fails.",
+        shown="until the retries are used up",
         least=_SHORTEST_SECONDS,
     )
     token_file: str | None = _setting(
-        None, "A file with the token that clients show; a server's may hold several.", shown="none", metavar="FILE"
+        None, "The file with the token that clients send; a server's may hold several.", shown="none", metavar="FILE"
     )
     ssl_certfile: str | None = _setting(
-        None, "The certificate to show over TLS, in PEM; a server needs it for wss://.", shown="none", metavar="FILE"
+        None, "The TLS certificate to present, in PEM; a server needs one for wss://.", shown="none", metavar="FILE"
     )
     ssl_keyfile: str | None = _setting(
         None, "The certificate's private key, in PEM.", shown="in the same file", metavar="FILE"
     )
     ssl_ca_certs: str | None = _setting(
         None,
-        "Whose certificates to trust, in PEM; a server wants one from each client then.",
-        shown="the system's; a server wants none",
+        "The CA certificates to trust, in PEM; a server then requires a client certificate.",
+        shown="the system's; a server requires none",
         metavar="FILE",
     )
     encryption_key_file: str | None = _setting(
-        None, "A file that holds the key of encrypted models.", shown="none", metavar="FILE"
+        None, "The file with the key of encrypted models.", shown="none", metavar="FILE"
     )
     verify_key: str | None = _setting(
         None,
-        "A file with the public keys, in PEM, of whoever may have signed a model; others are refused.",
-        shown="signatures are not looked at",
+        "A file of public keys, in PEM; models not signed with one of them are refused.",
+        shown="signatures are not checked",
         metavar="FILE",
     )
-    on_missing: OnMissing = _setting("error", "What to do about weights that a model lacks.")  # noqa: RUF009 - it makes a field
+    on_missing: OnMissing = _setting("error", "What to do if a model lacks weights.")  # noqa: RUF009 - it makes a field
 
     def __post_init__(self) -> None:
         for name, setting in SETTINGS.items():

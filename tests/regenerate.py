@@ -69,7 +69,11 @@ def completions() -> dict[Path, str]:
 
 def man_page() -> dict[Path, str]:
     """The man page, from the help of all commands, by its file."""
-    lines = [f'.TH SURFW 1 "" "surfw {__version__}"', ".SH NAME", "surfw \\- run models whose weights are elsewhere"]
+    lines = [
+        f'.TH SURFW 1 "" "surfw {__version__}"',
+        ".SH NAME",
+        "surfw \\- run models whose weights are remote or bigger than memory",
+    ]
     root = root_command()
     lines += [".SH SYNOPSIS", ".B surfw", "COMMAND [OPTIONS]", ".SH DESCRIPTION", _roff(root.help or "")]
     lines += [

@@ -20,23 +20,23 @@ from surfw.cli.wording import with_options
 from surfw.errors import SurfwError, UninitializedWeightsWarning
 
 _COMMANDS = {
-    "chunk": ("chunk:chunk", "Cut a checkpoint into chunks by layer, and store them."),
-    "serve": ("serve:serve", "Serve a store, or a plain checkpoint, to clients, through a cache."),
-    "infer": ("infer:infer", "Run a model while its layers arrive, and print what it says."),
-    "stats": ("stats:stats", "Show what a server does: its counters, its cache, its clients and what happened lately."),
+    "chunk": ("chunk:chunk", "Split a checkpoint into chunks by layer, and store them."),
+    "serve": ("serve:serve", "Serve a store or a plain checkpoint to clients, through a cache."),
+    "infer": ("infer:infer", "Run a model while its layers arrive, and print its output."),
+    "stats": ("stats:stats", "Show a server's counters, cache, clients and recent events."),
     "bench": ("bench:app", "Measure surfw against a baseline in the same run."),
-    "chat": ("chat:chat", "Talk with a model that stays open."),
-    "pull": ("cached:pull", "Fetch a model into the disk cache, where it stays until 'surfw rm --cached'."),
-    "list": ("store:list_:LIST_EXAMPLES", "List the models in a store, and what else lies there."),
-    "show": ("store:show:SHOW_EXAMPLES", "Show one model of a store: its chunks, sizes and files."),
+    "chat": ("chat:chat", "Chat with a model that stays open between turns."),
+    "pull": ("cached:pull", "Fetch a model into the disk cache and pin it there."),
+    "list": ("store:list_:LIST_EXAMPLES", "List the models in a store, and anything else in it."),
+    "show": ("store:show:SHOW_EXAMPLES", "Show a model in a store: its chunks, sizes and files."),
     "rm": ("store:rm:RM_EXAMPLES", "Remove a model from a store. Its blobs stay until 'surfw prune'."),
     "prune": ("store:prune:PRUNE_EXAMPLES", "Remove the blobs that no model needs."),
     "verify": (
         "store:verify:VERIFY_EXAMPLES",
-        "Read every byte of the models in a store, and check them; with a key, also who signed them.",
+        "Verify every byte of the models in a store.",
     ),
     "config": ("config:config", "Show every setting, its value, and where it comes from."),
-    "schema": ("schema:schema", "Print the JSON Schema of what a command prints with --json."),
+    "schema": ("schema:schema", "Print the JSON Schema of a command's --json output."),
 }
 """The module of each command and its examples, and its summary; `surfw --help` imports none of the modules."""
 _EVERYDAY = ("chunk", "serve", "infer", "stats", "bench")
@@ -56,7 +56,7 @@ class _Commands(options.Group):
 
 app = typer.Typer(
     name="surfw",
-    help="Run transformer models whose weights are somewhere else, or are bigger than memory.",
+    help="Run transformer models whose weights are remote or bigger than memory.",
     epilog="Start with:  surfw infer --prompt 'Weight streaming is'",
     cls=_Commands,
     no_args_is_help=True,
@@ -69,9 +69,11 @@ app = typer.Typer(
 @app.command("help", cls=options.Command, rich_help_panel=options.MORE)
 def show_help(
     context: typer.Context,
-    words: Annotated[list[str] | None, typer.Argument(metavar="COMMAND", help="Such as: bench wire")] = None,
+    words: Annotated[
+        list[str] | None, typer.Argument(metavar="COMMAND", help="A command, such as 'bench wire'.")
+    ] = None,
 ) -> None:
-    """Show the help of surfw, or of one of its commands."""
+    """Show help for surfw, or for one of its commands."""
     shown = context.find_root()
     for word in words or ():
         group = shown.command

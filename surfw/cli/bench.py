@@ -65,7 +65,7 @@ _CONNECTION = ("token_file", *options.TLS_SETTINGS)
 """Settings for connecting to servers; the measured processes get them in environment variables."""
 
 _FOLDER = typer.Option(
-    "--dir", metavar="DIR", help="Where to write; removed afterwards. [default: the temporary folder]"
+    "--dir", metavar="DIR", help="Write to this folder, and clean up afterwards. [default: the temporary folder]"
 )
 
 app = typer.Typer(
@@ -81,12 +81,19 @@ app = typer.Typer(
 @keeps_results
 def wire(
     rounds: Annotated[
-        int, typer.Option(min=1, help="Each has new processes, and five turns with the baseline; medians are shown.")
+        int,
+        typer.Option(
+            min=1,
+            help="The number of rounds, each with new processes and five turns per side; medians are shown.",
+        ),
     ] = 7,
     json: options.Json = False,  # noqa: ARG001 - read by `keeps_results`
     quiet: options.Quiet = False,
 ) -> "Result":
-    """From a server's cache into a client's memory, against a raw TCP socket that moves the same bytes."""
+    """Measure server-to-client throughput against a raw TCP socket.
+
+    Both move the same bytes, from the server's cache into the client's memory.
+    """
     _say("measuring", quiet=quiet)
     from surfw.bench.wire import bench_wire
 
@@ -96,11 +103,13 @@ def wire(
 @app.command("codec", cls=options.Command, epilog=CODEC_EXAMPLES)
 @keeps_results
 def codec(
-    rounds: Annotated[int, typer.Option(min=1, help="How often all is done, in turn; medians are shown.")] = 15,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="The number of rounds, alternating with the baseline; medians are shown.")
+    ] = 15,
     json: options.Json = False,  # noqa: ARG001 - read by `keeps_results`
     quiet: options.Quiet = False,
 ) -> "Result":
-    """Encoding and decoding the form lossless, against Blosc's own functions on the same frames."""
+    """Measure the lossless codec against Blosc's own functions. Both encode and decode the same frames."""
     _say("measuring", quiet=quiet)
     from surfw.bench.codec import bench_codec
 
@@ -110,11 +119,14 @@ def codec(
 @app.command("all", cls=options.Command, epilog=ALL_EXAMPLES)
 @keeps_results
 def everything(
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds of each; medians are shown.")] = 7,
+    rounds: Annotated[int, typer.Option(min=1, help="The number of rounds of each benchmark; medians are shown.")] = 7,
     json: options.Json = False,  # noqa: ARG001 - read by `keeps_results`
     quiet: options.Quiet = False,
 ) -> "list[Result]":
-    """All that needs no model, no storage and no card: wire, codec, cache, flood, and the start of the demo model."""
+    """Run all benchmarks that need no model, no storage and no GPU.
+
+    These are wire, codec, cache, flood, and start with the demo model.
+    """
     from surfw.bench.cache import bench_cache
     from surfw.bench.codec import bench_codec
     from surfw.bench.flood import bench_flood
@@ -139,11 +151,14 @@ def everything(
 @app.command("flood", cls=options.Command, epilog="Example:  surfw bench flood --seconds 3 --json")
 @keeps_results
 def flood(
-    seconds: Annotated[float, typer.Option(min=0.1, help="How long each measurement takes.")] = 3.0,
+    seconds: Annotated[float, typer.Option(min=0.1, help="The length of each measurement in seconds.")] = 3.0,
     json: options.Json = False,  # noqa: ARG001 - read by `keeps_results`
     quiet: options.Quiet = False,
 ) -> "Result":
-    """A good client's rate, and a new one's wait, beside clients that flood the server in a dozen ways."""
+    """Measure a server while clients flood it in a dozen ways.
+
+    The result is the rate of a well-behaved client, and how long a new client waits.
+    """
     _say("measuring", quiet=quiet)
     from surfw.bench.flood import bench_flood
 
@@ -157,26 +172,37 @@ def clients(
     *,
     place: Annotated[
         str | None,
-        typer.Argument(metavar="STORE", help="A store: a folder or a storage URL. [default: one that is made up]"),
+        typer.Argument(metavar="STORE", help="A store: a folder or a storage URL. [default: a generated one]"),
     ] = None,
-    model: Annotated[str | None, typer.Option(help="Name of the model. [default: the only one there is]")] = None,
+    model: Annotated[str | None, typer.Option(help="The model's name. [default: the only one]")] = None,
     configuration: options.Configuration,
-    number: Annotated[int, typer.Option("--clients", min=1, max=1000, help="How many read at the same time.")] = 8,
-    idle: Annotated[int, typer.Option(min=0, max=100_000, help="How many more are connected, and do nothing.")] = 0,
+    number: Annotated[
+        int, typer.Option("--clients", min=1, max=1000, help="The number of clients that read at the same time.")
+    ] = 8,
+    idle: Annotated[
+        int, typer.Option(min=0, max=100_000, help="The number of further clients that connect and do nothing.")
+    ] = 0,
     cache: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Size of the server's cache. [default: the model fits]")
+        str | None, typer.Option(metavar="SIZE", help="The size of the server's cache. [default: the model fits]")
     ] = None,
-    policy: Annotated[CachePolicy, typer.Option(help="What the cache keeps.")] = "schedule",
-    direct: Annotated[bool, typer.Option("--direct", help="Also read the storage without a server.")] = False,
-    rounds: Annotated[int, typer.Option(min=1, help="Alternations with the baseline; medians are shown.")] = 3,
-    seconds: Annotated[float, typer.Option(min=0, help="Go on for so long after the last round.")] = 0.0,
+    policy: Annotated[CachePolicy, typer.Option(help="The cache policy.")] = "schedule",
+    direct: Annotated[
+        bool, typer.Option("--direct", help="Also measure clients that read the storage without a server.")
+    ] = False,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="The number of rounds, alternating with the baseline; medians are shown.")
+    ] = 3,
+    seconds: Annotated[
+        float, typer.Option(min=0, help="Keep reading for this many seconds after the last round.")
+    ] = 0.0,
     json: options.Json = False,  # noqa: ARG001 - read by `keeps_results`
     quiet: options.Quiet = False,
 ) -> "Result":
-    """Many clients of one server, each a process, against as many raw TCP connections with the same bytes.
+    """Measure many clients of one server against raw TCP connections.
 
-    Each round starts servers with empty caches. Shown are the rates of all clients together, how evenly they share, how
-    often the storage is read, what the cache hits, and the server's memory.
+    Each client is a process; the baseline is as many connections that move the same bytes. Each round starts servers
+    with empty caches. The result is the total rate of the clients, how evenly they share it, how often the storage is
+    read, cache hits, and the server's memory.
     """
     options.check_size("--cache", cache)
     from surfw.cli.addresses import read_address
@@ -206,24 +232,29 @@ def cache(
     trace: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="What clients of a server read, as 'surfw serve --record' wrote it. [default: made up]"
+            metavar="FILE",
+            help="The reads of a server's clients, recorded by 'surfw serve --record'. [default: simulated]",
         ),
     ] = None,
-    share: Annotated[float, typer.Option(min=0, max=1, help="How much of what is read the cache holds.")] = 0.5,
+    share: Annotated[
+        float, typer.Option(min=0, max=1, help="The size of the cache, as a share of what is read.")
+    ] = 0.5,
     clients: Annotated[
-        int | None, typer.Option(min=1, max=100, help="Clients that read the same model. [default: 10]")
+        int | None, typer.Option(min=1, max=100, help="The number of clients that read the same model. [default: 10]")
     ] = None,
-    layers: Annotated[int | None, typer.Option(min=1, max=1000, help="Layers of the model. [default: 22]")] = None,
+    layers: Annotated[
+        int | None, typer.Option(min=1, max=1000, help="The number of layers of the model. [default: 22]")
+    ] = None,
     passes: Annotated[
-        int | None, typer.Option(min=1, max=1000, help="Passes of each client through it. [default: 6]")
+        int | None, typer.Option(min=1, max=1000, help="The number of passes of each client. [default: 6]")
     ] = None,
     json: options.Json = False,  # noqa: ARG001 - read by `keeps_results`
     quiet: options.Quiet = False,
 ) -> "Result":
-    """What a server's cache hits where clients announce what they read, against LRU; the ceiling is the optimum.
+    """Simulate a server's cache, whose clients announce what they read.
 
-    Nothing is read: the policies decide about clients in four arrangements, which are the same each time, or about what
-    the clients of a server read. The optimum knows all of the future.
+    The result is its hit rate, against that of LRU; the ceiling is the optimum, which knows the whole future. Nothing
+    is read: the policies run on four fixed arrangements of clients, or on a recording of a server's clients.
     """
     from surfw.bench.cache import bench_cache, bench_recorded
 
@@ -243,11 +274,13 @@ app.command("fleet", cls=options.Command, epilog=bench_fleet.EXAMPLES)(bench_fle
 def chunk(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A hub id or a local directory.")],
     folder: Annotated[str | None, _FOLDER] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Alternations with the baseline; medians are shown.")] = 3,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="The number of rounds, alternating with the baseline; medians are shown.")
+    ] = 3,
     json: options.Json = False,  # noqa: ARG001 - read by `keeps_results`
     quiet: options.Quiet = False,
 ) -> "Result":
-    """Chunking a checkpoint, against `cp` of the same bytes, both synced to the disk."""
+    """Measure chunking a checkpoint against 'cp' of the same bytes. Both are synced to disk."""
     _say("measuring", quiet=quiet)
     from surfw.bench.chunk import bench_chunk
 
@@ -263,14 +296,19 @@ def chunk(
 @keeps_results
 def bench_storage(
     *,
-    url: Annotated[str, typer.Argument(metavar="URL", help="A store in S3, or in another storage over a network.")],
-    model: Annotated[str | None, typer.Option(help="Name of the model. [default: the only one there is]")] = None,
+    url: Annotated[str, typer.Argument(metavar="URL", help="A store on S3, or on another network storage.")],
+    model: Annotated[str | None, typer.Option(help="The model's name. [default: the only one]")] = None,
     configuration: options.Configuration,
-    rounds: Annotated[int, typer.Option(min=1, help="Alternations with the baselines; medians are shown.")] = 5,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="The number of rounds, alternating with the baselines; medians are shown.")
+    ] = 5,
     json: options.Json = False,  # noqa: ARG001 - read by `keeps_results`
     quiet: options.Quiet = False,
 ) -> "Result":
-    """Reading a model from a storage, against plain parallel ranges, and Run:ai Model Streamer if it is installed."""
+    """Measure reading a model from a network storage.
+
+    The baselines are plain parallel range reads, and Run:ai Model Streamer if it is installed.
+    """
     from surfw.cli.addresses import read_address
 
     _say("measuring", quiet=quiet)
@@ -288,14 +326,16 @@ def bench_infer(
         str | None,
         typer.Option(
             metavar="NAMES",
-            help="Of resident, accelerate, airllm, llama.cpp, llama.cpp-q8_0, llama.cpp-q4_0, lru, and the codecs "
-            "none, lossless, int8, int4, separated by commas. [default: all that can run, but quantised ones]",
+            help="The peers, separated by commas: resident, accelerate, airllm, llama.cpp, llama.cpp-q8_0, "
+            "llama.cpp-q4_0, lru, and the codecs none, lossless, int8, int4. [default: all that can run, except "
+            "quantised ones]",
         ),
     ] = None,
     gguf: Annotated[
         str | None,
         typer.Option(
-            metavar="FILE", help="The same model for llama.cpp. [default: made of the checkpoint, if that is a LLaMA]"
+            metavar="FILE",
+            help="The same model for llama.cpp. [default: converted from the checkpoint, if it is a LLaMA]",
         ),
     ] = None,
     airllm_dir: Annotated[
@@ -304,38 +344,43 @@ def bench_infer(
     cap: Annotated[
         str | None,
         typer.Option(
-            metavar="SIZE", help="The memory each of them may use, page cache included, such as 1.2GB; needs root."
+            metavar="SIZE", help="The memory limit of each process, page cache included, such as 1.2GB; needs root."
         ),
     ] = None,
     memory_budget: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="What surfw's weights may take. [default: its own choice]")
+        str | None,
+        typer.Option(metavar="SIZE", help="The memory budget for surfw's weights. [default: surfw's own choice]"),
     ] = None,
     store: Annotated[
         str | None,
         typer.Option(
             metavar="DIR",
-            help="A store to keep; the model is chunked into it if it is not there. [default: a temporary one]",
+            help="A store to use and keep; the model is chunked into it if it is missing. [default: a temporary one]",
         ),
     ] = None,
     folder: Annotated[str | None, _FOLDER] = None,
     source: Annotated[
-        str | None, typer.Option(metavar="URL", help="What surfw reads instead of a local store, such as a server.")
+        str | None,
+        typer.Option(metavar="URL", help="The source for surfw, instead of a local store, such as a server."),
     ] = None,
     configuration: options.Configuration,
     bandwidth: Annotated[
         str | None,
         typer.Option(metavar="SIZE", help="Bytes per second of the source's link, such as 119MB. [default: measured]"),
     ] = None,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 16,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="The number of tokens in the prompt.")] = 16,
     new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", "--new-tokens", min=2, help="Tokens to generate.")
+        int, typer.Option("--max-new-tokens", "--new-tokens", min=2, help="The number of tokens to generate.")
     ] = 16,
-    rounds: Annotated[int, typer.Option(min=1, help="Runs of each, in turn; medians are shown.")] = 3,
-    patience: Annotated[float, typer.Option(min=1, help="Seconds that one run may take.")] = 1800,
+    rounds: Annotated[int, typer.Option(min=1, help="The number of runs of each, in turn; medians are shown.")] = 3,
+    patience: Annotated[float, typer.Option(min=1, help="The time limit of each run in seconds.")] = 1800,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Generating tokens, against other ways to run the same model on this machine, each in a process of its own."""
+    """Measure token generation against other ways to run the model.
+
+    All run the same model on this machine, each in its own process.
+    """
     for option, size in (("--memory-budget", memory_budget), ("--cap", cap)):
         options.check_size(option, size)
     names = None if against is None else [name.strip() for name in against.split(",")]
@@ -396,25 +441,27 @@ def quality(
         str | None,
         typer.Argument(
             metavar="MODEL",
-            help="A model's name in the store, or a checkpoint in a local directory. [default: the demo model]",
+            help="The model's name in the store, or a checkpoint in a local directory. [default: the demo model]",
         ),
     ] = None,
     configuration: options.Configuration,
     codec: Annotated[
-        str | None, typer.Option(metavar="NAMES", help="Of int8, int4, separated by commas. [default: all there are]")
+        str | None,
+        typer.Option(metavar="NAMES", help="The codecs, separated by commas: int8, int4. [default: all available]"),
     ] = None,
     text: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="A text in paragraphs. [default: some plain English that comes with surfw]"),
+        typer.Option(metavar="FILE", help="A text in paragraphs. [default: plain English that comes with surfw]"),
     ] = None,
     folder: Annotated[str | None, _FOLDER] = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """What int8 and int4 change in a model's answers, against the same model unquantised, and beside llama.cpp.
+    """Measure how int8 and int4 change a model's answers.
 
-    Of a checkpoint, the forms are made for the measurement. Models that generate are measured by the perplexity of a
-    text and by the next token's distribution, others by their embeddings.
+    The baseline is the same model unquantised, with llama.cpp for comparison. For a checkpoint, the forms are made for
+    the measurement. Models that generate are measured by the perplexity of a text and by the distribution of the next
+    token, others by their embeddings.
     """
     from dataclasses import replace
 
@@ -454,24 +501,27 @@ def quality(
 def bench_start(
     *,
     source: Annotated[str, typer.Argument(metavar="SOURCE", help="A server (host:port), a folder, or a storage URL.")],
-    model: Annotated[str | None, typer.Option(help="Name of the model. [default: the only one there is]")] = None,
+    model: Annotated[str | None, typer.Option(help="The model's name. [default: the only one]")] = None,
     download: Annotated[
         str | None,
         typer.Option(
             metavar="URL",
-            help="The checkpoint's own files, to be downloaded and loaded with transformers. "
-            "[default: SOURCE, loaded where it is, if it is a checkpoint's folder]",
+            help="The checkpoint's own files, to download and load with transformers. "
+            "[default: SOURCE, loaded in place, if it is a checkpoint's folder]",
         ),
     ] = None,
     codec: Annotated[
-        str, typer.Option(metavar="NAMES", help="Of auto, none, lossless, int8, int4, separated by commas.")
+        str, typer.Option(metavar="NAMES", help="The codecs, separated by commas: auto, none, lossless, int8, int4.")
     ] = "auto,none,lossless",
     configuration: options.Configuration,
-    rounds: Annotated[int, typer.Option(min=1, help="Starts of each, in turn; medians are shown.")] = 3,
+    rounds: Annotated[int, typer.Option(min=1, help="The number of starts of each, in turn; medians are shown.")] = 3,
     json: options.Json = False,  # noqa: ARG001 - read by `keeps_results`
     quiet: options.Quiet = False,
 ) -> "Result":
-    """From the start of `surfw infer` to its first token, against transformers, which needs all weights first."""
+    """Measure the time from starting 'surfw infer' to its first token.
+
+    The baseline is transformers, which needs all weights first.
+    """
     from surfw.bench.start import bench_start as measure
     from surfw.cli.addresses import read_address
 
@@ -489,33 +539,38 @@ def bench_start(
 )
 @keeps_results
 def device(
-    device: Annotated[str, typer.Option("--device", metavar="NAME", help="cuda, cuda:1, or simulated.")] = "cuda",
-    shape: Annotated[str, typer.Option(help="A LLaMA with random weights: tiny, 1b or 8b.")] = "8b",
+    device: Annotated[
+        str, typer.Option("--device", metavar="NAME", help="The device: cuda, cuda:1, or simulated.")
+    ] = "cuda",
+    shape: Annotated[str, typer.Option(help="The size of a LLaMA with random weights: tiny, 1b or 8b.")] = "8b",
     parts: Annotated[
         str | None,
         typer.Option(
             metavar="NAMES",
-            help="Of streamed, accelerate, half, accelerate-half, whole, packed, diffusers, server, disk, 70b, "
-            "separated by commas. [default: all; disk with --disk]",
+            help="The parts to run, separated by commas: streamed, accelerate, half, accelerate-half, whole, packed, "
+            "diffusers, server, disk, 70b. [default: all; disk with --disk]",
         ),
     ] = None,
     folder: Annotated[
         str | None,
         typer.Option(
-            metavar="DIR", help="Where the checkpoint is written, best in memory. [default: the temporary folder]"
+            metavar="DIR", help="The folder for the checkpoint, best in memory. [default: the temporary folder]"
         ),
     ] = None,
     disk: Annotated[
-        str | None, typer.Option(metavar="DIR", help="A folder on a disk that is measured as well. [default: none]")
+        str | None, typer.Option(metavar="DIR", help="A folder on a disk to measure as well. [default: none]")
     ] = None,
-    seconds: Annotated[float, typer.Option(min=1, help="Begin nothing after so long.")] = 480.0,
+    seconds: Annotated[float, typer.Option(min=1, help="Start no part after this many seconds.")] = 480.0,
     lines: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Also write each figure as it comes, as lines of JSON.")
+        str | None, typer.Option(metavar="FILE", help="Also write each figure to this file as it comes, as JSON lines.")
     ] = None,
     json: options.Json = False,  # noqa: ARG001 - read by `keeps_results`
     quiet: options.Quiet = False,
 ) -> "Result":
-    """Streaming to a graphics card, against the rate of copies, the resident model, accelerate and diffusers."""
+    """Measure streaming to a GPU.
+
+    The baselines are the rate of copies, the resident model, accelerate and diffusers.
+    """
     from contextlib import ExitStack
     from dataclasses import asdict
     from json import dumps

@@ -24,46 +24,54 @@ _RATE = "Bytes per second"
 @keeps_results
 def fleet(
     *,
-    clients: Annotated[int, typer.Option(min=1, max=100_000, help="How many run the model.")] = 100,
-    servers: Annotated[int, typer.Option(min=1, max=1000, help="How many serve it; clients are spread evenly.")] = 2,
-    model_bytes: Annotated[str, typer.Option(metavar="SIZE", help="Of the model.")] = "2.2GB",
-    layers: Annotated[int, typer.Option(min=1, max=1000, help="Into how many chunks it is cut.")] = 24,
-    passes: Annotated[int, typer.Option(min=1, max=1000, help="How often each client goes through it.")] = 2,
-    arrivals: Annotated[float, typer.Option(min=0, help="Seconds within which clients start, at random.")] = 60.0,
+    clients: Annotated[int, typer.Option(min=1, max=100_000, help="The number of clients that run the model.")] = 100,
+    servers: Annotated[
+        int, typer.Option(min=1, max=1000, help="The number of servers; clients are spread evenly.")
+    ] = 2,
+    model_bytes: Annotated[str, typer.Option(metavar="SIZE", help="The size of the model.")] = "2.2GB",
+    layers: Annotated[int, typer.Option(min=1, max=1000, help="The number of chunks in the model.")] = 24,
+    passes: Annotated[int, typer.Option(min=1, max=1000, help="The number of passes of each client.")] = 2,
+    arrivals: Annotated[
+        float, typer.Option(min=0, help="Start the clients at random within this many seconds.")
+    ] = 60.0,
     memory_budget: Annotated[
         str | None,
-        typer.Option(metavar="SIZE", help="What each client's weights may take. [default: nothing is kept]"),
+        typer.Option(metavar="SIZE", help="Each client's memory budget for weights. [default: keep nothing]"),
     ] = None,
-    compute: Annotated[float, typer.Option(min=0, help="Seconds that a client computes with each chunk.")] = 0.0,
-    cache: Annotated[str, typer.Option(metavar="SIZE", help="Of each server's cache.")] = "1GB",
-    policy: Annotated[CachePolicy, typer.Option(help="What the caches keep.")] = "schedule",
+    compute: Annotated[float, typer.Option(min=0, help="Seconds that a client computes for each chunk.")] = 0.0,
+    cache: Annotated[str, typer.Option(metavar="SIZE", help="The size of each server's cache.")] = "1GB",
+    policy: Annotated[CachePolicy, typer.Option(help="The cache policy.")] = "schedule",
     redis: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Of a Redis that the servers share. [default: there is none]")
+        str | None, typer.Option(metavar="SIZE", help="The size of a Redis shared by the servers. [default: none]")
     ] = None,
-    link: Annotated[str, typer.Option(metavar="RATE", help=f"{_RATE} of each server to its clients.")] = "1.25GB",
-    client_link: Annotated[str, typer.Option(metavar="RATE", help=f"{_RATE} of each client.")] = "125MB",
+    link: Annotated[str, typer.Option(metavar="RATE", help=f"{_RATE} from each server to its clients.")] = "1.25GB",
+    client_link: Annotated[str, typer.Option(metavar="RATE", help=f"{_RATE} of each client's link.")] = "125MB",
     storage_link: Annotated[
-        str, typer.Option(metavar="RATE", help=f"{_RATE} that each server reads of the storage.")
+        str, typer.Option(metavar="RATE", help=f"{_RATE} from the storage to each server.")
     ] = "900MB",
     storage_latency: Annotated[
-        float, typer.Option(min=0, help="Seconds until the first byte of the storage comes.")
+        float, typer.Option(min=0, help="Seconds to the first byte of a read from the storage.")
     ] = 0.03,
     redis_link: Annotated[str, typer.Option(metavar="RATE", help=f"{_RATE} of the Redis.")] = "1GB",
-    storage_price: Annotated[float, typer.Option(min=0, help="For a GB that is read of the storage.")] = 0.09,
-    server_price: Annotated[float, typer.Option(min=0, help="For an hour of a server.")] = 0.40,
-    redis_price: Annotated[float, typer.Option(min=0, help="For an hour of a GB of Redis.")] = 0.02,
-    seed: Annotated[int, typer.Option(help="Of what is random; the same one gives the same figures.")] = 0,
+    storage_price: Annotated[float, typer.Option(min=0, help="USD per GB read from the storage.")] = 0.09,
+    server_price: Annotated[float, typer.Option(min=0, help="USD per hour of a server.")] = 0.40,
+    redis_price: Annotated[float, typer.Option(min=0, help="USD per hour of a GB of Redis.")] = 0.02,
+    seed: Annotated[int, typer.Option(help="The random seed; the same seed gives the same figures.")] = 0,
     measure: Annotated[
-        bool, typer.Option("--measure", help="Run a small fleet on this machine instead, beside its simulation.")
+        bool,
+        typer.Option(
+            "--measure", help="Run a small fleet on this machine instead, and compare it with its simulation."
+        ),
     ] = False,
     json: options.Json = False,  # noqa: ARG001 - read by `keeps_results`
     quiet: options.Quiet = False,
 ) -> "Result":
-    """A fleet before it is there: what its caches hit, what is read of the storage, how long clients wait, its cost.
+    """Simulate a fleet of clients and servers before it exists.
 
-    Time and bytes are simulated (needs simpy); the cache policies, and the plans of what clients keep, are surfw's own.
-    The rates that it starts from are yours: 'surfw bench storage', 'wire' and 'clients' measure them. With --measure, 2
-    servers and 16 clients run for a minute, and the baseline is what they did.
+    The result is cache hits, reads from the storage, how long clients wait, and the cost. Time and bytes are simulated
+    (needs simpy); the cache policies, and the plans of what clients keep, are surfw's own. You supply the rates:
+    'surfw bench storage', 'wire' and 'clients' measure them. With --measure, 2 servers and 16 clients run for a minute,
+    and what they did is the baseline.
     """
     sizes = {"--model-bytes": model_bytes, "--cache": cache, "--memory-budget": memory_budget, "--redis": redis}
     rates = {

@@ -42,7 +42,7 @@ def pull(
         str | None,
         typer.Argument(
             metavar="MODEL",
-            help="A name in the source; or a source: HOST:PORT, a URL, a hub id. [default: see --source]",
+            help="The model's name in the source, or a source: HOST:PORT, URL, or hub id. [default: see --source]",
             autocompletion=completion.models_in_source,
         ),
     ] = None,
@@ -50,7 +50,7 @@ def pull(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Fetch a model into the disk cache, where it stays until 'surfw rm --cached'."""
+    """Fetch a model into the disk cache and pin it there. Remove it with 'surfw rm --cached'."""
     from surfw.cli import render
     from surfw.cli.sources import choose_model, choose_source
     from surfw.models.client import WeightClient

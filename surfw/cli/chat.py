@@ -54,16 +54,16 @@ _PATIENCE_SIGNALS = 2
 def chat(
     *,
     place: options.Place = None,
-    system: Annotated[str | None, typer.Option(help="A system message, for models with a chat template.")] = None,
+    system: Annotated[str | None, typer.Option(help="The system message, for models with a chat template.")] = None,
     raw: Annotated[
-        bool, typer.Option("--raw", help="Go on as one text, without the chat template, as base models do.")
+        bool, typer.Option("--raw", help="Continue as one text, without the chat template, as for base models.")
     ] = False,
-    stop: Annotated[list[str] | None, typer.Option(help="A text that ends an answer; may be repeated.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Stop an answer at this text; may be repeated.")] = None,
     ignore_eos: options.IgnoreEos = False,
     configuration: options.Configuration,
     quiet: options.Quiet = False,
 ) -> None:
-    """Talk with a model that stays open.
+    """Chat with a model that stays open between turns.
 
     Ctrl-C stops an answer, Ctrl-D ends the session, /help lists its commands. From a pipe, each line is a turn.
     """

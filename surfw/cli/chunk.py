@@ -75,21 +75,22 @@ def chunk(
     name: Annotated[
         str | None, typer.Option(help="The model's name in the store. [default: the hub id, or the directory's name]")
     ] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the hub repository.")] = None,
+    revision: Annotated[str | None, typer.Option(help="The branch, tag or commit of the hub repository.")] = None,
     variant: Annotated[
-        str | None, typer.Option(help="Which files of weights, such as fp16 for model.fp16.safetensors.")
+        str | None, typer.Option(help="The variant of the weight files, such as fp16 for model.fp16.safetensors.")
     ] = None,
     dtype: Annotated[
         str | None,
         typer.Option(
-            help="Convert the weights, such as to bfloat16. [default: as they are]", autocompletion=completion.dtypes
+            help="Convert the weights to this dtype, such as bfloat16. [default: unchanged]",
+            autocompletion=completion.dtypes,
         ),
     ] = None,
     dequantize: Annotated[
         str | None,
         typer.Option(
             metavar="DTYPE",
-            help="Make dense weights of quantised ones: compressed-tensors, fp8, mxfp4.",
+            help="Dequantise the weights (compressed-tensors, fp8, mxfp4) to this dtype.",
             autocompletion=completion.dtypes,
         ),
     ] = None,
@@ -97,55 +98,55 @@ def chunk(
         str | None,
         typer.Option(
             metavar="DIR",
-            help="Where config.json and the tokenizer are, if MODEL is weights of torch.distributed.checkpoint alone.",
+            help="The folder of config.json and the tokenizer, if MODEL has only torch.distributed.checkpoint weights.",
         ),
     ] = None,
     codec: Annotated[
         str | None,
         typer.Option(
             metavar="NAMES",
-            help="Forms to store: none, lossless, int8, int4, or several with commas; int8 and int4 are not exact. "
-            "[default: none, and lossless where that is at least 10 % smaller]",
+            help="The forms to store, separated by commas: none, lossless, int8, int4; int8 and int4 are not exact. "
+            "[default: none, plus lossless where it is at least 10 % smaller]",
         ),
     ] = None,
     quantize: Annotated[
         str | None,
         typer.Option(
-            metavar="WHAT", help="What int8 and int4 take: all matrices, or experts (of a mixture). [default: all]"
+            metavar="WHAT",
+            help="Which matrices to quantise for int8 and int4: all, or experts (of a mixture). [default: all]",
         ),
     ] = None,
     source: Annotated[
         str | None,
         typer.Option(
-            "--from", metavar="SOURCE", help="Copy MODEL from a store or a server, where it is in chunks already."
+            "--from", metavar="SOURCE", help="Copy MODEL from this store or server, where it is already chunked."
         ),
     ] = None,
     encrypt: Annotated[
         str | None,
         typer.Option(
-            metavar="KEYFILE", help="Encrypt the weights with the key in this file; only who runs the model needs it."
+            metavar="KEYFILE",
+            help="Encrypt the weights with the key in this file; only clients that run the model need it.",
         ),
     ] = None,
     sign: Annotated[
         str | None,
-        typer.Option(
-            metavar="KEYFILE", help="Sign the model with the private key in this file, an Ed25519 key in PEM."
-        ),
+        typer.Option(metavar="KEYFILE", help="Sign the model with the private key in this file (Ed25519, in PEM)."),
     ] = None,
     base: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
-            help="MODEL is a LoRA adapter over this model of the store.",
+            help="Chunk MODEL as a LoRA adapter over this model in the store.",
             autocompletion=completion.models_in_store,
         ),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show layers, and the forms side by side; write nothing.")
+        bool, typer.Option("--dry-run", help="Show the layers, and compare the forms; write nothing.")
     ] = False,
     in_place: Annotated[
         bool,
-        typer.Option("--in-place", help="Write no weights: the chunks are byte ranges of the checkpoint's own files."),
+        typer.Option("--in-place", help="Copy no weights: chunks are byte ranges of the checkpoint's own files."),
     ] = False,
     listing: Annotated[bool, typer.Option("--list", hidden=True)] = False,
     remove: Annotated[str | None, typer.Option(metavar="NAME", hidden=True)] = None,
@@ -154,9 +155,9 @@ def chunk(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Cut a checkpoint into chunks by layer, and store them.
+    """Split a checkpoint into chunks by layer, and store them.
 
-    An interrupted run leaves nothing visible; the same command goes on where it stopped.
+    An interrupted run leaves nothing visible; repeat the command to resume it.
     """
     settings = configuration.settings
     tasks = {"--list": listing, "--remove": remove is not None, "--prune": prune, "--verify": verify}

@@ -26,7 +26,7 @@ def config(
 ) -> None:
     """Show every setting, its value, and where it comes from.
 
-    A token is never shown, only whether there is one; storage options are shown only where they are harmless.
+    A token is never shown, only whether one is set; storage options are shown only if they are known to be harmless.
     """
     from surfw.cli import render
 

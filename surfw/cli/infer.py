@@ -43,69 +43,76 @@ def infer(
     *,
     place: options.Place = None,
     text: Annotated[
-        str | None, typer.Argument(metavar="PROMPT", help="The prompt; - is stdin, as is a pipe where none is given.")
+        str | None,
+        typer.Argument(metavar="PROMPT", help="The prompt; - reads stdin, and so does a pipe if none is given."),
     ] = None,
-    prompt: Annotated[
-        str | None, typer.Option(help="The prompt, where MODEL is left out; - reads it from stdin.")
-    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="The prompt, if MODEL is left out; - reads stdin.")] = None,
     prompt_ids: Annotated[
-        str | None, typer.Option(metavar="1,2,3", help="Token ids instead of a prompt; ids are printed too.")
+        str | None, typer.Option(metavar="1,2,3", help="Token ids instead of a prompt; the output is ids too.")
     ] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="A text that ends the generation; may be repeated.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Stop generating at this text; may be repeated.")] = None,
     ignore_eos: options.IgnoreEos = False,
-    system: Annotated[str | None, typer.Option(help="A system message, for models with a chat template.")] = None,
+    system: Annotated[str | None, typer.Option(help="The system message, for models with a chat template.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Pass the prompt unchanged, without the chat template.")] = False,
     pair: Annotated[
         list[str] | None,
-        typer.Option(help="A second text, for models that read two: to rank, choose, or answer from; may be repeated."),
+        typer.Option(help="A second text, for models that take two: to rank, choose, or answer from; may be repeated."),
     ] = None,
     prompt_name: Annotated[
-        str | None, typer.Option(help="Which of its own prompts an embedding model reads before the text.")
+        str | None, typer.Option(help="The name of an embedding model's own prompt to put before the text.")
     ] = None,
     prompts: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help='Answer many: JSON lines such as {"id": 1, "prompt": "…"}; - is stdin.'),
+        typer.Option(
+            metavar="FILE",
+            help='Answer the prompts in this file: JSON lines such as {"id": 1, "prompt": "…"}; - reads stdin.',
+        ),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the answers to --prompts there, instead of to stdout.")
+        Path | None, typer.Option(metavar="FILE", help="Write the answers to --prompts to this file instead of stdout.")
     ] = None,
     ordered: Annotated[
-        bool, typer.Option("--ordered", help="Answers in the order of --prompts, not as they finish.")
+        bool, typer.Option("--ordered", help="Write answers in the order of --prompts, not as they finish.")
     ] = False,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Leave out the prompts that --output has answers to.")
+        bool, typer.Option("--resume", help="Skip prompts that are already answered in --output.")
     ] = False,
     sequences: Annotated[
-        int | None, typer.Option(min=1, help="How many of --prompts run together. [default: up to 64]")
+        int | None, typer.Option(min=1, help="The number of --prompts to run together. [default: up to 64]")
     ] = None,
     pipeline: Annotated[
         bool,
         typer.Option(
-            "--pipeline", help="Share the layers with the other ranks of a torchrun job; each has its own budget."
+            "--pipeline", help="Split the layers between the ranks of a torchrun job, each with its own budget."
         ),
     ] = False,
     trace: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Write a timeline of the run there, for ui.perfetto.dev or stats --run."),
+        typer.Option(
+            metavar="FILE", help="Write a timeline of the run to this file, for ui.perfetto.dev or stats --run."
+        ),
     ] = None,
     prompt_lookup: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="Guess up to N tokens from the text so far, and check them in one pass."),
+        typer.Option(
+            min=1, metavar="N", help="Speculate up to N tokens from the text so far, and check them in one pass."
+        ),
     ] = None,
     draft: Annotated[
         str | None,
-        typer.Option(metavar="MODEL", help="Have a smaller model guess: a name, a source, or self:int4."),
+        typer.Option(metavar="MODEL", help="Speculate with a smaller draft model: a name, a source, or self:int4."),
     ] = None,
     configuration: options.Configuration,
     explain: Annotated[
-        bool, typer.Option("--explain", help="First measure and show what limits the run; without a prompt, only that.")
+        bool,
+        typer.Option("--explain", help="Measure and show what limits the run first; without a prompt, do only that."),
     ] = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Run a model while its layers arrive, and print what it says.
+    """Run a model while its layers arrive, and print its output.
 
-    Encoders print their embedding, or what their head says: candidates for [MASK], labels, answers, scores.
+    Encoders print their embedding, or their head's output: candidates for [MASK], labels, answers, scores.
     """
     _expect_texts(stop, pair)
     prompt = _one_of("PROMPT", text, "--prompt", prompt)

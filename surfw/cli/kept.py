@@ -23,14 +23,16 @@ if TYPE_CHECKING:
 REGRESSION = 3
 """The exit code if a ratio is worse than in the file of `--compare`."""
 _REPORTS = (".html", ".md")
-_Save = Annotated[Path | None, typer.Option(metavar="FILE", help="Save the result there, as JSON.")]
+_Save = Annotated[Path | None, typer.Option(metavar="FILE", help="Save the result to this file, as JSON.")]
 _Compare = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="Compare ratios with those saved there; the exit code is 3 if one is worse."),
+    typer.Option(
+        metavar="FILE", help="Compare ratios with those saved in this file; exit with code 3 if one is worse."
+    ),
 ]
 _Report = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="Write a page with plots: FILE.html or FILE.md; it needs no network."),
+    typer.Option(metavar="FILE", help="Write a self-contained page with plots: FILE.html or FILE.md."),
 ]
 
 

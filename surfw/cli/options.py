@@ -50,12 +50,12 @@ Place = Annotated[
     str | None,
     typer.Argument(
         metavar="MODEL",
-        help="A name in the source; or a source: HOST:PORT, a URL, a folder, a hub id. [default: see --source]",
+        help="The model's name in the source, or a source: HOST:PORT, URL, folder, or hub id. [default: see --source]",
         autocompletion=completion.models_in_source,
     ),
 ]
 """The argument that names the model to run."""
-IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Continue after the model's end token.")]
+IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Continue past the model's end token.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings and errors on stderr.")]
 ConfigFile = Annotated[
     Path | None,
@@ -445,7 +445,7 @@ def _annotation(setting: Setting, *, is_repeated: bool = False) -> Any:
         min=setting.least,
         max=setting.most,
         autocompletion=completion.choices(setting.choices) if setting.choices else _COMPLETIONS.get(setting.name),
-        help=f"{setting.help}{' May be repeated, to compare answers.' * is_repeated} [{'; '.join(notes)}]",
+        help=f"{setting.help}{' May be repeated to compare answers.' * is_repeated} [{'; '.join(notes)}]",
     )
     kind: Any = Literal[setting.choices] if setting.choices else setting.kind
     if setting.kind is dict or setting.many or is_repeated:

@@ -21,10 +21,10 @@ FOLDER = Path(__file__).parent.parent / "schemas"
 
 def schema(
     words: Annotated[
-        list[str] | None, typer.Argument(metavar="COMMAND", help="Such as: bench wire. [default: list them all]")
+        list[str] | None, typer.Argument(metavar="COMMAND", help="A command, such as 'bench wire'. [default: list all]")
     ] = None,
 ) -> None:
-    """Print the JSON Schema of what a command prints with --json."""
+    """Print the JSON Schema of a command's --json output."""
     if not words:
         for name in sorted(path.stem for path in FOLDER.glob("*.json")):
             typer.echo(name.replace("-", " "))

@@ -66,17 +66,17 @@ def serve(
         str | None,
         typer.Argument(
             metavar="PATH_OR_URL",
-            help="A store, or a checkpoint that is served from where it is, without a copy. [default: that of --store]",
+            help="A store, or a checkpoint to serve in place, without a copy. [default: the store of --store]",
         ),
     ] = None,
     configuration: options.Configuration,
     policy: Annotated[
         CachePolicy,
-        typer.Option(help="What the cache keeps: what clients need soonest, as they say, or what was used last."),
+        typer.Option(help="What the cache keeps: what clients announce they need soonest, or the most recently used."),
     ] = "schedule",
     record: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Write what clients read to a file, for 'surfw bench cache --trace'."),
+        typer.Option(metavar="FILE", help="Record what clients read in this file, for 'surfw bench cache --trace'."),
     ] = None,
     announce: Annotated[
         bool, typer.Option("--announce", help="Print the address as JSON on stdout when ready.")
@@ -84,10 +84,10 @@ def serve(
     quiet: options.Quiet = False,
     exit_with_stdin: Annotated[bool, typer.Option("--exit-with-stdin", hidden=True)] = False,
 ) -> None:
-    """Serve a store, or a plain checkpoint, to clients, through a cache.
+    """Serve a store or a plain checkpoint to clients, through a cache.
 
-    GET /livez, /readyz, /stats (JSON) and /metrics (Prometheus) answer on the same port. SIGTERM and Ctrl-C finish what
-    is in flight first; SIGHUP looks for new models.
+    The same port answers GET /livez, /readyz, /stats (JSON) and /metrics (Prometheus). SIGTERM and Ctrl-C let requests
+    in flight finish first; SIGHUP looks for new models.
     """
     settings = configuration.settings
     if place is not None and configuration.origins["store"].kind == "argument":

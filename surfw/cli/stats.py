@@ -37,27 +37,28 @@ def stats(
     url: Annotated[
         str | None,
         typer.Argument(
-            metavar="ADDRESS", help="The server's: HOST:PORT, ws:// or http://. [default: the server on this machine]"
+            metavar="ADDRESS",
+            help="The server's address: HOST:PORT, ws:// or http://. [default: the server on this machine]",
         ),
     ] = None,
     watch: Annotated[
         bool,
-        typer.Option("--watch", help="Keep showing them until Ctrl-C: on the whole screen, or a line each in a pipe."),
+        typer.Option("--watch", help="Keep updating until Ctrl-C: full screen, or one line per reading in a pipe."),
     ] = False,
     every: Annotated[
-        float | None, typer.Option(min=0.1, help="Seconds between two readings with --watch. [default: 1]")
+        float | None, typer.Option(min=0.1, help="Seconds between readings with --watch. [default: 1]")
     ] = None,
     store: Annotated[
-        str | None, typer.Option(metavar="URL", help="Show instead what lies in a store, with forms and shared bytes.")
+        str | None, typer.Option(metavar="URL", help="Show a store's contents instead, with forms and shared bytes.")
     ] = None,
     run: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Show instead what 'surfw infer --trace FILE' wrote of a run.")
+        Path | None, typer.Option(metavar="FILE", help="Show a run instead, as written by 'surfw infer --trace FILE'.")
     ] = None,
     configuration: options.Configuration,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Show what a server does: its counters, its cache, its clients and what happened lately."""
+    """Show a server's counters, cache, clients and recent events."""
     from surfw.cli import render
 
     other = {"--store": store, "--run": run, "ADDRESS": url, "--watch": watch, "--every": every}

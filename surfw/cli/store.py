@@ -43,7 +43,7 @@ def _name(meaning: str) -> Any:
     return typer.Argument(metavar="NAME", help=meaning, autocompletion=completion.models_in_store)
 
 
-Cached = Annotated[bool, typer.Option("--cached", help="In the disk cache, instead of a store.")]
+Cached = Annotated[bool, typer.Option("--cached", help="Use the disk cache instead of a store.")]
 
 
 @options.with_settings("store", "storage_options", "cache_dir")
@@ -54,7 +54,7 @@ def list_(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """List the models in a store, and what else lies there."""
+    """List the models in a store, and anything else in it."""
     from surfw.cli import housekeeping
 
     if cached:
@@ -68,12 +68,12 @@ def list_(
 @options.with_settings("store", "storage_options")
 def show(
     *,
-    name: Annotated[str, _name("Its name in the store, or a unique last part.")],
+    name: Annotated[str, _name("The model's name in the store, or a unique last part of it.")],
     configuration: options.Configuration,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Show one model of a store: its chunks, sizes and files."""
+    """Show a model in a store: its chunks, sizes and files."""
     from surfw.cli import housekeeping
 
     housekeeping.show_model(configuration.settings, name, json=json, quiet=quiet)
@@ -82,7 +82,7 @@ def show(
 @options.with_settings("store", "storage_options", "cache_dir")
 def rm(
     *,
-    name: Annotated[str, _name("Its name in the store, in full.")],
+    name: Annotated[str, _name("The model's full name in the store.")],
     configuration: options.Configuration,
     cached: Cached = False,
     json: options.Json = False,
@@ -102,7 +102,7 @@ def rm(
 @options.with_settings("store", "storage_options")
 def prune(
     *,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be removed, and remove nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be removed; remove nothing.")] = False,
     configuration: options.Configuration,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -116,12 +116,14 @@ def prune(
 @options.with_settings("store", "storage_options", "verify_key")
 def verify(
     *,
-    name: Annotated[str | None, _name("Its name in the store, or a unique last part. [default: all models]")] = None,
+    name: Annotated[
+        str | None, _name("The model's name in the store, or a unique last part of it. [default: all models]")
+    ] = None,
     configuration: options.Configuration,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Read every byte of the models in a store, and check them; with a key, also who signed them."""
+    """Verify every byte of the models in a store. With --verify-key, also verify who signed them."""
     from surfw.cli import housekeeping
 
     housekeeping.verify(configuration.settings, name, json=json, quiet=quiet)
