@@ -4,7 +4,7 @@
     ├── ConfigurationError          a setting or an argument cannot be used
     ├── StorageError                a storage operation failed
     │   ├── NotFoundError           the object does not exist
-    │   ├── NotAStoreError          the place is not a surfw store, or is empty
+    │   ├── NotAStoreError          the place is not a surfw store, or does not exist
     │   └── StorageFullError        no space is left; no partial object remains
     ├── WireError                   a failure between client and server
     │   ├── ConnectionFailedError   no surfw server answers at the address, or the connection was lost
@@ -70,7 +70,7 @@ class NotFoundError(StorageError):
 
 
 class NotAStoreError(StorageError):
-    """The place is not a surfw store, or is empty."""
+    """The place is not a surfw store, or does not exist."""
 
 
 class StorageFullError(StorageError):

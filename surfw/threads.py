@@ -4,6 +4,7 @@ import asyncio
 import concurrent.futures
 import os
 import queue
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Coroutine, Iterable
@@ -20,7 +21,7 @@ def sleep_when_idle() -> None:
     By default they spin for milliseconds between two operations, and take the processors from the threads that read,
     verify and decode the next layer. Where nothing is streamed, spinning is faster.
     """
-    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+    if "torch" not in sys.modules and not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
         os.environ["GOMP_SPINCOUNT"] = "1000"
 
 

@@ -106,9 +106,9 @@ def _rows(rates: dict[str, Spread], share: float, size: int) -> tuple[Row, ...]:
         rate_row("encode", rates["encode"], rates["blosc encode"]),
         rate_row("Blosc alone, decoding", rates["blosc decode"]),
         rate_row("decode", rates["decode"], rates["blosc decode"], ceiling=alone, verified=True),
-        rate_row(f"Blosc alone, decoding in {DECODERS} threads", rates["blosc threads"]),
+        rate_row(f"Blosc alone, decoding, {DECODERS} threads", rates["blosc threads"]),
         rate_row(
-            f"decode in {DECODERS} threads", rates["threads"], rates["blosc threads"], ceiling=alone * DECODERS,
+            f"decode, {DECODERS} threads", rates["threads"], rates["blosc threads"], ceiling=alone * DECODERS,
             verified=True,
         ),
         Row(name="coded bytes", value=share * size / MB, unit="MB", baseline=size / MB, ratio=share),

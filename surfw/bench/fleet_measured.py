@@ -205,8 +205,8 @@ async def _read_all(reader: _Reader, end: Connection) -> list[_Lap]:
 
 async def _read(source: ChunkSource, manifest: Manifest, fleet: Fleet, at: float) -> _Lap:
     """Run one client's passes, starting at `at` on the machine's monotonic clock."""
-    await asyncio.sleep(at - time.monotonic())
     kept = fleet.kept()
+    await asyncio.sleep(at - time.monotonic())
     of_name = dict(zip(fleet.names, manifest.chunks, strict=True))
     await source.announce(manifest, manifest.chunks, [of_name[name] for name in kept])
     memory = [memoryview(bytearray(fleet.chunk_bytes)) for _ in range(AHEAD_CHUNKS)]

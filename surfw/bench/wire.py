@@ -130,14 +130,14 @@ def _receive(connection: Connection) -> "Sequence[_Series]":
     """The client's measurements.
 
     Raises:
-        RuntimeError: the client could not measure.
+        SurfwError: the client could not measure.
     """
     try:
         found, problem = connection.recv()
     except EOFError:
-        raise RuntimeError("the client's process ended; nothing was measured") from None
-    if problem:
-        raise RuntimeError(problem)
+        raise SurfwError("the client's process ended; nothing was measured") from None
+    if found is None:
+        raise SurfwError(f"nothing was measured: {problem}")
     return cast("Sequence[_Series]", found)
 
 
@@ -146,7 +146,7 @@ def _run_client(sizes: Sequence[int], server: _Peer, raw_server: _Peer, fetch: "
     try:
         to.send((asyncio.run(_measure(sizes, server, raw_server, fetch)), ""))
     except (OSError, RuntimeError, SurfwError) as exc:
-        to.send(((), str(exc)))
+        to.send((None, str(exc) or type(exc).__name__))
 
 
 async def _measure(
@@ -199,7 +199,9 @@ def _receive_raw(connection: socket.socket, memory: Sequence[memoryview]) -> Non
         connection.sendall(bytes([index]))
         received = 0
         while received < len(destination):
-            received += connection.recv_into(destination[received:])
+            if not (count := connection.recv_into(destination[received:])):
+                raise ConnectionError("the raw socket was closed")
+            received += count
 
 
 def _rows(size: int, raw: _Series, unverified: _Series, verified: _Series) -> tuple[Row, ...]:

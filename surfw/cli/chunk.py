@@ -405,7 +405,7 @@ def _chunk(wanted: _Wanted, settings: Settings, step: Callable[[str], None], *, 
     placed = PlacedOptions.of_chunking(model, settings.store, settings.storage_options)
     backend = open_backend(settings.store, settings.storage_options)
     if isinstance(backend, FilesystemBackend) and not wanted.dry_run:
-        backend.expect_writable()
+        backend.check_rights()
     name = wanted.name or (folder_name(Path(model)) if is_here(model) else None)
     if name is None:
         asyncio.run(Store(backend).check_place())  # checked before the slow work, as in the other branch

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING
 
 from surfw.cli.addresses import Mistake, is_here, is_path, read_address, read_source
 from surfw.cli.status import percent, rate
-from surfw.config import count
+from surfw.config import count, is_server_url
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from surfw.manifest import Manifest
     from surfw.models.client import WeightClient
+    from surfw.models.read_ahead import ReadAheadClient
     from surfw.models.speculation import SpeculationFacts
     from surfw.models.streaming import StreamingModel
     from surfw.settings import Settings
@@ -55,29 +56,25 @@ class Guessing:
             if value is not None:
                 raise Mistake(f"{name} does not go with {what}")
 
-    def check(self, client: WeightClient, manifest: Manifest, settings: Settings) -> None:
+    def check(self, client: ReadAheadClient, manifest: Manifest, settings: Settings) -> None:
         """Check, without importing torch, that the draft exists and can guess for the model.
+
+        A draft with a source of its own is checked here if that is a server or a local store; others when they open.
 
         Raises:
             SurfwError: it does not exist, or cannot guess for the model.
         """
         if self.draft is None:
             return
-        from surfw.cli.sources import find_manifest
         from surfw.codec import for_run
-        from surfw.models.client import WeightClient
         from surfw.models.read_ahead import expect_vocabularies, vocabulary_size
 
         if self.draft.startswith(_OWN_FORM):
             for_run(manifest, self.draft.removeprefix(_OWN_FORM), where=client.url)
             return
-        if _is_name(self.draft, client):
-            draft = find_manifest(client, self.draft)
-        else:
-            with WeightClient(_read_draft(self.draft, settings)) as other:
-                draft = find_manifest(other, None)
-        sizes = vocabulary_size(manifest), vocabulary_size(draft)
-        if sizes[0] is not None and sizes[1] is not None:
+        draft = _find_draft(self.draft, client, settings)
+        sizes = vocabulary_size(manifest), None if draft is None else vocabulary_size(draft)
+        if draft is not None and sizes[0] is not None and sizes[1] is not None:
             expect_vocabularies(manifest.name, sizes[0], draft.name, sizes[1])
 
     def begin(
@@ -97,6 +94,30 @@ class Guessing:
             streaming.speculate(draft=self.draft)
         else:
             streaming.speculate(draft_source=_read_draft(self.draft, settings))
+
+
+def _find_draft(draft: str, client: ReadAheadClient, settings: Settings) -> Manifest | None:
+    """Return the manifest of a draft; None if it has a source that cannot be opened without torch.
+
+    Raises:
+        SurfwError: there is no such model.
+    """
+    import asyncio
+
+    from surfw.cli.sources import find_manifest
+    from surfw.models.client import WeightClient
+    from surfw.storage import open_backend
+    from surfw.storage.origins import is_local_url
+    from surfw.storage.store import is_checkpoint
+
+    if _is_name(draft, client):
+        return find_manifest(client, draft, client.manifest)
+    url = _read_draft(draft, settings)
+    is_store = is_local_url(url) and not asyncio.run(is_checkpoint(open_backend(url)))
+    if not is_store and not is_server_url(url):
+        return None
+    with WeightClient(url) as other:
+        return find_manifest(other, None)
 
 
 def _read_draft(address: str, settings: Settings) -> str:

@@ -57,7 +57,7 @@ def answer_each(
     from surfw.cli import render
     from surfw.cli.infer_run import Opened, answer_request, ask_server
     from surfw.cli.infer_summary import queued_seconds
-    from surfw.cli.sources import choose_source, connect, find_manifest
+    from surfw.cli.sources import choose_source, connect, find_base, find_manifest
 
     settings = configuration.settings
     found: list[dict[str, Any]] = []
@@ -72,9 +72,9 @@ def answer_each(
         view.phase("connecting" if chosen.is_server else "reading the manifest")
         client = opened.enter_context(connect(chosen, settings, explain=False, check=check))
         guessing.check(client, client.manifest, settings)
-        for manifest in (find_manifest(client, name) for name in models[1:]):
+        for manifest in (find_manifest(client, name, client.manifest) for name in models[1:]):
             check(manifest)
-            guessing.check(client, manifest, settings)
+            guessing.check(client, find_base(client, manifest), settings)
         for name in models:
             with make_view() if streaming else view as view:
                 start, queued = time.perf_counter(), queued_seconds()

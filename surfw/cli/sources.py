@@ -29,6 +29,7 @@ from surfw.errors import ConfigurationError, StorageError, SurfwError, WireError
 from surfw.files import expand_home
 from surfw.manifest import VERSION
 from surfw.settings import SettingOrigin, Settings
+from surfw.storage.origins import is_local_url
 from surfw.threads import sleep_when_idle
 
 if TYPE_CHECKING:
@@ -98,7 +99,6 @@ class ChosenSource:
         """
         from surfw.storage import open_backend
         from surfw.storage.backends import refuse_file
-        from surfw.storage.origins import is_local_url
         from surfw.storage.store import is_checkpoint
 
         for url in filter(is_local_url, self.all):
@@ -231,29 +231,62 @@ def connect(
         adapter=settings.adapter,
         **chosen.connection(settings),
     ) as client:
+        may_stream = settings.device in {"cpu", "auto"} and settings.dtype in {None, "auto"}
+        if may_stream and (settings.cache_layers is not None or client.would_stream(_checkpoint_bytes(chosen))):
+            sleep_when_idle()  # now: a checkpoint's folder is opened with torch
         client.begin(check)
-        if settings.device == "cpu" and (settings.cache_layers is not None or client.streams):
+        if may_stream and client.streams:
             sleep_when_idle()
         yield client
 
 
-def find_manifest(client: "WeightClient", name: str | None) -> "Manifest":
-    """Return a model's manifest, without importing torch, and check it against the pin in the model's name.
+def _checkpoint_bytes(chosen: ChosenSource) -> int:
+    """The size of the weights of a checkpoint in a local folder; 0 for any other source."""
+    if not is_local_url(chosen.url):
+        return 0
+    with contextlib.suppress(OSError):
+        return sum(file.stat().st_size for file in expand_home(chosen.url).glob("*.safetensors"))
+    return 0
+
+
+def find_manifest(client: "WeightClient", name: str | None, known: "Manifest | None" = None) -> "Manifest":
+    """Return the manifest of a model, without importing torch. Checks that it exists and matches a pin in its name.
+
+    Args:
+        client: reads it.
+        name: as the user gave it; None for the only model.
+        known: the manifest that `client` reads ahead by, which must not be requested before the model is opened.
 
     Raises:
-        SurfwError: there is no such model, it cannot be read, or it does not match the pin.
+        SurfwError: the model does not exist, or does not match its pin.
     """
     from surfw.source import ChunkSource, check_pin, split_pin
 
     wanted, pin = split_pin(name)
 
     async def find(source: ChunkSource) -> "Manifest":
-        manifest = await source.manifest(await source.resolve(wanted))
+        full = await source.resolve(wanted)
+        manifest = known if known is not None and known.name == full else await source.manifest(full)
         check_pin(manifest, pin, where=client.url)
         source.expect_readable(manifest)
         return manifest
 
     return client.run(find)
+
+
+def find_base(client: "ReadAheadClient", manifest: "Manifest") -> "Manifest":
+    """Return the manifest of an adapter's base, or the model's own.
+
+    Raises:
+        SurfwError: the base cannot be read.
+    """
+    from surfw.source import find_base
+
+    if manifest.base is None:
+        return manifest
+    if manifest.base.name == client.manifest.name:
+        return client.manifest
+    return client.run(lambda source: find_base(source, manifest))
 
 
 @contextlib.contextmanager

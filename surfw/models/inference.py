@@ -118,8 +118,8 @@ class InferenceResult:
     """The result of a request; times in seconds. Encoders give an `embedding` or `predictions`, other models tokens.
 
     `pooling` says how an embedding was made: its `modes` (such as `mean`), whether it is `normalised` to length 1, and
-    where these settings come `from`. Each prediction has `candidates`, best first, with `text` and `probability` or
-    `score`, and the `position` and `token` or the number of the `pair` that it is for.
+    where these settings come `from`. A prediction says what it is for (`position` and `token`, or the number of the
+    `pair`), and has `candidates`, best first, each with `text` and `probability` or `score`.
 
     `decode_stall_share` is the fraction of the time from the first token to the last spent waiting for weights.
     """

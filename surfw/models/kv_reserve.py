@@ -34,7 +34,7 @@ class KvReserve:
     """The part of a model's budget that is reserved for its KV cache.
 
     Attributes:
-        held_bytes: size of the cache after the last forward that had one; extrapolated if that forward was skipped.
+        held_bytes: size of the cache after the last forward that had one; extrapolated between measurements.
         beside_bytes: memory reserved for training, in addition to any cache.
     """
 

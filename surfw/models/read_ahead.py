@@ -331,14 +331,18 @@ class ReadAheadClient(WeightClient):
 
     @property
     def streams(self) -> bool:
-        """Whether a good part of the weights will be read in every pass, because the budget is too small for them."""
+        """Whether a considerable part of the weights is read in every pass, because they exceed the budget."""
         run = for_run(self.manifest, self._codec, where=self.url)
         sizes = [
             next((form.stored_bytes for form in chunk.forms if form.is_packed), chunk.payload_bytes)
             for chunk in run.chunks
         ]
+        return self.would_stream(sum(sizes))
+
+    def would_stream(self, weights_bytes: int) -> bool:
+        """Whether a considerable part of so many bytes of weights would be read in every pass."""
         budget = find_default_budget().budget_bytes if self._budget_bytes is None else self._budget_bytes
-        return sum(sizes) > _LEAST_STREAMED * budget
+        return weights_bytes > _LEAST_STREAMED * budget
 
 
 def expect_ids(ids: Sequence[int], vocabulary: int, name: str) -> None:

@@ -127,9 +127,9 @@ class StreamingModel(StreamingBaseModel):
 
         Args:
             prompt: a text, to yield text; or token ids, to yield token ids.
-            **options: `max_new_tokens` (128); `temperature`, `top_p`, `top_k`, any of which enables sampling, and
-                `seed`; `stop`, texts that end the answer; `ignore_eos`, to continue after the model's end token;
-                `system`, a system message, and `raw`, for models with a chat template.
+            **options: `max_new_tokens` (128); `temperature`, `top_p`, `top_k` and `seed`, see `InferenceRequest`;
+                `stop`, texts that end the answer; `ignore_eos`, to continue after the model's end token; `system`, a
+                system message, and `raw`, for models with a chat template.
 
         Raises:
             ConfigurationError: the model does not generate, or an option does not fit it.
@@ -161,7 +161,8 @@ class StreamingModel(StreamingBaseModel):
                 cache.
             on_tokens: called in the model's thread with a prompt's index and its new tokens, as they come; returns
                 False to end that answer.
-            **options: see `stream`; used for every prompt that is not an `InferenceRequest`.
+            **options: see `stream`. Sampling options apply to all prompts, the others to those that are not an
+                `InferenceRequest`.
 
         Raises:
             UnsupportedModelError: the model generates from an encoder, or transformers cannot batch it.

@@ -58,8 +58,8 @@ class Engine:
         host: the memory of the slots.
         rows: reads rows of tables for the current run.
         experts: loads the experts that a router chooses.
-        watches_layers: whether every module reports that it runs even if all of them are resident; if not, only each
-            pass is reported then.
+        watches_layers: whether every module reports each forward even while all are resident. If False, only passes of
+            the whole model are reported then.
         reached: the chunks of the module that execution reached last.
     """
 

@@ -7,8 +7,8 @@ Computers 50(12), 2001). Each token that an expert computes adds 1, and every wo
 the module. The expert with the least worth is evicted, whatever its module. One that was just used for the first time
 has the least worth and is evicted next, so that rare experts do not evict those that are used all the time.
 
-Invariants: an expert in use is not evicted; if those in use fit the budget, all that have a place do; an expert whose
-load has not ended keeps its place.
+Invariants: an expert in use is not evicted; the resident experts fit the budget whenever those in use do; an expert
+whose load has not finished keeps its place.
 """
 
 from collections import Counter

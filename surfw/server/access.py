@@ -2,11 +2,11 @@
 
     [ci]
     token = "7Gk…"
-        models = ["org/*", "demo"]      # patterns as for file names; without this line, all models
-        expires = 2027-01-31            # at 00:00 UTC; or a time such as 2027-01-31T18:00:00+01:00
+    models = ["org/*", "demo"]      # patterns as for file names; without this line, all models
+    expires = 2027-01-31            # at 00:00 UTC; or a time such as 2027-01-31T18:00:00+01:00
 
-Tokens are stored as SHA-256 and compared in constant time. Permissions are checked for each request, so that a token
-that expires or is removed from the file is refused new requests at once.
+Tokens are kept in memory as SHA-256 and compared in constant time. Permissions are checked for each request, so that a
+token that expires or is removed from the file is refused new requests at once.
 """
 
 import fnmatch

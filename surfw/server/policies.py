@@ -20,8 +20,7 @@ class ScheduledCache(ProvingCache[Key, Value]):
 
     A decision looks up only a few values: those used since the last decision, so that a use costs nothing while
     everything fits. The next uses are kept in a heap, whose top is looked up again. Values that are needed later than
-    the heap says are found when all are looked up again, which happens once per half as many decisions as there are
-    values.
+    the heap says are found when all are looked up again: for n values, after every n/2 decisions.
     """
 
     policy = "schedule"

@@ -49,18 +49,22 @@ class FilesystemBackend(FsspecBackend):
     def _open(self, **options: Any) -> tuple[Any, str]:
         return fsspec.filesystem("file", **options), self._address  # a path is never parsed as a URL
 
-    def expect_writable(self) -> None:
-        """Check early, without writing anything, that the folder can be written or created.
+    def check_rights(self) -> None:
+        """Check early, without writing anything, that a store can be written here, or created.
 
         Raises:
             StorageError: it cannot.
         """
-        nearest = next(path for path in (self.base, *self.base.parents) if os.path.lexists(path))
-        may_write = os.access(nearest, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids)
-        if nearest.is_dir() and not may_write:
+        for folder in (self.base / "models", self.base / "blobs"):
+            nearest = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+            may_write = os.access(nearest, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids)
+            if may_write or not nearest.is_dir():
+                continue
+            if os.statvfs(nearest).f_flag & os.ST_RDONLY:
+                raise StorageError(f"{nearest} cannot be written: its file system is read-only; use another folder")
             raise StorageError(
-                f"{self.base} cannot be written: user {user_name()} may not write into {nearest}; give that user the "
-                "rights, or use another folder"
+                f"{nearest} cannot be written: user {user_name()} lacks the rights; give that user the rights, or use "
+                "another folder"
             )
 
     def local_path(self, key: str) -> Path | None:

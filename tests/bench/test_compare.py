@@ -122,9 +122,9 @@ def test_bench_codec_measures_what_it_says() -> None:
     rows = {one.name: one for one in found.rows}
     assert list(rows) == [
         "copying the payload", "Blosc alone, encoding", "encode", "Blosc alone, decoding", "decode",
-        "Blosc alone, decoding in 2 threads", "decode in 2 threads", "coded bytes",
+        "Blosc alone, decoding, 2 threads", "decode, 2 threads", "coded bytes",
     ]  # fmt: skip
-    for name in ("encode", "decode", "decode in 2 threads"):
+    for name in ("encode", "decode", "decode, 2 threads"):
         assert len(rows[name].ratios) == 2
         assert rows[name].unit == "GB/s"
     assert 0.6 < (rows["coded bytes"].ratio or 0) < 0.75

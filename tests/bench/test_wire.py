@@ -1,10 +1,14 @@
 """The benchmark runs, compares within one run, and says what it found as data."""
 
 import json
+import os
 import re
 from dataclasses import asdict
 
-from surfw.bench.wire import SIZES, bench_wire
+import pytest
+
+from surfw.bench.wire import SIZES, Fetch, bench_wire
+from surfw.errors import SurfwError
 
 
 def test_it_measures_what_it_says() -> None:
@@ -33,3 +37,19 @@ def test_it_measures_what_it_says() -> None:
 def test_sizes_are_those_of_real_layers() -> None:
     assert len(SIZES) == 16
     assert (min(SIZES), max(SIZES)) == (8_000_000, 87_999_995)
+
+
+async def refuse(*_: object) -> None:
+    """Stands for a fetch that fails without saying why."""
+    raise TimeoutError
+
+
+async def end(*_: object) -> None:
+    """Stands for a client that is killed."""
+    os._exit(1)
+
+
+@pytest.mark.parametrize(("fetch", "said"), [(refuse, "nothing was measured: TimeoutError"), (end, "process ended")])
+def test_a_client_that_fails_is_an_error(fetch: Fetch, said: str) -> None:
+    with pytest.raises(SurfwError, match=said):
+        bench_wire(rounds=1, sizes=[1000], fetch=fetch)

@@ -39,6 +39,29 @@ def test_an_adapter_is_applied_by_option_and_by_its_own_name(home: Path) -> None
         assert answer["token_ids"] == expected.tolist()
 
 
+def test_an_adapter_beside_its_base_has_a_draft_of_the_base(home: Path) -> None:
+    each = (
+        "infer",
+        "--model",
+        "base",
+        "--model",
+        "lora",
+        "--prompt-ids",
+        "5,9,70,3",
+        "--max-new-tokens",
+        "4",
+        "--json",
+    )
+    plain = json.loads(surfw(home, *each).stdout)["answers"]
+    assert surfw(home, "chunk", "base", "--from", str(home / "store"), "--codec", "none,int8").returncode == 0
+    for draft in ("self:int8", "base"):
+        done = surfw(home, *each, "--draft", draft)
+        assert done.returncode == 0, done.stderr
+        found = json.loads(done.stdout)["answers"]
+        assert [one["token_ids"] for one in found] == [one["token_ids"] for one in plain]
+    assert "lora is stored as none, not as int4" not in complaint(surfw(home, *each, "--draft", "self:int4"))
+
+
 def test_an_adapter_is_listed_shown_and_needed(home: Path) -> None:
     listed = surfw(home, "list")
     assert "LoRA over base" in listed.stdout

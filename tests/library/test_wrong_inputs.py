@@ -51,6 +51,10 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: StreamingModel(URL, memory_budget="1.5"),
         "memory_budget is '1.5', which is bytes; did you mean '1.5GB'",
     ),
+    "a device's memory without a unit": (
+        lambda: StreamingModel(URL, device="cuda", device_memory="1.5"),
+        "device_memory is '1.5', which is bytes; did you mean '1.5GB'",
+    ),
     "a budget of nothing": (lambda: StreamingModel(URL, memory_budget="0GB"), "memory_budget is '0GB', expected"),
     "half a byte": (lambda: StreamingModel(URL, memory_budget=0.5), "memory_budget is 0.5, expected"),
     "a policy of one's own": (
