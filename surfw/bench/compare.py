@@ -37,7 +37,8 @@ class Change:
         now: its ratio in this run; None if this run lacks the row.
         change: relative change of the ratio; negative is slower. None if unknown.
         low, high: the 95 % confidence interval of the change.
-        verdict: `unknown` if a run lacks the row or has fewer than three rounds.
+        verdict: `same` if all of the interval is within the margin; `unknown` if it reaches beyond, or if a run lacks
+            the row or has fewer than three rounds.
     """
 
     name: str
@@ -148,7 +149,10 @@ def _change(before: Row | None, now: Row | None, margin: float) -> Change:
 def _verdict(low: float, high: float, margin: float) -> Verdict:
     if high < -margin:
         return "worse"
-    return "better" if low > 1 / (1 - margin) - 1 else "same"
+    faster = 1 / (1 - margin) - 1
+    if low > faster:
+        return "better"
+    return "same" if -margin <= low and high <= faster else "unknown"
 
 
 def interval(before: Sequence[float], now: Sequence[float]) -> tuple[float, float, float]:

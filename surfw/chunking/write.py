@@ -41,7 +41,7 @@ from surfw.chunking.forms import (
 from surfw.chunking.plan import ChunkPlan, PlannedChunk
 from surfw.chunking.prepare import PayloadReader, PreparedModel, check_files
 from surfw.codec import CODECS, PACKED_CODECS, whole_codecs
-from surfw.config import FILE_BYTES, MIB, PIECE_BYTES, format_size
+from surfw.config import FILE_BYTES, MIB, PIECE_BYTES, count, format_size
 from surfw.encryption import EncryptionKey
 from surfw.errors import (
     ConfigurationError,
@@ -193,6 +193,12 @@ async def write_contents(
         logger.warning(
             "%s was signed with key %s in %s, and is not any more; to sign it, give the key (signing_key_file, --sign)",
             manifest.name, facts.signature.key_id, store.url,
+        )  # fmt: skip
+    if facts and facts.weights_key != manifest.weights_key and (adapters := await store.adapters_of(manifest.name)):
+        logger.warning(
+            "%s has other weights now, over which %s of %s (such as %s) cannot be applied; chunk the adapters again, "
+            "or the previous weights",
+            manifest.name, count(len(adapters), "adapter"), store.url, adapters[0],
         )  # fmt: skip
     if facts and facts.key_id != manifest.key_id:
         _warn_of_change(store, facts, manifest)

@@ -540,9 +540,9 @@ def _measure_quality(
 def _busy(model: str, *, quiet: bool) -> AbstractContextManager[Callable[[str], None]]:
     """Show progress until the first byte is written; while the hub is asked, its library shows its own."""
     from surfw.cli import render
-    from surfw.cli.addresses import is_here
+    from surfw.cli.addresses import is_here, is_path
 
-    if is_here(model) or "://" in model:
+    if is_here(model) or is_path(model) or "://" in model:
         return render.busy(f"reading {display_url(model)}", quiet=quiet)
     if not quiet and render.err.is_terminal:
         render.err.print(f"surfw: asking the hub for {model}", style="dim", soft_wrap=True)

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from surfw.cli.addresses import Mistake, is_here, is_path, read_address, read_source
 from surfw.cli.status import percent, rate
-from surfw.config import count, is_server_url
+from surfw.config import count, display_url, is_server_url
+from surfw.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -117,6 +118,11 @@ def _find_draft(draft: str, client: ReadAheadClient, settings: Settings) -> Mani
     if not is_store and not is_server_url(url):
         return None
     with WeightClient(url) as other:
+        if len(names := other.models()) > 1:
+            raise ConfigurationError(
+                f"--draft: {display_url(url)} holds {len(names)} models; a draft is the only model of its source, or "
+                "one of the model's own source, named by its name alone"
+            )
         return find_manifest(other, None)
 
 
@@ -141,7 +147,8 @@ def guessed(facts: SpeculationFacts | None) -> list[str]:
     if not facts["guessed_tokens"]:
         return [f"{what} guessed nothing"]
     share = percent(facts["acceptance"] or 0.0)
-    said = f"{share} of {count(facts['guessed_tokens'], 'guess', 'guesses')} of {what} were right"
+    guesses = count(facts["guessed_tokens"], "guess", "guesses")
+    said = f"{share} of {guesses} of {what} {'was' if facts['guessed_tokens'] == 1 else 'were'} right"
     with_seconds, without = facts["seconds_per_token_with"], facts["seconds_per_token_without"]
     if with_seconds and without:
         said += f" ({rate(1 / with_seconds)} tok/s with them, {rate(1 / without)} without)"

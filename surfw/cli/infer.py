@@ -75,7 +75,7 @@ def infer(
         bool, typer.Option("--ordered", help="Write answers in the order of --prompts, not as they finish.")
     ] = False,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Skip prompts that are already answered in --output.")
+        bool, typer.Option("--resume", help="Skip prompts whose ids --output has answers to, whatever their texts.")
     ] = False,
     sequences: Annotated[
         int | None, typer.Option(min=1, help="The number of --prompts to run together. [default: up to 64]")

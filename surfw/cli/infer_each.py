@@ -63,7 +63,8 @@ def answer_each(
     found: list[dict[str, Any]] = []
     with ExitStack() as opened:
         streaming: StreamingModel | None = None
-        view = opened.enter_context(make_view())
+        first = opened.enter_context(ExitStack())
+        view = first.enter_context(make_view())
         view.phase("looking for the weights")
         chosen = opened.enter_context(choose_source(configuration, on_phase=view.phase))
         source = display_url(chosen.url)
@@ -76,7 +77,9 @@ def answer_each(
             check(manifest)
             guessing.check(client, find_base(client, manifest), settings)
         for name in models:
-            with make_view() if streaming else view as view:
+            with ExitStack() if streaming else first as shown:
+                if streaming:
+                    view = shown.enter_context(make_view())
                 start, queued = time.perf_counter(), queued_seconds()
                 streaming = _go_on(streaming, client, replace(settings, model=name), view, opened)
                 guessing.begin(streaming, client, settings, view.phase)

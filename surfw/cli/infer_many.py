@@ -15,7 +15,7 @@ from typing import IO, TYPE_CHECKING, Any
 from surfw.cli import options
 from surfw.cli.addresses import Mistake
 from surfw.config import count, display_url, printable
-from surfw.errors import ConfigurationError
+from surfw.errors import ConfigurationError, StorageError
 
 if TYPE_CHECKING:
     from surfw.models.inference import InferenceRequest, InferenceResult
@@ -404,8 +404,14 @@ def _open_output(many: Many) -> Iterator[tuple[set[str], Callable[[Mapping[str, 
 
         def append(document: Mapping[str, Any]) -> None:
             line = (json.dumps(document) + "\n").encode()
-            while line:
-                line = line[os.write(file, line) :]
+            try:
+                while line:
+                    line = line[os.write(file, line) :]
+            except OSError as exc:
+                raise StorageError(
+                    f"an answer cannot be written to {many.output}: {exc.strerror}; mend that, and the same command "
+                    "with --resume goes on where it stopped"
+                ) from exc
 
         yield done, append
     finally:

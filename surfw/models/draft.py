@@ -60,8 +60,12 @@ class OwnDraft:
         except BudgetTooSmallError as exc:
             if free_bytes is None:
                 raise
-            left = f"{format_size(free_bytes)} that {self._name} leaves of the memory budget"
-            raise ConfigurationError(f"the draft cannot be opened with the {left}: {exc}") from exc
+            needed = self._engine.least_budget_bytes + exc.least_bytes
+            raise ConfigurationError(
+                f"the draft cannot be opened with the {format_size(free_bytes)} that {self._name} leaves of the memory "
+                f"budget of {format_size(self.total_bytes or 0)}: both need over {format_size(needed)}; give more "
+                "memory, or a smaller draft"
+            ) from exc
 
     def share(self, prompt_tokens: int, new_tokens: int) -> None:
         """Give the draft the memory it needs for a generation, and the model the rest.

@@ -32,7 +32,16 @@ _ROUNDS = 3
 
 
 class BudgetTooSmallError(ConfigurationError):
-    """A budget is smaller than the minimum for a model."""
+    """A budget is smaller than the minimum for a model.
+
+    Attributes:
+        least_bytes: that minimum.
+    """
+
+    def __init__(self, message: str, least_bytes: int) -> None:
+        """Say it in a message."""
+        super().__init__(message)
+        self.least_bytes = least_bytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -422,7 +431,8 @@ def _too_small(needs: Needs, limit: Limit, budget_bytes: int) -> BudgetTooSmallE
         what = "device memory" if is_device else "a memory budget"
         return BudgetTooSmallError(
             f"{what} of {format_size(budget_bytes)}{given} is too small for {needs.name}, which needs "
-            f"{needed}; give that or more{tokens}"
+            f"{needed}; give that or more{tokens}",
+            least,
         )
     there = f"{format_size(budget_bytes)} is" if budget_bytes else "none is"
     where, options = " on the device" if is_device else "", "(memory_budget, --memory-budget)"
@@ -431,7 +441,8 @@ def _too_small(needs: Needs, limit: Limit, budget_bytes: int) -> BudgetTooSmallE
     return BudgetTooSmallError(
         f"there is too little memory{where} for {needs.name}: it needs {needed}, and {there} free for it "
         f"({limit.reason}); make some free or raise that limit{tokens}, or give a budget of {least} bytes to go beyond "
-        f"it {options}"
+        f"it {options}",
+        least,
     )
 
 

@@ -165,6 +165,16 @@ class Store:
             found = next((key for key in await self.backend.list() if not key.startswith(_IN_PROGRESS)), None)
         return found
 
+    async def adapters_of(self, model: str) -> list[str]:
+        """Return the names of the adapters whose base is this model; unreadable manifests are skipped."""
+        found = []
+        for name in await self.listed():
+            with suppress(ManifestError, StorageError, UnknownModelError):
+                facts = await self.facts(name)
+                if facts.base is not None and facts.base.name == model:
+                    found.append(name)
+        return found
+
     async def models(self) -> list[str]:
         """Return the sorted names of the models. Files whose names are not valid model names are skipped."""
         names = set(await self.listed())

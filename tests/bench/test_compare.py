@@ -50,6 +50,13 @@ def test_a_slowdown_of_a_fifth_is_seen_and_the_same_is_not(seed: int) -> None:
     assert faster.verdict == "better"
 
 
+def test_an_interval_that_reaches_beyond_the_margin_says_nothing() -> None:
+    before = result(row([1, 1, 1, 1]))
+    for now in ([0.5, 0.9, 1.1, 2], [0.85, 0.9, 0.95, 1], [1, 1.05, 1.1, 1.15]):
+        (change,) = compare(before, result(row(list(now)))).changes
+        assert change.verdict == "unknown"
+
+
 def test_other_rates_with_the_same_ratios_are_the_same() -> None:
     before = rate_row("a", summarise([1.0, 2.0, 3.0]), summarise([2.0, 4.0, 6.0]))
     now = rate_row("a", summarise([10.0, 5.0, 7.0]), summarise([20.0, 10.0, 14.0]))

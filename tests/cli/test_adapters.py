@@ -1,6 +1,7 @@
 """Adapters at the command line: chunked over their base, applied, listed, and explained where no base is named."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,18 @@ def test_an_adapter_beside_its_base_has_a_draft_of_the_base(home: Path) -> None:
         found = json.loads(done.stdout)["answers"]
         assert [one["token_ids"] for one in found] == [one["token_ids"] for one in plain]
     assert "lora is stored as none, not as int4" not in complaint(surfw(home, *each, "--draft", "self:int4"))
+
+
+def test_who_replaces_a_base_hears_of_its_adapters(home: Path, tmp_path: Path) -> None:
+    shutil.copytree(home / "store", tmp_path / "store")
+    again = surfw(tmp_path, "chunk", str(home / "base"))
+    assert again.returncode == 0
+    assert "other weights" not in again.stderr
+    other = save_llama(tmp_path / "other", seed=1)
+    done = surfw(tmp_path, "chunk", str(other), "--name", "base")
+    assert done.returncode == 0
+    assert "base has other weights now, over which 1 adapter of" in done.stderr
+    assert "(such as lora) cannot be applied; chunk the adapters again" in done.stderr
 
 
 def test_an_adapter_is_listed_shown_and_needed(home: Path) -> None:

@@ -1,6 +1,7 @@
 """`--prompt-lookup` and `--draft`: the answer is the plain one, and what guessing came to is said."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,22 @@ def test_what_cannot_guess_is_said_in_a_line(home: Path, arguments: tuple[str, .
     assert said in done.stderr.splitlines()[-1]
 
 
+def test_what_a_draft_needs_counts_both(home: Path) -> None:
+    done = surfw(home, "infer", "talker", "Weights", "--no-live", "--draft", "talker", "--memory-budget", "800kB")
+    assert done.returncode == 1
+    said = re.search(r"of the memory budget of 800.0 kB: both need over (1\.\d) MB; give more memory", done.stderr)
+    assert said, done.stderr
+
+
+def test_a_source_of_several_models_is_no_draft(home: Path) -> None:
+    several = home / "several"
+    for name in ("a", "b"):
+        ModelChunker(home / "talker", several, name=name).chunk_model_sync()
+    done = surfw(home, "infer", "talker", "Weights", "--no-live", "--draft", str(several))
+    assert done.returncode == 1
+    assert "holds 2 models; a draft is the only model of its source" in done.stderr
+
+
 def test_many_prompts_do_not_guess(home: Path) -> None:
     done = surfw(home, "infer", "talker", "--prompts", "-", "--draft", "talker")
     assert done.returncode == 2
@@ -73,5 +90,8 @@ def test_what_guessing_came_to_in_words() -> None:
     assert guessed(off) == [
         "50 % of 10 guesses of the draft small were right",
         "guessing was switched off, as it did not pay",
+    ]
+    assert guessed(FACTS | {"guessed_tokens": 1, "seconds_per_token_with": None}) == [
+        "50 % of 1 guess of prompt lookup was right"
     ]
     assert guessed(FACTS | {"guessed_tokens": 0}) == ["prompt lookup guessed nothing"]

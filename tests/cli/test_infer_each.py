@@ -7,7 +7,8 @@ import pytest
 
 from surfw import ModelChunker
 from tests.checkpoints import save_bert, save_llama
-from tests.cli.run import surfw
+from tests.cli.run import SURFW, surfw
+from tests.cli.terminal import terminal
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +44,17 @@ def test_each_answer_stands_under_its_name(home: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"one:\n{found[0]['text']}\nother:\n{found[1]['text']}\n"
     assert done.stderr.count("surfw: 5 tokens in") == 2
+
+
+@pytest.mark.parametrize("options", [(), ("--live", "full")])
+def test_each_answer_in_a_terminal(home: Path, options: tuple[str, ...]) -> None:
+    with terminal(home, [SURFW, *EACH, *options], columns=120) as (window, process):
+        pass
+    shown = "\n".join(window.rows())
+    assert process.returncode == 0, shown
+    assert shown.count("surfw: 5 tokens in") == 2
+    assert shown.index("one:") < shown.index("surfw: 5 tokens in") < shown.index("other:")
+    assert "/5 tokens" not in shown, "the status goes"
 
 
 @pytest.mark.parametrize(

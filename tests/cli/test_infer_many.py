@@ -169,3 +169,11 @@ def test_a_reader_that_leaves_ends_it_without_a_word(home: Path, tmp_path: Path)
         assert process.stderr is not None
         assert process.stderr.read() == ""
         assert process.wait(60) != 0
+
+
+def test_a_full_disk_is_an_error_that_names_the_file(home: Path, tmp_path: Path) -> None:
+    prompts = write(tmp_path / "prompts.jsonl", {"id": "a", "prompt": "Weights"})
+    done = surfw(home, "infer", "talker", "--prompts", str(prompts), "--output", "/dev/full")
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("surfw: error: an answer cannot be written to /dev/full: No space left on device; mend that")

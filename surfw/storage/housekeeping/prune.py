@@ -201,24 +201,13 @@ async def remove_model(store: Store, model: str) -> Removed:
         given_up = sum(one.holds for one in writers)
         if not published and not given_up:
             raise UnknownModelError(model, await store.models(), where=store.url)
-        if adapters := await _adapters_of(store, model):
+        if adapters := await store.adapters_of(model):
             raise ConfigurationError(
                 f"{model} is the base of {count(len(adapters), 'adapter')} in {store.url}, such as {adapters[0]}; "
                 "remove these first"
             )
         await _remove_all(lease, [key, *(one.key for one in writers)])
     return Removed(model=model, published=published, given_up=given_up)
-
-
-async def _adapters_of(store: Store, model: str) -> list[str]:
-    """The adapters in a store whose base is this model; unreadable manifests are skipped."""
-    found = []
-    for name in await store.listed():
-        with suppress(ManifestError, StorageError, UnknownModelError):
-            manifest = await store.facts(name)
-            if manifest.base is not None and manifest.base.name == model:
-                found.append(name)
-    return found
 
 
 def _remove_leftovers(spool: Path, *, dry_run: bool) -> int:
