@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 from numcodecs import blosc
@@ -21,6 +22,9 @@ from surfw.config import MB, MIB
 SIZE = 64 * MIB
 _ITEM_BYTES, _LEVEL = 2, 1
 _TURNS = 3
+
+Decode = Callable[[bytes, memoryview], object]
+"""Decodes a frame into memory."""
 
 
 def bench_codec(*, rounds: int = 15, size: int = SIZE) -> Result:
@@ -44,9 +48,9 @@ def bench_codec(*, rounds: int = 15, size: int = SIZE) -> Result:
             "copy": lambda: into.__setitem__(slice(None), payload),
             "blosc encode": lambda: [_blosc_encode(frame) for frame in frames],
             "encode": lambda: [encode_frame(frame, _ITEM_BYTES) for frame in frames],
-            "blosc decode": lambda: _blosc_decode(coded, places),
-            "decode": lambda: _decode(coded, places),
-            "blosc threads": lambda: list(threads.map(_blosc_decode, *parts)),
+            "blosc decode": lambda: _decode_all(blosc.decompress, coded, places),
+            "decode": lambda: _decode_all(decode_frame, coded, places),
+            "blosc threads": lambda: list(threads.map(partial(_decode_all, blosc.decompress), *parts)),
             "threads": lambda: _decode_in_threads(threads, FrameDecoder(joined, into, sizes), len(joined)),
         }
         rates = {name: summarise_rates(size, taken) for name, taken in _measure(ways, rounds).items()}
@@ -66,14 +70,9 @@ def _blosc_encode(frame: memoryview) -> bytes:
     return coded
 
 
-def _blosc_decode(coded: Sequence[bytes], places: Sequence[memoryview]) -> None:
+def _decode_all(decode: Decode, coded: Sequence[bytes], places: Sequence[memoryview]) -> None:
     for one, place in zip(coded, places, strict=True):
-        blosc.decompress(one, place)
-
-
-def _decode(coded: Sequence[bytes], places: Sequence[memoryview]) -> None:
-    for one, place in zip(coded, places, strict=True):
-        decode_frame(one, place)
+        decode(one, place)
 
 
 def _decode_in_threads(threads: ThreadPoolExecutor, decoder: FrameDecoder, arrived: int) -> None:

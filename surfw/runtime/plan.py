@@ -38,8 +38,8 @@ class BudgetTooSmallError(ConfigurationError):
         least_bytes: that minimum.
     """
 
-    def __init__(self, message: str, least_bytes: int) -> None:
-        """Say it in a message."""
+    def __init__(self, message: str, least_bytes: int = 0) -> None:
+        """Say it in a message; the default lets copies and pickles be made, which set the attribute afterwards."""
         super().__init__(message)
         self.least_bytes = least_bytes
 

@@ -438,7 +438,7 @@ class CacheFolder:
             for form in chunk.forms:
                 flags = self.flags(form)
                 whole |= b"\0" not in flags
-                held += sum(_block_bytes(form, block) for block, there in enumerate(flags) if there)
+                held += sum(block_bytes(form, block) for block, there in enumerate(flags) if there)
             complete &= whole
         return held, complete and all((self.path / "files" / file.digest).exists() for file in manifest.files)
 
@@ -506,7 +506,8 @@ class CacheFolder:
         self._uses.clear()
 
 
-def _block_bytes(form: Form, block: int) -> int:
+def block_bytes(form: Form, block: int) -> int:
+    """Return the size of a block in bytes; the last one of a form may be shorter."""
     return min(BLOCK_BYTES, form.stored_bytes - block * BLOCK_BYTES)
 
 

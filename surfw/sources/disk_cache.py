@@ -20,7 +20,7 @@ from surfw.config import BLOCK_BYTES, MIB, count
 from surfw.errors import ConfigurationError, IntegrityError, StorageError
 from surfw.manifest import Chunk, Digests, Form, Manifest, count_blocks, payload_digest, with_digests
 from surfw.source import ChunkSource, Read, SourceInFront, Verification, View, find_damage
-from surfw.sources.disk import Blob, CacheFolder
+from surfw.sources.disk import Blob, CacheFolder, block_bytes
 from surfw.sources.offline import NOT_FETCHED, OfflineSource, missing
 from surfw.storage.local_reader import FileRange, LocalReader, MappedFile
 from surfw.threads import in_thread, together
@@ -275,8 +275,7 @@ class DiskCache(SourceInFront):
         except StorageError:
             return list(range(*_blocks(read)))  # the file was removed or truncated, or the disk is broken
         damaged = sorted(check.damaged)
-        spoiled = sum(min((block + 1) * BLOCK_BYTES, read.stop) - block * BLOCK_BYTES for block in damaged)
-        self.near_bytes += read.stop - read.start - spoiled
+        self.near_bytes += read.stop - read.start - sum(block_bytes(read.form, block) for block in damaged)
         await self._forget(read.chunk, read.form, blob, damaged)
         return damaged
 

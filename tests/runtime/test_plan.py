@@ -1,5 +1,6 @@
 """What stays and what is streamed: the sums are right, what has to fit fits, and no policy could hit more often."""
 
+import pickle
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -12,6 +13,7 @@ from surfw.errors import ConfigurationError
 from surfw.manifest import Use
 from surfw.runtime import plan as planning
 from surfw.runtime.plan import (
+    BudgetTooSmallError,
     Limit,
     Needs,
     ResidencyPlan,
@@ -317,3 +319,9 @@ def test_what_is_never_in_memory_needs_no_scratch_to_be_converted() -> None:
     assert everything.everything_fits
     assert everything.peak_bytes == 302 * UNIT + 7
     assert not plan_residency(needs, Limit(budget_bytes=302 * UNIT + 6), cycle).everything_fits
+
+
+def test_an_error_about_a_budget_survives_another_process() -> None:
+    made = BudgetTooSmallError("too small", 3)
+    found = pickle.loads(pickle.dumps(made))
+    assert (type(found), str(found), found.least_bytes) == (BudgetTooSmallError, "too small", 3)
