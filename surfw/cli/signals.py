@@ -5,7 +5,8 @@
 - While it runs, a signal acts as SIGINT would: it raises `KeyboardInterrupt`, or calls the handler that an event loop
   has installed. During an import it is deferred until the import ends, with a message: an interrupted import of numpy
   cannot be repeated, and later fails with unrelated errors. In a `__del__` it is deferred, too: Python prints an
-  exception raised there as a traceback and drops it.
+  exception raised there as a traceback and drops it. And while a temporary folder is made or removed, or a process
+  started: an exception there would leave it behind.
 - A second signal ends the process at once.
 
 The exit code is 128 plus the signal's number, as in a shell: 130, 143 or 129.
@@ -17,7 +18,7 @@ import sys
 import termios
 import threading
 from contextlib import suppress
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any, NoReturn
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -26,6 +27,7 @@ INTERRUPTED = 128 + signal.SIGINT
 """The exit code that typer gives any interrupted command; `exit_code` tells the signals apart."""
 
 _IMPORT = "<frozen importlib._bootstrap>"
+_TEMPORARY = os.path.join(os.path.dirname(os.__file__), "tempfile.py")  # noqa: PTH118, PTH120 - pathlib is slow to import
 _LOOK_SECONDS = 0.01
 _received: list[int] = []
 _modes: list[Any] | None = None
@@ -142,19 +144,24 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def _raise_when_possible(frame: FrameType | None) -> None:
-    """Raise `KeyboardInterrupt` now; within an import or a `__del__`, defer it until shortly after that ends."""
+    """Raise `KeyboardInterrupt` now; within what must not be interrupted, defer it until shortly after that ends."""
     global _waits  # noqa: PLW0603 - of this process
-    while frame is not None and frame.f_code.co_filename != _IMPORT and frame.f_code.co_name != "__del__":
+    while not (frame is None or _must_end(frame.f_code)):
         frame = frame.f_back
     _waits = frame is not None
     if frame is None:
         signal.setitimer(signal.ITIMER_REAL, 0)
         raise KeyboardInterrupt
-    if not (_is_quiet or _has_said or frame.f_code.co_name == "__del__"):
+    if frame.f_code.co_filename == _IMPORT and not (_is_quiet or _has_said):
         with suppress(RuntimeError):  # the interrupted code may be writing to stderr
             say("ends after this import")
     signal.signal(signal.SIGALRM, _look_again)
     signal.setitimer(signal.ITIMER_REAL, _LOOK_SECONDS)
+
+
+def _must_end(code: CodeType) -> bool:
+    """Whether the code imports, makes or removes temporary files, starts a process, or is a finalizer."""
+    return code.co_filename in (_IMPORT, _TEMPORARY) or code.co_name in ("__del__", "_execute_child")
 
 
 def _look_again(_: int, frame: FrameType | None) -> None:

@@ -229,6 +229,41 @@ def test_a_signal_is_not_lost_where_python_forgets_what_is_raised(tmp_path: Path
     assert (done.stdout, done.stderr) == ("freed\nends\n", "")
 
 
+IN_THE_MIDDLE = """
+import os, signal, subprocess, sys, tempfile
+from pathlib import Path
+from surfw.cli import signals
+signals.set_up()
+signals.begin()
+def interrupt(event, arguments):
+    if event == sys.argv[1]:
+        sys.argv[1] = ""
+        os.kill(os.getpid(), signal.SIGINT)
+sys.addaudithook(interrupt)
+child = None
+try:
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "file").touch()
+        child = subprocess.Popen(["sleep", "100"])
+        Path(folder, "other").touch()
+    signal.pause()
+except KeyboardInterrupt:
+    print("ends", child is not None)
+    child.kill()
+"""
+
+
+@pytest.mark.parametrize("event", ["tempfile.mkdtemp", "subprocess.Popen", "os.remove", "os.rmdir"])
+def test_what_is_begun_is_not_left_behind(event: str, tmp_path: Path) -> None:
+    (tmp_path / "tmp").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", IN_THE_MIDDLE, event], capture_output=True, text=True, check=False, timeout=60,
+        env=environment(tmp_path, TMPDIR=str(tmp_path / "tmp"), PYTHONPATH=str(Path(__file__).parents[2])),
+    )  # fmt: skip
+    assert (done.stdout, done.stderr) == ("ends True\n", "")
+    assert not list((tmp_path / "tmp").iterdir())
+
+
 SLOW_TO_END = """
 import time
 from surfw.cli.app import app
