@@ -9,7 +9,8 @@ of interfaces that are shaped in both directions. Each start is a process of its
 - cold, nothing kept: the same without a cache;
 - second run, and offline: from the cache that the cold run has filled;
 - local store: from the same store without a network;
-- download: the checkpoint's files over plain HTTP into a folder, and transformers from there.
+- download: the checkpoint's files over plain HTTP into a folder, and transformers from there;
+- serverless: `examples/serverless/cold_start.py`, which times a container's start beside such a download.
 """
 
 import argparse
@@ -24,6 +25,9 @@ import time
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
 from surfw.bench.start import _time_to_first_byte
 from surfw.config import MB
 from surfw.storage import FilesystemBackend, Store
@@ -35,6 +39,7 @@ WEIGHTS_PORT, FILES_PORT, RAW_PORT = 8765, 8000, 9000
 MOST_OF_ONE_PASS, LEAST_OF_DOWNLOAD = 1.1, 1.5
 RAW_BYTES = 400 * MB
 TOUCHED_BYTES = 4000 * MB
+SERVERLESS = Path(__file__).parents[2] / "examples/serverless/cold_start.py"
 PROMPT = "1,2,3,4,5,6,7,8"
 SEND = """
 import socket, sys
@@ -135,13 +140,20 @@ def main() -> None:
 def make(checkpoint: Path, store: Path) -> None:
     """The checkpoint and its store, if they are not there; all of it in memory, as the far side has it."""
     if not (checkpoint / "config.json").exists():
-        save_random(checkpoint)
+        save_words(checkpoint, save_random(checkpoint).config.vocab_size)
     if not (store / "models" / "random.json").exists():
         run(sys.executable, "-m", "surfw", "chunk", str(checkpoint), "--store", str(store), "--codec", "none,lossless")
     os.sync()  # what was just made is not written while a start is timed
     for file in [*store.rglob("*"), *checkpoint.iterdir()]:
         if file.is_file():
             run("cp", str(file), "/dev/null")
+
+
+def save_words(checkpoint: Path, count: int) -> None:
+    """Save a tokenizer in which each id is a word, so that any token gives text."""
+    tokenizer = Tokenizer(models.WordLevel({f"word{index}": index for index in range(count)}, unk_token="word0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="word0").save_pretrained(checkpoint)
 
 
 def measure(
@@ -169,6 +181,9 @@ def measure(
             touch_memory()
             seconds[name] = _time_to_first_byte(name, commands[name])
             tell(f"{name}: {seconds[name]:.2f} s, {seconds[name] / one_pass:.2f} of one pass")
+        if not only or "serverless" in only:
+            shutil.rmtree(cache, ignore_errors=True)
+            run(sys.executable, str(SERVERLESS), f"ws://{FAR}:{WEIGHTS_PORT}", f"http://{FAR}:{FILES_PORT}/")
     return seconds
 
 
