@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from surfw.cli.addresses import Mistake, is_here, is_path, read_address, read_source
 from surfw.cli.status import percent, rate
 from surfw.config import count, display_url, is_server_url
-from surfw.errors import ConfigurationError
+from surfw.errors import ConfigurationError, UnknownModelError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -112,7 +112,12 @@ def _find_draft(draft: str, client: ReadAheadClient, settings: Settings) -> Mani
     from surfw.storage.store import is_checkpoint
 
     if _is_name(draft, client):
-        return find_manifest(client, draft, client.manifest)
+        try:
+            return find_manifest(client, draft, client.manifest)
+        except UnknownModelError as exc:
+            if is_here(draft):
+                raise ConfigurationError(f"--draft: {exc}; for the folder of that name here, write ./{draft}") from exc
+            raise
     url = _read_draft(draft, settings)
     is_store = is_local_url(url) and not asyncio.run(is_checkpoint(open_backend(url)))
     if not is_store and not is_server_url(url):
@@ -132,11 +137,15 @@ def _read_draft(address: str, settings: Settings) -> str:
 
 
 def _is_name(word: str, client: WeightClient) -> bool:
-    """Whether a word is a model's name in the source, rather than another source."""
-    if is_path(word) or read_address(word).kind in {"server", "web", "storage"}:
+    """Whether a word is a model's name in the source, rather than another source.
+
+    A word that may be both is a name if the source has it. A folder is written as a path: it has a slash.
+    """
+    kind = read_address(word).kind
+    if is_path(word) or kind in {"server", "web", "storage"}:
         return False
     named = any(word in {one, one.rpartition("/")[2]} for one in client.models())
-    return named or not (is_here(word) or read_address(word).kind == "hub")
+    return named or "/" not in word or not (is_here(word) or kind == "hub")
 
 
 def guessed(facts: SpeculationFacts | None) -> list[str]:

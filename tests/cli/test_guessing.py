@@ -61,6 +61,17 @@ def test_what_cannot_guess_is_said_in_a_line(home: Path, arguments: tuple[str, .
     assert said in done.stderr.splitlines()[-1]
 
 
+def test_a_folder_is_a_draft_only_if_it_is_written_as_a_path(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(home)  # where the store `other` is
+    done = surfw(home, "infer", "talker", "Weights", "--no-live", "--draft", "other")
+    assert done.returncode == 1
+    error = done.stderr.splitlines()[-1]
+    assert "has no model 'other'; it has: talker" in error
+    assert error.endswith("for the folder of that name here, write ./other")
+    for path in ("./other", "../" + home.name + "/other"):
+        assert run(home, "--draft", path)["speculation"]["draft"] == "talker"
+
+
 def test_what_a_draft_needs_counts_both(home: Path) -> None:
     done = surfw(home, "infer", "talker", "Weights", "--no-live", "--draft", "talker", "--memory-budget", "800kB")
     assert done.returncode == 1
