@@ -376,6 +376,7 @@ class StreamingBaseModel(AdaptedModel):
                 "a device_memory, and give the open model as the draft"
             )
         kind: type[StreamingBaseModel] = StreamingBaseModel
+        shown = None
         if name is not None and name.startswith(OWN_FORM):
             kind, source, form = type(self), None, name.removeprefix(OWN_FORM)
             if form not in PACKED_CODECS:
@@ -386,14 +387,14 @@ class StreamingBaseModel(AdaptedModel):
                 dtype=settings.dtype,
                 on_missing=settings.on_missing,
             )
-            name = parts.manifest.name
+            shown, name = name, parts.manifest.name
         place = self._client if source is None else source
 
         def open_draft(budget: int | None) -> StreamingBaseModel:
             options["memory_budget"] = budget
             return kind.open(place, name, **options)
 
-        return OwnDraft(parts, open_draft)
+        return OwnDraft(parts, open_draft, shown)
 
     def _end_speculation(self) -> None:
         self._speculation = None

@@ -26,17 +26,22 @@ class OwnDraft:
 
     Attributes:
         model: the draft.
+        name: its name in messages and statistics: `self:int4`, or the name of another model.
         total_bytes: the budget of both; None if the model uses `cache_size`, and the draft has its own budget.
     """
 
-    def __init__(self, parts: ModelParts, open_draft: "Callable[[int | None], StreamingBaseModel]") -> None:
+    def __init__(
+        self, parts: ModelParts, open_draft: "Callable[[int | None], StreamingBaseModel]", shown: str | None = None
+    ) -> None:
         """Shrink the model to its least budget, open the draft with the rest, then divide the budget.
+
+        `shown` is the draft's name in messages and statistics; None for its name in the source.
 
         Raises:
             ConfigurationError: the budget is too small for both.
             SurfwError: the draft cannot be opened.
         """
-        self._name, self._engine = parts.manifest.name, parts.engine
+        self._name, self._engine, self._shown = parts.manifest.name, parts.engine, shown
         self._given_bytes: int | None = None
         self._rests = False
         self.total_bytes = self._engine.limit.budget_bytes
@@ -66,6 +71,11 @@ class OwnDraft:
                 f"budget of {format_size(self.total_bytes or 0)}: both need over {format_size(needed)}; give more "
                 "memory, or a smaller draft"
             ) from exc
+
+    @property
+    def name(self) -> str:
+        """See the class."""
+        return self._shown or self.model.manifest.name
 
     def share(self, prompt_tokens: int, new_tokens: int) -> None:
         """Give the draft the memory it needs for a generation, and the model the rest.
@@ -148,10 +158,10 @@ class OwnDraft:
         self._given_bytes = budget_bytes
 
     def _too_small(self) -> ConfigurationError:
-        least, draft = self._engine.least_budget_bytes, self.model.manifest.name
+        least = self._engine.least_budget_bytes
         needed = least + sum(self.model.plan.sizes.values())
         return ConfigurationError(
-            f"the draft {draft} does not fit beside {self._name} into a memory budget of "
+            f"the draft {self.name} does not fit beside {self._name} into a memory budget of "
             f"{format_size(self.total_bytes or 0)}: as a draft has to be in memory as a whole, both need over "
             f"{format_size(needed)}; give more memory, or a smaller draft"
         )
