@@ -240,12 +240,19 @@ def expect_base(adapter: Manifest, base: Manifest, *, where: str) -> None:
         ManifestError: it was made for other weights.
     """
     assert adapter.base is not None, "it is an adapter"
-    if adapter.base.key != base.weights_key:
+    if adapter.base.key == base.weights_key:
+        return
+    if adapter.base.name != base.name:
         raise ManifestError(
-            f"the adapter {adapter.name} belongs to {adapter.base.name} with other weights than {base.name} has in "
-            f"{where} (key {adapter.base.key[:16]}…, here {base.weights_key[:16]}…); chunk the adapter again over this "
-            "base (surfw chunk FOLDER --base NAME), or use the base that it was chunked over"
+            f"the adapter {adapter.name} belongs to {adapter.base.name}, and not to {base.name}; give "
+            f"{adapter.base.name} as the model (model, --model), or chunk the adapter over {base.name}: "
+            f"surfw chunk FOLDER --base {base.name}"
         )
+    raise ManifestError(
+        f"the adapter {adapter.name} belongs to {adapter.base.name} with other weights than {base.name} has in "
+        f"{where} (key {adapter.base.key[:16]}…, here {base.weights_key[:16]}…); chunk the adapter again over this "
+        "base (surfw chunk FOLDER --base NAME), or use the base that it was chunked over"
+    )
 
 
 async def find_adapter(source: "ChunkSource", name: str, base: Manifest) -> Manifest:
@@ -259,8 +266,8 @@ async def find_adapter(source: "ChunkSource", name: str, base: Manifest) -> Mani
     manifest = await source.manifest(await source.resolve(name))
     if manifest.base is None:
         raise ConfigurationError(
-            f"{manifest.name} is a whole model, and no adapter; chunk one with surfw chunk FOLDER --base "
-            f"{manifest.name}"
+            f"{manifest.name} is a whole model, and no adapter; name an adapter over {base.name}, which surfw chunk "
+            f"FOLDER --base {base.name} makes, or leave it out (adapter, --adapter)"
         )
     expect_base(manifest, base, where=source.url)
     return manifest

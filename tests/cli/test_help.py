@@ -115,7 +115,7 @@ def test_what_can_be_refused_at_once_is_refused_before_torch_is_imported(tmp_pat
         "infer --prompt a --source ./nosuch": "(named with --source)\nsurfw: error: there is no folder ",
         "infer --prompt a --source ./store --model nosuch": "/store holds no model yet; put one there with ",
         "infer ./models a --adapter nosuch": "/models has no model 'nosuch'; it has: small",
-        "infer ./models a --adapter small": "small is a whole model, and no adapter; chunk one with",
+        "infer ./models a --adapter small": "small is a whole model, and no adapter; name an adapter over",
         "infer ./models a --draft nosuch": "/models has no model 'nosuch'; it has: small",
         "infer ./models a --draft self:int4": "small is stored as none in",
         "infer ./models a --draft ./nosuch": "there is no folder ",

@@ -195,7 +195,7 @@ def test_nothing_of_an_adapter_remains_on_the_model(place: Place) -> None:
 
 def test_what_is_no_adapter_or_not_there_is_refused(place: Place) -> None:
     with StreamingModel.open(place.store, "llama") as model:
-        with pytest.raises(ConfigurationError, match="llama is a whole model, and no adapter"):
+        with pytest.raises(ConfigurationError, match="llama is a whole model, and no adapter; "):
             model.set_adapter("llama")
         with pytest.raises(UnknownModelError, match="no model 'nothing'"):
             model.set_adapter("nothing")
@@ -213,6 +213,22 @@ def test_an_adapter_is_not_applied_to_other_weights_than_its_own(tmp_path: Path)
     for name, adapter in (("lora", None), ("base", "lora")):
         with pytest.raises(ManifestError, match="lora belongs to base with other weights than base has"):
             StreamingModel.open(tmp_path / "store", name, adapter=adapter)
+
+
+def test_the_advice_about_an_adapter_names_the_base_that_is_meant(tmp_path: Path) -> None:
+    for seed, name in enumerate(("base", "other")):
+        save_llama(tmp_path / name, seed=seed)
+        chunk(tmp_path / name, tmp_path / "store")
+    save_adapter(tmp_path / "base", tmp_path / "lora", target_modules=["q_proj"])
+    chunk_adapter(tmp_path / "lora", tmp_path / "store", "base")
+    with (
+        StreamingModel.open(tmp_path / "store", "base") as model,
+        pytest.raises(ConfigurationError, match=r"other is a whole model, and no adapter; .* --base base makes"),
+    ):
+        model.set_adapter("other")
+    said = r"belongs to base, and not to other; give base as the model .* --base other"
+    with pytest.raises(ManifestError, match=said):
+        StreamingModel.open(tmp_path / "store", "other", adapter="lora")
 
 
 def test_an_adapters_own_tokenizer_is_used_while_it_is_applied(tmp_path: Path) -> None:
