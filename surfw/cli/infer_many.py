@@ -363,7 +363,11 @@ def _open_prompts(many: Many) -> Iterator[IO[bytes]]:
     try:
         file = many.prompts.open("rb")
     except OSError as exc:
-        raise ConfigurationError(f"the prompts cannot be read from {many.prompts}: {exc.strerror}") from exc
+        kinds = {FileNotFoundError: "there is no such file", IsADirectoryError: "it is a folder"}
+        raise ConfigurationError(
+            f"{many.prompts} (--prompts) cannot be read: {kinds.get(type(exc), exc.strerror)}; name a file with a line "
+            'such as {"prompt": "…"} for each prompt, or - for stdin'
+        ) from exc
     with file:
         yield file
 

@@ -105,6 +105,8 @@ def _in_kind_words(args: Sequence[str]) -> Iterator[None]:
             meant = [one for one in near if one != "--help"][:2] or near
             exc.message = f"{exc.message}; did you mean {' or '.join(meant)}?"  # type: ignore[attr-defined]
             exc.possibilities = None  # type: ignore[attr-defined]
+        elif seen := _find_single_dash(exc, typed):
+            exc.message = f"{exc.message}; did you mean -{seen}?"  # type: ignore[attr-defined]
         elif str(getattr(exc, "message", "")).startswith("Got unexpected extra argument"):
             ctx = exc.ctx  # type: ignore[attr-defined]
             names = {one.name for one in ctx.command.params} if ctx else set()
@@ -113,6 +115,16 @@ def _in_kind_words(args: Sequence[str]) -> Iterator[None]:
             elif ctx.info_name == "list":
                 exc.message += "; --store names a store, and 'surfw show NAME' shows one model"  # type: ignore[attr-defined]
         raise
+
+
+def _find_single_dash(exc: Any, typed: Sequence[str]) -> str | None:
+    """Return the long option that was typed with a single dash, if that is why an option is unknown."""
+    ctx, unknown = getattr(exc, "ctx", None), getattr(exc, "option_name", None)
+    if ctx is None or unknown is None:
+        return None
+    offered = {option for one in ctx.command.params for option in one.opts}
+    words = (one.partition("=")[0] for one in typed)
+    return next((one for one in words if one.startswith("-") and f"-{one}" in offered), None)
 
 
 def _expect(param: Any) -> str | None:
