@@ -270,6 +270,13 @@ def load_configuration(context: typer.Context, config: Path | None, arguments: M
             _check_size(loaded, name)
     except ConfigurationError as exc:
         raise WrongSettingError(str(exc)) from exc
+    settings = loaded.settings
+    runs, has_cache = "offline" in arguments, settings.disk_cache is not None or settings.offline
+    if runs and arguments.get("cache_dir") is not None and not has_cache:  # pull, list and rm have a cache in any case
+        raise Mistake(
+            "--cache-dir is the folder of a disk cache, and this run has none; add --disk-cache SIZE, such as 20GB, or "
+            "--offline"
+        )
     return loaded
 
 

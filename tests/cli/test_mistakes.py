@@ -59,6 +59,12 @@ MISTAKES = [
     ("serve --live=half", 2, "Error: --live is 'half', expected full, or nothing"),
     ("infer --live my-model a b", 2, "Got unexpected extra argument(s) (b)"),
     ("infer --prompt a --cache-layers 2 --memory-budget 2GB", 2, "--memory-budget: does not go with --cache-layers"),
+    (
+        "infer second a --cache-dir x",
+        2,
+        "--cache-dir is the folder of a disk cache, and this run has none; add --disk-cache SIZE, such as 20GB, or",
+    ),
+    ("infer second a --cache-dir x --offline --model x", 2, "--model does not go with MODEL 'second'"),
     ("infer --prompt a --memory-budget 2", 2, "--memory-budget is 2, which is 2 bytes; did you mean 2GB?"),
     ("infer --prompt a --memory-budget 500", 2, "--memory-budget is 500, which is 500 bytes; did you mean 500MB?"),
     ("infer --prompt a --memory-budget much", 2, "--memory-budget is 'much', expected a size such as 1.2GB"),
@@ -176,3 +182,8 @@ def test_a_mistake_in_a_variable(variables: dict[str, str], status: int, said: s
 def test_a_variable_that_is_like_none_of_surfws_is_left_alone(home: Path) -> None:
     done = run(home, "config", SURFW_DEMO_FOLDER="x", SURFW_TESTS="y")
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_folder_for_disk_caches_may_be_set_for_good(home: Path) -> None:
+    done = run(home, "infer second a --model x", SURFW_CACHE_DIR="x")
+    assert "--model does not go with MODEL 'second'" in done.stderr
