@@ -395,6 +395,18 @@ class ChunkSource(ABC):
         del manifest, chunk
         return ()
 
+    async def expect_there(self, manifest: Manifest, run: Manifest) -> None:
+        """Check that an offline source has weights in a form that a run reads. A part may still be missing.
+
+        Args:
+            manifest: the stored manifest.
+            run: the same with only the forms that the run may read.
+
+        Raises:
+            NotFoundError: it has none.
+        """
+        del manifest, run
+
     def expect_readable(self, manifest: Manifest) -> None:
         """Check that this source delivers the model's weights in plaintext. Call it before computing with them.
 
@@ -500,6 +512,10 @@ class SourceInFront(ChunkSource):
     def near(self, manifest: Manifest, chunk: Chunk) -> tuple[Form, ...]:
         """Return the forms of a chunk to prefer because they are stored locally."""
         return self._source.near(manifest, chunk)
+
+    async def expect_there(self, manifest: Manifest, run: Manifest) -> None:
+        """Check that an offline source has weights in a form that a run reads."""
+        await self._source.expect_there(manifest, run)
 
     def expect_readable(self, manifest: Manifest) -> None:
         """Check that the source delivers the model's weights in plaintext."""

@@ -71,7 +71,8 @@ class Guessing:
         from surfw.models.read_ahead import expect_vocabularies, vocabulary_size
 
         if self.draft.startswith(_OWN_FORM):
-            for_run(manifest, self.draft.removeprefix(_OWN_FORM), where=client.url)
+            own = for_run(manifest, self.draft.removeprefix(_OWN_FORM), where=client.url)
+            client.run(lambda source: source.expect_there(manifest, own))
             return
         draft = _find_draft(self.draft, client, settings)
         sizes = vocabulary_size(manifest), None if draft is None else vocabulary_size(draft)

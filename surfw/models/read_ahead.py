@@ -110,8 +110,13 @@ class ReadAhead(SourceInFront):
         self._order = asyncio.Lock()  # keeps remote reads in order
 
     async def begin(self, *, memory_bytes: int, check: Callable[[Manifest], None] = lambda _: None) -> None:
-        """Call `check` with the manifest, then start reading the files, and the chunks if they fit into memory."""
+        """Call `check` with the manifest, then start reading the files, and the chunks if they fit into memory.
+
+        Raises:
+            NotFoundError: the source is offline, and has no weights in a form that the run reads.
+        """
         check(self._stored)
+        await self._source.expect_there(self._stored, self._manifest)
         for file in self._manifest.files:
             self._files[file.path] = _start(self._source.file(self._manifest, file.path))
         fits = sum(chunk.payload_bytes for chunk in self._manifest.chunks) <= memory_bytes // _MODEL_SHARE

@@ -434,6 +434,19 @@ class DiskCache(SourceInFront):
         whole = tuple(form for form, there in forms if 0 not in there)
         return whole or tuple(form for form, there in forms if any(there))
 
+    async def expect_there(self, manifest: Manifest, run: Manifest) -> None:
+        """Check offline that weights are cached in a form that a run reads; where there is a choice, in that one.
+
+        Raises:
+            NotFoundError: none are.
+        """
+        if not self.is_offline:
+            return
+        chosen = [chunk for chunk in run.chunks if chunk.forms != manifest.by_name[chunk.name].forms] or run.chunks
+        if not any(self.near(run, chunk) for chunk in chosen):
+            codecs = dict.fromkeys(form.codec for chunk in chosen for form in chunk.forms)
+            raise missing(f"{manifest.name} as {' or '.join(codecs)}", "is not", self.folder)
+
     @property
     def buffered_bytes(self) -> int:
         """The most memory that fetching takes, not counting the destinations."""

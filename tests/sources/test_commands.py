@@ -57,6 +57,15 @@ def test_a_model_is_pulled_and_runs_when_its_server_is_gone(tmp_path: Path) -> N
     )
 
 
+def test_a_form_that_was_not_pulled_is_missed_before_torch_is_imported(tmp_path: Path) -> None:
+    assert surfw(tmp_path, "chunk", str(demo_checkpoint()), "--name", "toy", "--codec", "none,int8").returncode == 0
+    with serve(tmp_path / "store") as server:
+        assert surfw(tmp_path, "pull", server.url, "--codec", "none").returncode == 0
+    for form in (("--codec", "int8"), ("--draft", "self:int8")):
+        said = complaint(surfw(tmp_path, "infer", server.url, "Weight streaming is", "--offline", "--no-live", *form))
+        assert said.startswith("toy as int8 is not in the disk cache in ")
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
