@@ -67,6 +67,39 @@ ConfigFile = Annotated[
 MORE = "More commands"
 """The `rich_help_panel` of the less common commands, which the help lists under this heading."""
 
+_PANELS = {
+    "Prompt and answer": (
+        "prompt", "max_new_tokens", "system", "stop", "temperature", "top_p", "top_k", "seed", "raw", "ignore_eos",
+        "prompt_ids", "pair", "prompt_name",
+    ),
+    "Model and source": (
+        "model", "store", "name", "source", "adapter", "base", "source_order", "revision", "variant", "config_from",
+        "codec", "dtype", "on_missing", "storage_options",
+    ),
+    "Form of the weights": ("quantize", "dequantize", "in_place"),
+    "Memory, cache and speed": (
+        "memory_budget", "cache_layers", "device", "device_memory", "cache_mb", "redis_url", "policy", "prompt_lookup",
+        "draft", "disk_cache", "cache_dir", "offline",
+    ),
+    "Many prompts": ("prompts", "output", "ordered", "resume", "sequences", "pipeline"),
+    "Network": (
+        "host", "port", "clients", "allowed_host", "insecure", "max_bytes_per_second", "max_client_bytes_per_second",
+        "slow_client_timeout", "drain_seconds", "connect_timeout", "silence_timeout", "retry_attempts",
+        "retry_first_delay", "retry_backoff", "retry_most_delay", "retry_jitter", "retry_restart", "deadline",
+    ),
+    "Tokens, certificates and keys": (
+        "token_file", "ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "encryption_key_file", "encrypt", "sign",
+        "verify_key",
+    ),
+    "Output and general": (
+        "explain", "dry_run", "live", "log_format", "announce", "record", "trace", "json", "quiet", "config", "help",
+    ),
+}  # fmt: skip
+"""The sections of a long help and the parameters in each, in order; an option's own `rich_help_panel` goes first."""
+_PANEL_ORDER = [name for names in _PANELS.values() for name in names]
+_MOST_UNGROUPED = 15
+_OPTION_COLUMNS = 30
+
 _PLACE = "configuration"
 _OFFERED: dict[str, tuple[str, ...]] = {}
 
@@ -125,6 +158,12 @@ def _find_single_dash(exc: Any, typed: Sequence[str]) -> str | None:
     offered = {option for one in ctx.command.params for option in one.opts}
     words = (one.partition("=")[0] for one in typed)
     return next((one for one in words if one.startswith("-") and f"-{one}" in offered), None)
+
+
+def _panel_of(option: Any) -> str:
+    """Return the section of a long help that an option belongs to."""
+    own: str | None = getattr(option, "rich_help_panel", None)
+    return own or next(panel for panel, names in _PANELS.items() if option.name in names)
 
 
 def _expect(param: Any) -> str | None:
@@ -188,6 +227,23 @@ class Command(TyperCommand):
     def collect_usage_pieces(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]
         """Return the pieces of the usage line; a required argument has no braces."""
         return [piece.strip("{}") for piece in super().collect_usage_pieces(ctx)]
+
+    def format_options(self, ctx: typer.Context, formatter: Any) -> None:  # type: ignore[override]
+        """Write the arguments and options: in sections if there are many options, and each is known to have one."""
+        shown = [(one, row) for one in self.get_params(ctx) if (row := one.get_help_record(ctx))]
+        arguments = [row for one, row in shown if one.param_type_name == "argument"]
+        known = [(one, row) for one, row in shown if one.name in _PANEL_ORDER]
+        if len(known) <= _MOST_UNGROUPED or len(known) + len(arguments) < len(shown):
+            super().format_options(ctx, formatter)
+            return
+        sections: dict[str, list[tuple[str, str]]] = {"Arguments": arguments} | {name: [] for name in _PANELS}
+        for one, row in sorted(known, key=lambda found: _PANEL_ORDER.index(found[0].name or "")):
+            sections[_panel_of(one)].append(row)
+        width = min(_OPTION_COLUMNS, max(len(name) for _, (name, _) in shown))
+        for title, rows in sections.items():
+            if rows:
+                with formatter.section(title):
+                    formatter.write_dl([(f"{name:<{width}}", text) for name, text in rows])
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
         """Parse the command line."""

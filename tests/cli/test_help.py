@@ -74,6 +74,31 @@ def test_every_command_shows_an_example(tmp_path: Path) -> None:
         assert f"  surfw {command}" in done.stdout.partition("Examples:")[2]
 
 
+def test_a_long_help_has_sections(tmp_path: Path) -> None:
+    sections = {
+        command: re.findall(r"^([A-Z].*):$", surfw(tmp_path, command, "--help").stdout, re.MULTILINE)
+        for command in ("infer", "chat", "serve", "chunk", "pull", "stats")
+    }
+    first, last = "Model and source", ["Tokens, certificates and keys", "Output and general"]
+    inner = [first, "Memory, cache and speed"]
+    assert sections == {
+        "infer": ["Arguments", "Prompt and answer", *inner, "Many prompts", "Network", *last],
+        "chat": ["Arguments", "Prompt and answer", *inner, "Network", *last],
+        "serve": ["Arguments", *inner, "Network", *last],
+        "chunk": ["Arguments", first, "Form of the weights", *last],
+        "pull": ["Arguments", *inner, "Network", *last],
+        "stats": ["Arguments", "Options"],
+    }
+    for command in sections:
+        shown = surfw(tmp_path, command, "--help").stdout
+        assert all(re.search(f"^ +(-., )?{one}\\b", shown, re.MULTILINE) for one in _visible_options(command))
+
+
+def _visible_options(command: str) -> list[str]:
+    found = regenerate.root_command().commands[command].params
+    return [one.opts[0] for one in found if one.param_type_name == "option" and not getattr(one, "hidden", False)]
+
+
 def test_usage_errors_exit_with_2(tmp_path: Path) -> None:
     for arguments in (
         ["infer"],
