@@ -181,9 +181,9 @@ class _Run:
         streaming: "StreamingModel",
         *,
         done: set[str],
-        write: Callable[[Mapping[str, Any]], None],
+        write: Callable[[str], None] | None,
     ) -> None:
-        """`done` has the ids that are answered already, as JSON; `write` writes an answer."""
+        """`done` has the ids that are answered already, as JSON; `write` writes an answer's line, None to stdout."""
         self._many, self._settings, self._streaming = many, configuration.settings, streaming
         self._done, self._write = done, write
         self._tally = _Tally()
@@ -308,7 +308,11 @@ class _Run:
                 ready.append(self._next)
                 self._next += 1
             for one in ready:
-                self._write(self._waiting.pop(one))
+                answered = json.dumps(self._waiting.pop(one))
+                if self._write is None:
+                    self._advance(line=answered)
+                else:
+                    self._write(answered)
                 self._room.release()
                 self._advance(advance=1)
 
@@ -382,16 +386,13 @@ def _count_lines(lines: IO[bytes]) -> int | None:
 
 
 @contextmanager
-def _open_output(many: Many) -> Iterator[tuple[set[str], Callable[[Mapping[str, Any]], None]]]:
-    """Open the output; yield the ids that have an answer there already, and a function that writes an answer."""
+def _open_output(many: Many) -> Iterator[tuple[set[str], Callable[[str], None] | None]]:
+    """Open the output; yield the ids that have an answer there already, and what writes a line to it.
+
+    That is None for stdout, which the progress bar may share.
+    """
     if many.output is None:
-        out = sys.stdout
-
-        def write(document: Mapping[str, Any]) -> None:
-            out.write(json.dumps(document) + "\n")
-            out.flush()
-
-        yield set(), write
+        yield set(), None
         return
     done, whole = _read_answers(many.output) if many.resume else (set(), 0)
     try:
@@ -406,8 +407,8 @@ def _open_output(many: Many) -> Iterator[tuple[set[str], Callable[[Mapping[str, 
         if many.resume:
             os.ftruncate(file, whole)
 
-        def append(document: Mapping[str, Any]) -> None:
-            line = (json.dumps(document) + "\n").encode()
+        def append(text: str) -> None:
+            line = f"{text}\n".encode()
             try:
                 while line:
                     line = line[os.write(file, line) :]

@@ -192,11 +192,12 @@ def byte_bar(what: str, total_bytes: int | None = None, *, quiet: bool) -> Itera
 
 @contextmanager
 def count_bar(what: str, total: int | None, *, quiet: bool) -> Iterator[Callable[..., None]]:
-    """Draw a progress bar of `total` prompts on stderr, if that is a terminal and `quiet` is not set.
+    """Draw a progress bar of `total` prompts, if stderr is a terminal and `quiet` is not set.
 
     Yields:
-        A function that takes `advance`, the number of prompts just done; `tokens`, the total generated so far; and
-        `note`, a line to print above the bar, even if no bar is drawn. It may be called from any thread.
+        A function that takes `advance`, the number of prompts just done; `tokens`, the total generated so far; and, to
+        print above the bar, even if no bar is drawn, `note`, a line for people, and `line`, one for stdout. It may be
+        called from any thread.
     """
     whole: dict[str, Any] = {"table_column": Column(no_wrap=True)}
     figures: list[ProgressColumn] = [
@@ -205,12 +206,19 @@ def count_bar(what: str, total: int | None, *, quiet: bool) -> Iterator[Callable
     if err.width >= _FULL_BAR_COLUMNS:
         figures.insert(0, BarColumn())
     start, is_off = time.perf_counter(), quiet or not can_draw(sys.stderr)
-    with Progress(TextColumn(what), *figures, console=err, disable=is_off, transient=True) as progress:
+    is_one = not is_off and can_draw(sys.stdout)  # the bar has to make room for what is written to stdout
+    console, stdout = out if is_one else err, sys.stdout  # which rich replaces while it draws
+    with Progress(TextColumn(what), *figures, console=console, disable=is_off, transient=True) as progress:
         task = progress.add_task(what, total=total, speed="")
 
-        def update(*, advance: int = 0, tokens: int | None = None, note: str = "") -> None:
+        def update(*, advance: int = 0, tokens: int | None = None, note: str = "", line: str = "") -> None:
             if note:
-                err.print(Text(note), soft_wrap=True)
+                console.print(Text(note), soft_wrap=True)
+            if line and is_one:
+                console.print(Text(line), soft_wrap=True)
+            elif line:
+                stdout.write(f"{line}\n")
+                stdout.flush()
             if tokens is None:
                 progress.update(task, advance=advance)
             else:

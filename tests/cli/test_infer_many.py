@@ -12,6 +12,7 @@ import pytest
 from surfw import ModelChunker
 from tests.checkpoints import save_bert, save_llama
 from tests.cli.run import SURFW, environment, surfw
+from tests.cli.terminal import terminal
 from tests.services import warm
 
 
@@ -133,6 +134,21 @@ def test_interrupted_it_says_how_to_go_on(home: Path, tmp_path: Path) -> None:
         _, said = process.communicate(timeout=60)
         assert process.wait(60) == 130
     assert "the same command with --resume goes on where it stopped" in said
+
+
+@pytest.mark.parametrize("to_file", [False, True])
+def test_answers_begin_rows_of_their_own_above_the_progress_bar(to_file: bool, home: Path, tmp_path: Path) -> None:
+    prompts = write(tmp_path / "prompts.jsonl", *({"id": at, "prompt": "Weights"} for at in range(5)), "{}")
+    command = [SURFW, "infer", "talker", "--prompts", str(prompts), "--sequences", "1", "--max-new-tokens", "4"]
+    with (tmp_path / "answers.jsonl").open("w+b") as file:
+        with terminal(home, command, columns=600, stdout=file if to_file else None) as (window, _):
+            pass
+        file.seek(0)
+        shown = file.read().decode() if to_file else "\n".join(row for row in window.rows() if '"line"' in row)
+    assert sorted(one["id"] for one in read(shown)) == [0, 1, 2, 3, 4, 6]
+    assert b"answering" in window.seen
+    assert any(row.startswith("surfw: line 6 of the prompts: give either") for row in window.rows())
+    assert not any("answering" in row for row in window.rows())
 
 
 @pytest.mark.parametrize(
