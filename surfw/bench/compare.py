@@ -20,6 +20,10 @@ from surfw.errors import ConfigurationError
 from surfw.files import read_regular
 
 MARGIN = 0.08
+VERDICT_FROM = (
+    "the verdict is from the 95 % interval of the change over all pairs of rounds; before and now are ratios of "
+    "medians, and may point the other way"
+)
 _Z = 1.96
 _MOST_BYTES = 64_000_000
 _LEAST_ROUNDS = 3
@@ -33,10 +37,11 @@ class Change:
 
     Attributes:
         name: the row's name.
-        before: its ratio in the earlier run; None if that run lacks the row.
-        now: its ratio in this run; None if this run lacks the row.
-        change: relative change of the ratio; negative is slower. None if unknown.
-        low, high: the 95 % confidence interval of the change.
+        before: its ratio of medians in the earlier run; None if that run lacks the row.
+        now: its ratio of medians in this run; None if this run lacks the row.
+        change: relative change of the rounds' ratios, by Hodges and Lehmann's estimate; negative is slower. None if
+            unknown. It may differ from `now` ÷ `before`, even in direction.
+        low, high: the 95 % confidence interval of the change; the verdict is from it.
         verdict: `same` if all of the interval is within the margin; `unknown` if it reaches beyond, or if a run lacks
             the row or has fewer than three rounds.
     """
@@ -52,12 +57,16 @@ class Change:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison:
-    """The changes of all rows with ratios, and the earlier run's machine if it was a different one."""
+    """The changes of all rows with ratios, and the earlier run's machine if it was a different one.
+
+    `verdict_from` says which figures of a change its verdict is from.
+    """
 
     file: str
     margin: float
     other_machine: dict[str, str]
     changes: tuple[Change, ...]
+    verdict_from: str = VERDICT_FROM
 
     @property
     def worse(self) -> list[Change]:

@@ -57,6 +57,7 @@ def html_page(results: Sequence[Result], comparisons: Sequence[Comparison] = ())
             parts.append(f"<h3>against {_text(one.file)}</h3>\n")
             rows = [_change_cells(change) for change in one.changes]
             parts.append(_html_table(_CHANGES, rows, [change.verdict for change in one.changes]))
+            parts.append(f"<p class=dim>{_text(one.verdict_from)}\n")
         parts += [f"<p class=dim>{_text(row.name)}: {_text(row.note)}\n" for row in result.rows if row.note]
         parts.append(f"<p class=dim>on {_text(_machine(result))}\n")
     return "".join(parts) + "</html>\n"
@@ -73,6 +74,7 @@ def markdown_page(results: Sequence[Result], comparisons: Sequence[Comparison] =
         for one in comparisons[place : place + 1]:
             changes = [_change_cells(change) for change in one.changes]
             lines += [f"Against {_cell(one.file)}:", "", *_markdown_table(_CHANGES, changes), ""]
+            lines += [f"- {_cell(one.verdict_from)}"]
         lines += [f"- {_cell(row.name)}: {_cell(row.note)}" for row in result.rows if row.note]
         lines += ["", f"On {_cell(_machine(result))}", ""]
     return "\n".join(lines)

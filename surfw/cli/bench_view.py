@@ -41,6 +41,7 @@ def show_changes(comparison: Comparison) -> None:
             for one in comparison.changes
         ],
     )
+    render.out.print(f"- {comparison.verdict_from}", soft_wrap=True)
     if comparison.other_machine:
         machine = ", ".join(f"{name} {value}" for name, value in comparison.other_machine.items())
         render.out.print(f"- it was measured on another machine: {machine}", soft_wrap=True)

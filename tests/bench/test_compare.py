@@ -1,9 +1,11 @@
 """Comparing ratios of rounds: what is worse is said to be, what is the same is not; and the pages of reports."""
 
+import io
 import json
 import math
 import random
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,9 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from surfw.bench.codec import bench_codec
-from surfw.bench.compare import compare, interval, read_results, save_results
+from surfw.bench.compare import VERDICT_FROM, compare, interval, read_results, save_results
 from surfw.bench.report import html_page, markdown_page
 from surfw.bench.result import Result, Row, rate_row, summarise
+from surfw.cli import bench_view, render
 from surfw.errors import ConfigurationError
 from tests.cli.run import surfw
 
@@ -63,6 +66,17 @@ def test_other_rates_with_the_same_ratios_are_the_same() -> None:
     found = compare(result(before), result(now, cpu="y"))
     assert [(one.change, one.verdict) for one in found.changes] == [(0, "same")]
     assert found.other_machine["cpu"] == "x"
+
+
+def test_the_output_says_that_the_verdict_is_not_from_the_medians(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, now = row([1, 1.01, 0.99, 1]), replace(row([1.5, 1.52, 1.49, 1.5]), ratio=0.9)
+    found = compare(result(before), result(now))
+    assert [(one.before, one.now, one.verdict) for one in found.changes] == [(1, 0.9, "better")]
+    printed = io.StringIO()
+    monkeypatch.setattr(render, "out", render.make_console(file=printed, width=200))
+    bench_view.show_changes(found)
+    for shown in (printed.getvalue(), html_page([result(now)], [found]), markdown_page([result(now)], [found])):
+        assert "the verdict is from the 95 % interval of the change over all pairs of rounds" in shown
 
 
 def test_rows_without_enough_rounds_and_rows_that_are_gone_are_unknown() -> None:
@@ -149,8 +163,9 @@ def test_a_benchmark_is_saved_compared_and_reported(tmp_path: Path) -> None:
     done = surfw(tmp_path, *bench, "--compare", saved, "--report", str(report))
     assert done.returncode == 3
     assert "surfw: bench codec: decode is 100 % slower" in done.stderr
-    changes = json.loads(done.stdout)["comparison"]["changes"]
-    assert {one["verdict"] for one in changes} == {"worse"}
+    comparison = json.loads(done.stdout)["comparison"]
+    assert {one["verdict"] for one in comparison["changes"]} == {"worse"}
+    assert comparison["verdict_from"] == VERDICT_FROM
     assert "<svg" in report.read_text()
 
 
