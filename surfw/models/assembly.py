@@ -264,7 +264,7 @@ def _decide_limit(limit: Limit, *, is_behind: bool) -> Limit:
     if limit.cache_layers is not None and limit.budget_bytes is not None:
         raise ConfigurationError(
             f"{limit.cache_layers} layers (cache_size, --cache-layers) and {format_size(limit.budget_bytes)} of memory "
-            "(memory_budget, --memory-budget) exclude each other where there is no graphics card; give one of them"
+            "(memory_budget, --memory-budget) exclude each other where there is no GPU; give one of them"
         )
     if limit.budget_bytes is None and limit.cache_layers is None:
         found = find_default_budget()
