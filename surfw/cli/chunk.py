@@ -257,14 +257,16 @@ def _only_task(
         return None
     task = given[0]
     if len(given) > 1:
-        raise typer.BadParameter(f"give one of {' and '.join(given)} at a time", param_hint=given[1])
+        raise typer.BadParameter(f"does not go with {task}; give one of them", param_hint=given[1])
     if model is not None and task != "--verify":
-        raise typer.BadParameter(f"{task} takes no MODEL to chunk", param_hint="MODEL")
+        raise typer.BadParameter(f"does not go with {task}; give one of them", param_hint="MODEL")
     if dry_run and task != "--prune":
-        raise typer.BadParameter(f"does not go with {task}", param_hint="--dry-run")
+        raise typer.BadParameter(f"does not go with {task}; give one of them", param_hint="--dry-run")
     for option, is_given in chunking.items():
         if is_given:
-            raise typer.BadParameter(f"is for chunking, and does not go with {task}", param_hint=option)
+            raise typer.BadParameter(
+                f"does not go with {task}, as it is for chunking; give one of them", param_hint=option
+            )
     return task
 
 
@@ -335,7 +337,9 @@ def _refuse_in_place(given: Mapping[str, str | None]) -> None:
     """Refuse options that apply to stored weights; `--in-place` stores none."""
     for option, value in given.items():
         if value is not None:
-            raise typer.BadParameter("nothing is stored with --in-place; leave one of them out", param_hint=option)
+            raise typer.BadParameter(
+                "does not go with --in-place, which stores no weights; give one of them", param_hint=option
+            )
 
 
 def _refuse_without_from(given: Mapping[str, bool]) -> None:
@@ -349,7 +353,7 @@ def _refuse_without_from(given: Mapping[str, bool]) -> None:
 def _refuse_with(option: str, other: str, given: Mapping[str, bool], what: str) -> None:
     """Refuse the option `other` if it was given; it conflicts with `option`."""
     if given[other]:
-        raise typer.BadParameter(f"is for {what}, and does not go with {option}", param_hint=other)
+        raise typer.BadParameter(f"does not go with {option}, as it is for {what}; give one of them", param_hint=other)
 
 
 def _chunk_adapter(

@@ -161,7 +161,8 @@ def infer(
         return
     if explain and quiet and not json:
         raise typer.BadParameter(
-            "leaves nothing of --explain to be seen; leave one out, or add --json", param_hint="-q"
+            "does not go with --explain, of which it leaves nothing to be seen; give one of them, or add --json",
+            param_hint="-q",
         )
     prompt = _read_prompt(prompt, ids, quiet=quiet)
 
@@ -305,7 +306,7 @@ def _check_together(
     """
     options.check_system(system, raw=raw)
     if system is not None and ids is not None:
-        raise Mistake("--system does not go with --prompt-ids, which are taken as they are")
+        raise Mistake("--system does not go with --prompt-ids, which are taken as they are; give one of them")
     if configuration.origins["live"].kind == "argument" and configuration.settings.live and (json or quiet):
         raise Mistake(f"--live does not go with {'--json' if json else '--quiet'}; give one of them")
 
@@ -314,7 +315,7 @@ def _read_prompt(prompt: str | None, ids: list[int] | None, *, quiet: bool) -> s
     """Return the prompt, from the command line or from stdin; None if token ids were given."""
     if ids is not None:
         if prompt is not None:
-            raise Mistake("give either --prompt or --prompt-ids, and not both")
+            raise Mistake("--prompt-ids does not go with a prompt; give one of them")
         return None
     is_piped = prompt is None and sys.stdin is not None and not sys.stdin.isatty()
     if prompt == "-" or is_piped:

@@ -36,7 +36,7 @@ def check_together(models: Sequence[str], others: Mapping[str, object]) -> None:
         return
     for name, value in others.items():
         if value:
-            raise Mistake(f"{name} is for one model, and {len(models)} are given (--model); give one of them")
+            raise Mistake(f"{name} does not go with several models (--model); give one of them")
 
 
 def answer_each(

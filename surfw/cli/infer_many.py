@@ -70,13 +70,13 @@ def check_together(many: Many, others: Mapping[str, object]) -> None:
         }  # fmt: skip
         for name, value in alone.items():
             if value:
-                raise Mistake(f"{name} goes with --prompts FILE, which is not given")
+                raise Mistake(f"{name} needs --prompts FILE; add it, or leave {name} out")
         return
     for name, value in others.items():
         if value:
             raise Mistake(f"--prompts does not go with {name}; give one of them")
     if many.resume and many.output is None:
-        raise Mistake("--resume needs --output FILE, which holds the answers so far")
+        raise Mistake("--resume needs --output FILE, which holds the answers so far; add it, or leave --resume out")
 
 
 @dataclass

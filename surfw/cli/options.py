@@ -446,7 +446,8 @@ def check_system(system: str | None, *, raw: bool) -> None:
     """
     if system is not None and raw:
         raise Mistake(
-            "--system does not go with --raw: a system message is part of the chat template, which --raw leaves out"
+            "--system does not go with --raw: a system message is part of the chat template, which --raw leaves out; "
+            "give one of them"
         )
 
 

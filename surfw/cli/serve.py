@@ -91,7 +91,7 @@ def serve(
     """
     settings = configuration.settings
     if place is not None and configuration.origins["store"].kind == "argument":
-        raise typer.BadParameter("give it or PATH_OR_URL, not both", param_hint="--store")
+        raise typer.BadParameter("does not go with PATH_OR_URL; give one of them", param_hint="--store")
     is_json = settings.log_format == "json"
     show = not quiet and not is_json and settings.live is not False and can_draw(sys.stderr)
     place = settings.store if place is None else read_address(place).url

@@ -98,7 +98,7 @@ def test_chunk_and_serve_and_infer_explain_an_adapter_alike(home: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--dtype", "bfloat16"), "--dtype: is for whole models, and does not go with --base"),
+        (("--dtype", "bfloat16"), "--dtype: does not go with --base, as it is for whole models"),
         (("--in-place",), "--in-place: is for whole models"),
         (("--codec", "int8"), "--codec: adapters are not quantised"),
     ],

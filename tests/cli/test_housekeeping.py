@@ -94,12 +94,12 @@ def test_a_damaged_manifest_is_named_and_the_others_are_listed(home: Path) -> No
     ("arguments", "text"),
     [
         ([], "name a checkpoint to chunk: a hub id such as org/name, a directory, or a storage URL"),
-        (["--list", "--prune"], "give one of --list and --prune at a time"),
-        (["./model", "--prune"], "--prune takes no MODEL to chunk"),
-        (["--list", "--dry-run"], "does not go with --list"),
-        (["--verify", "--name", "x"], "is for chunking, and does not go with --verify"),
-        (["--list", "--in-place"], "is for chunking, and does not go with --list"),
-        (["--prune", "--on-missing", "error"], "is for chunking, and does not go with --prune"),
+        (["--list", "--prune"], "--prune: does not go with --list; give one of them"),
+        (["./model", "--prune"], "MODEL: does not go with --prune; give one of them"),
+        (["--list", "--dry-run"], "does not go with --list; give one of them"),
+        (["--verify", "--name", "x"], "does not go with --verify, as it is for chunking; give one of them"),
+        (["--list", "--in-place"], "does not go with --list, as it is for chunking; give one of them"),
+        (["--prune", "--on-missing", "error"], "does not go with --prune, as it is for chunking; give one of them"),
     ],
 )
 def test_what_makes_no_sense_together(tmp_path: Path, arguments: list[str], text: str) -> None:

@@ -63,9 +63,9 @@ def test_each_answer_in_a_terminal(home: Path, options: tuple[str, ...]) -> None
         (("--model", "third"), "third"),
         (("--model", f"one@b3:{'0' * 64}"), "is not the model that is wanted"),
         (("--model", ""), "--model is ''"),
-        (("--trace", "trace.json"), "--trace is for one model, and 2 are given"),
-        (("--explain",), "--explain is for one model, and 2 are given"),
-        (("--adapter", "x"), "--adapter is for one model, and 2 are given"),
+        (("--trace", "trace.json"), "--trace does not go with several models (--model); give one of them"),
+        (("--explain",), "--explain does not go with several models (--model); give one of them"),
+        (("--adapter", "x"), "--adapter does not go with several models (--model); give one of them"),
     ],
 )
 def test_wrong_options_are_refused_before_anything_is_computed(

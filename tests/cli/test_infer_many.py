@@ -154,8 +154,8 @@ def test_answers_begin_rows_of_their_own_above_the_progress_bar(to_file: bool, h
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        (("--ordered",), "--ordered goes with --prompts FILE"),
-        (("--prompts", "{prompts}", "--resume"), "--resume needs --output FILE"),
+        (("--ordered",), "--ordered needs --prompts FILE; add it, or leave --ordered out"),
+        (("--prompts", "{prompts}", "--resume"), "; add it, or leave --resume out"),
         (("--prompts", "{prompts}", "--json"), "--prompts does not go with --json"),
         (("--prompts", "{prompts}", "--prompt", "x"), "--prompts does not go with a prompt"),
         (("--prompts", "{folder}"), " (--prompts) cannot be read: it is a folder; name a file with a line such as"),

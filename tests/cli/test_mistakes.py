@@ -30,7 +30,7 @@ MISTAKES = [
     (f"infer '{'Weight streaming is ' * 20}'", 2, " is no model's name; for a prompt alone write --prompt 'Weight"),
     ("infer", 2, "there is no prompt: give either --prompt or --prompt-ids, or pipe one in"),
     ("infer --prompt ''", 2, "the prompt is empty; write a text, or pipe one in with --prompt -"),
-    ("infer --prompt a --prompt-ids 1", 2, "give either --prompt or --prompt-ids, and not both"),
+    ("infer --prompt a --prompt-ids 1", 2, "--prompt-ids does not go with a prompt; give one of them"),
     ("infer my-model a --prompt b", 2, "--prompt does not go with PROMPT 'a'; give one of them"),
     (
         "infer second a --model org/first",
@@ -41,6 +41,7 @@ MISTAKES = [
     ("infer --prompt a --system b --raw", 2, "--system does not go with --raw: a system message is part of the chat"),
     ("chat --system b --raw", 2, "--system does not go with --raw: a system message is part of the chat"),
     ("infer --prompt-ids 1 --system b", 2, "--system does not go with --prompt-ids, which are taken as they are"),
+    ("infer --prompt a --explain -q", 2, "-q: does not go with --explain, of which it leaves nothing to be seen; give"),
     ("infer --prompt a --live --json", 2, "--live does not go with --json; give one of them"),
     *(
         (line, 1, "~nobody-here/x: there is no home folder of ~nobody-here on this machine; write the path in full")
@@ -75,7 +76,7 @@ MISTAKES = [
     ("infer --prompt a --temperature -1", 2, "Invalid value for '--temperature': '-1' is not a number >= 0"),
     ("infer --prompt-ids 1,x", 2, "'1,x' is not a list of ids such as 1,2,3"),
     ("serve --cache-mb 5", 2, "Invalid value for '--cache-mb': '5' is not a whole number >= 17"),
-    ("serve ./store --store ./store", 2, "--store: give it or PATH_OR_URL, not both"),
+    ("serve ./store --store ./store", 2, "--store: does not go with PATH_OR_URL; give one of them"),
     ("infer --prompt a --prompt-lookup x", 2, "Invalid value for '--prompt-lookup': 'x' is not a whole number >= 1"),
     ("serve --cache 5", 2, "No such option: --cache; did you mean --cache-mb?"),
     ("list other", 2, "(other); --store names a store, and 'surfw show NAME' shows one model"),
@@ -83,7 +84,7 @@ MISTAKES = [
     ("chunk", 2, "name a checkpoint to chunk: a hub id such as org/name, a directory, or a storage URL"),
     ("chunk ''", 2, "name a checkpoint to chunk: a hub id such as org/name, a directory, or a storage URL"),
     ("chunk list", 2, "list is no checkpoint here; did you mean 'surfw list'? For a directory write ./list"),
-    ("chunk --list --prune", 2, "give one of --list and --prune at a time"),
+    ("chunk --list --prune", 2, "--prune: does not go with --list; give one of them"),
     (
         "chunk ./nowhere --codec zip",
         2,
@@ -91,8 +92,16 @@ MISTAKES = [
     ),
     ("chunk ./nowhere --quantize experts", 2, "says what int8 and int4 take; name one of them with --codec, or leave"),
     ("chunk ./nowhere --quantize most --codec int4", 2, "'most' is not known, expected all or experts"),
-    ("chunk ./nowhere --codec none --in-place", 2, "nothing is stored with --in-place; leave one of them out"),
-    ("chunk second --from ./store --dtype bfloat16", 2, "is for checkpoints, and does not go with --from"),
+    (
+        "chunk ./nowhere --codec none --in-place",
+        2,
+        "--codec: does not go with --in-place, which stores no weights; give one",
+    ),
+    (
+        "chunk second --from ./store --dtype bfloat16",
+        2,
+        "does not go with --from, as it is for checkpoints; give one of them",
+    ),
     ("chunk none --from ./store", 1, "store has no model 'none'; it has: org/first, second"),
     ("infer second a --codec zip", 2, "'zip' is not one of 'auto', 'none', 'lossless'"),
     ("stats --every 5", 2, "--every needs --watch; add it, or leave --every out"),

@@ -186,7 +186,7 @@ def test_the_command_answers_on_one_rank_and_serves_stages_on_the_others(
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (("--prompt-ids", "1,2"), "--pipeline goes with --prompts FILE, which is not given"),
+        (("--prompt-ids", "1,2"), "--pipeline needs --prompts FILE; add it, or leave --pipeline out"),
         (("--prompts", "-"), "start them with 'torchrun --nproc-per-node N -m surfw infer --pipeline …'"),
     ],
 )

@@ -244,7 +244,7 @@ def test_the_commands_take_keys_and_say_what_is_wrong(made: Made, tmp_path: Path
     chunk = ["chunk", checkpoint, "--store", store, "--codec", "none", "--encrypt"]
     assert "does not exist; make a key" in complaint(surfw(tmp_path, *chunk, str(tmp_path / "none")))
     assert not Path(store).exists()
-    assert "leave one of them out" in surfw(tmp_path, *chunk, made.key_file, "--in-place").stderr
+    assert "does not go with --in-place, which" in surfw(tmp_path, *chunk, made.key_file, "--in-place").stderr
     done = surfw(tmp_path, *chunk, made.key_file)
     assert (done.returncode, done.stderr) == (0, "")
     assert f"encrypted with key {made.key.id}" in done.stdout
