@@ -173,6 +173,7 @@ async def write_contents(
         facts = await _find_stored(store, contents.name)
         before = whole_codecs(facts) if facts else ()
         _expect_exact_forms(store, contents.name, before, codecs)
+        _warn_of_lost_forms(contents.name, before, codecs)
         await writer.expect_space(store, contents.plan)
         try:
             async with writer.lease.renewed():
@@ -184,11 +185,6 @@ async def write_contents(
                 await writer.publish(store, manifest)
         except StorageError as exc:
             raise type(exc)(f"{exc}; what was finished is kept, and the same command goes on where it stopped") from exc
-    if lost := [codec for codec in before if codec not in codecs]:
-        logger.warning(
-            "%s was stored as %s too, and is not any more; to keep that, give all of them (codecs, --codec): %s",
-            contents.name, " and ".join(lost), ",".join(codec for codec in CODECS if codec in {*codecs, *lost}),
-        )  # fmt: skip
     if facts and facts.signature and not manifest.signature:
         logger.warning(
             "%s was signed with key %s in %s, and is not any more; to sign it, give the key (signing_key_file, --sign)",
@@ -210,6 +206,20 @@ def _sign(manifest: Manifest, before: Manifest | None, signer: SigningKey | None
     if signer is not None:
         return signer.sign(manifest)
     return manifest if before is None or manifest.signature else manifest.with_signature_of(before)
+
+
+def _warn_of_lost_forms(name: str, before: Sequence[str], codecs: Sequence[str]) -> None:
+    """Warn, before anything is written, of stored forms that are not among the new ones."""
+    lost = [codec for codec in before if codec not in codecs]
+    if not lost:
+        return
+    is_tried = "none" in codecs and "lossless" not in before  # `lossless` is kept only where it is smaller
+    kept = {*before, *codecs} - ({"lossless"} if is_tried else set())
+    logger.warning(
+        "%s is stored as %s too, and will not be any more; to keep that, stop this, and give all of them (codecs, "
+        "--codec): %s",
+        name, " and ".join(lost), ",".join(codec for codec in CODECS if codec in kept),
+    )  # fmt: skip
 
 
 def _warn_of_change(store: Store, before: Manifest, manifest: Manifest) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from surfw import Housekeeping
-from surfw.chunking import copy_model
+from surfw.chunking import copy_model, prepare_model, write_model
 from surfw.chunking.copy import check_copy
 from surfw.chunking.write import check_target
 from surfw.errors import CheckpointError, ConfigurationError, ManifestError
@@ -85,16 +85,30 @@ def test_what_has_no_matrix_stays_as_it_is(store: Path, checkpoint: Path, tmp_pa
     assert " as int4 " in surfw(tmp_path, "list", "--store", str(tmp_path / "alone")).stdout
 
 
-def test_forms_that_are_stored_no_more_are_said(
-    checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("codecs", "advice"),
+    [
+        (("none", "int4"), "none,int8,int4"),
+        (("none", "lossless"), "none,int8"),  # the default: lossless was not stored
+        (("lossless",), "none,lossless,int8"),
+    ],
+)
+def test_forms_that_will_be_stored_no_more_are_said_before_the_work(
+    codecs: tuple[str, ...], advice: str, checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     chunk_into(tmp_path, checkpoint, ("none", "int8"))
     assert not caplog.messages
-    chunk_into(tmp_path, checkpoint, ("none", "int4"))
-    (said,) = caplog.messages
-    assert said == (
-        "tiny was stored as int8 too, and is not any more; to keep that, give all of them (codecs, --codec): "
-        "none,int8,int4"
+    said: list[int] = []
+    with prepare_model(str(checkpoint), name="tiny") as prepared:
+        backend = open_backend(tmp_path)
+        asyncio.run(
+            write_model(prepared, backend, codecs=codecs, progress=lambda *_: said.append(len(caplog.messages)))
+        )
+    assert said and set(said) == {1}
+    (message,) = caplog.messages
+    assert message == (
+        f"tiny is stored as {'none and ' * ('none' not in codecs)}int8 too, and will not be any more; to keep that, "
+        f"stop this, and give all of them (codecs, --codec): {advice}"
     )
 
 
