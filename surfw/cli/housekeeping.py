@@ -61,15 +61,18 @@ def show_model(settings: Settings, name: str, *, json: bool, quiet: bool) -> Non
 def remove_model(settings: Settings, name: str, *, json: bool, quiet: bool) -> None:
     """Remove a model from the store."""
     with _busy(settings, quiet=json or quiet):
-        _warn_of_readers(settings, name)
+        warning = _find_readers(settings, name)  # asked before: a server soon forgets what was removed
         removed = _run(settings, lambda store: store.remove(name))
+        if warning:  # said only if the removal was not refused
+            logger.warning(warning)
     render.show(removed, _show_removed, json=json)
 
 
 def prune(settings: Settings, *, dry_run: bool, json: bool, quiet: bool) -> None:
     """Remove the blobs that no model needs."""
     with _progress("pruning", quiet=json or quiet) as progress:
-        _warn_of_readers(settings, None)
+        if warning := _find_readers(settings, None):
+            logger.warning(warning)
         pruned = _run(settings, lambda store: store.prune(dry_run=dry_run, progress=progress))
     render.show(pruned, _show_pruned, json=json)
 
@@ -116,8 +119,10 @@ def _run(settings: Settings, work: Callable[[Housekeeping], Awaitable[T]]) -> T:
     return asyncio.run(run())
 
 
-def _warn_of_readers(settings: Settings, model: str | None) -> None:
-    """Warn if a server on this machine has clients that read the model; None means models that were removed already.
+def _find_readers(settings: Settings, model: str | None) -> str:
+    """Return a warning if a server on this machine has clients that read the model, otherwise "".
+
+    The model None means models that were removed already.
 
     A store does not know its readers, so this asks the server at the setting `port` of this machine. A server that
     serves another store, or does not answer within a second, is ignored.
@@ -127,20 +132,20 @@ def _warn_of_readers(settings: Settings, model: str | None) -> None:
         stats: Mapping[str, Any] = read_stats(url, token=settings.token, timeout_seconds=_ASK_SECONDS)
         store = display_url(open_backend(settings.store, settings.storage_options).url)
     except SurfwError:
-        return
+        return ""
     if stats["storage"]["url"] != store or not stats["clients"]:
-        return
+        return ""
     if "connections" in stats:
         reading = [one["model"] for one in stats["connections"] if one["model"]]
         readers = sum(one == model if model else one not in stats["models"] for one in reading)
     else:  # the server does not say who reads what
         readers = stats["clients"] if model is None or model in stats["models"] else 0
-    if readers:
-        what = model or "models that were removed"
-        logger.warning(
-            "the server at %s serves this store, and %s of it may be reading %s; what they run will fail",
-            url, count(readers, "client"), what,
-        )  # fmt: skip
+    if not readers:
+        return ""
+    return (
+        f"the server at {url} serves this store, and {count(readers, 'client')} of it may be reading "
+        f"{model or 'models that were removed'}; what they run will fail"
+    )
 
 
 def _busy(settings: Settings, *, quiet: bool) -> AbstractContextManager[object]:

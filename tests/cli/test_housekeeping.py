@@ -171,6 +171,13 @@ def test_removing_what_a_server_reads_is_a_warning(home: Path) -> None:
         client.run(lambda source: read(source, "org/first"))
         other = surfw(home, "rm", "x", "--store", str(home / "other"), SURFW_PORT=port)
         assert "warning" not in other.stderr
+        lease = home / "store/leases/x.json"
+        lease.parent.mkdir(exist_ok=True)
+        lease.write_text("{}")
+        refused = surfw(home, "rm", "org/first", SURFW_PORT=port)
+        assert "leases/x.json" in complaint(refused)
+        assert "warning" not in refused.stderr, "what is refused harms nobody"
+        lease.unlink()
         removed = surfw(home, "rm", "org/first", SURFW_PORT=port)
         assert removed.returncode == 0
         assert removed.stderr == (
