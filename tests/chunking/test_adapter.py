@@ -190,7 +190,12 @@ def test_a_base_stays_while_adapters_need_it_and_verify_misses_it(home: Path, tm
             assert not (await kept.verify()).damage
             (store / "models" / "base.json").rename(tmp_path / "base.json")
             (missing,) = (await kept.verify("lora")).damage
-            assert (missing.model, missing.complaint) == ("lora", "its base base is missing")
+            assert (missing.model, missing.part, missing.complaint) == ("lora", "base base", "it is missing")
+            (store / "models" / "base.json").write_text("{}")
+            for name in (None, "lora"):  # one damage, of the base, whether it is verified itself or not
+                (damaged,) = (await kept.verify(name)).damage
+                assert (damaged.model, damaged.part) == ("base", "")
+                assert "model base is not valid" in damaged.complaint
             (tmp_path / "base.json").rename(store / "models" / "base.json")
             await kept.remove("lora")
             await kept.remove("base")

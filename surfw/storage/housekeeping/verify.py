@@ -32,7 +32,7 @@ class Damage:
 
     Attributes:
         model: the model's name; for a shared part, the first model that has it.
-        part: the chunk or tokenizer file; empty for the manifest itself.
+        part: the chunk or tokenizer file; `base NAME` for the base of an adapter; empty for the manifest itself.
         objects: the objects that hold it.
         complaint: what is wrong with it.
     """
@@ -87,6 +87,7 @@ async def verify(store: Store, model: str | None, *, progress: Steps) -> Verifie
     names = await store.models() if model is None else [await store.resolve(model)]
     parts: dict[tuple[Form, tuple[int, str] | None], _Part] = {}
     damage, undigested = [], []
+    bases = list[tuple[Manifest, str]]()
     for name in names:
         try:
             manifest, is_digested = await store.read_manifest(name, partial(_parse, store, name))
@@ -100,9 +101,14 @@ async def verify(store: Store, model: str | None, *, progress: Steps) -> Verifie
             continue
         if not is_digested:
             undigested.append(name)
-        damage += await _check_base(store, manifest)
+        if manifest.base is not None:
+            bases.append((manifest, manifest.base.name))
         for part in _parts_of(await asyncio.to_thread(store.with_digests, manifest)):
             parts.setdefault((part.form, part.payload), part)
+    broken = {one.model for one in damage}  # these are not reported again for each of their adapters
+    for adapter, base in bases:
+        if base not in broken:
+            damage += await _check_base(store, adapter, base)
     done, total = 0, sum(form.stored_bytes for form, _ in parts)
     for (form, _), part in parts.items():
 
@@ -125,19 +131,21 @@ async def verify(store: Store, model: str | None, *, progress: Steps) -> Verifie
     )
 
 
-async def _check_base(store: Store, manifest: Manifest) -> list[Damage]:
-    """Check the base of an adapter; a whole model has none."""
-    if manifest.base is None:
-        return []
+async def _check_base(store: Store, adapter: Manifest, name: str) -> list[Damage]:
+    """Check the base of an adapter, which has this name."""
+    complaint = ""
     try:
-        expect_base(manifest, await store.manifest(manifest.base.name), where=store.url)
+        base = await store.manifest(name)
     except UnknownModelError:
-        complaint = f"its base {manifest.base.name} is missing"
+        complaint = "it is missing"
     except (ConfigurationError, ManifestError, StorageError) as exc:
-        complaint = f"its base: {exc}"
+        return [Damage(model=name, part="", objects=(), complaint=str(exc))]
     else:
-        return []
-    return [Damage(model=manifest.name, part="", objects=(), complaint=complaint)]
+        try:
+            expect_base(adapter, base, where=store.url)
+        except ManifestError as exc:
+            complaint = str(exc)
+    return [Damage(model=adapter.name, part=f"base {name}", objects=(), complaint=complaint)] if complaint else []
 
 
 def _parse(store: Store, name: str, data: bytes) -> tuple[Manifest, bool]:
