@@ -8,7 +8,7 @@
 
 import asyncio
 from bisect import bisect_right
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -87,7 +87,7 @@ async def verify(store: Store, model: str | None, *, progress: Steps) -> Verifie
     names = await store.models() if model is None else [await store.resolve(model)]
     parts: dict[tuple[Form, tuple[int, str] | None], _Part] = {}
     damage, undigested = [], []
-    bases = list[tuple[Manifest, str]]()
+    manifests = list[Manifest]()
     for name in names:
         try:
             manifest, is_digested = await store.read_manifest(name, partial(_parse, store, name))
@@ -101,14 +101,10 @@ async def verify(store: Store, model: str | None, *, progress: Steps) -> Verifie
             continue
         if not is_digested:
             undigested.append(name)
-        if manifest.base is not None:
-            bases.append((manifest, manifest.base.name))
+        manifests.append(manifest)
         for part in _parts_of(await asyncio.to_thread(store.with_digests, manifest)):
             parts.setdefault((part.form, part.payload), part)
-    broken = {one.model for one in damage}  # these are not reported again for each of their adapters
-    for adapter, base in bases:
-        if base not in broken:
-            damage += await _check_base(store, adapter, base)
+    damage += await _check_bases(store, manifests, broken={one.model for one in damage})
     done, total = 0, sum(form.stored_bytes for form, _ in parts)
     for (form, _), part in parts.items():
 
@@ -129,6 +125,15 @@ async def verify(store: Store, model: str | None, *, progress: Steps) -> Verifie
         damage=tuple(damage),
         undigested=tuple(undigested),
     )
+
+
+async def _check_bases(store: Store, manifests: Sequence[Manifest], *, broken: Container[str]) -> list[Damage]:
+    """Check the bases of all adapters, except those that were found `broken` already."""
+    damage = []
+    for manifest in manifests:
+        if manifest.base is not None and manifest.base.name not in broken:
+            damage += await _check_base(store, manifest, manifest.base.name)
+    return damage
 
 
 async def _check_base(store: Store, adapter: Manifest, name: str) -> list[Damage]:
