@@ -45,7 +45,8 @@ def list_models(settings: Settings, *, json: bool, quiet: bool) -> None:
     render.show(contents, _show_contents, json=json)
     if contents.complaints:
         what = count(len(contents.complaints), "manifest or lease", "manifests and leases")
-        raise StorageError(f"{what} in {contents.store} not understood, such as {contents.complaints[0]}")
+        which = f", such as {contents.complaints[0]}" if json else "; the list says which"
+        raise StorageError(f"{what} in {contents.store} not understood{which}")
 
 
 def show_model(settings: Settings, name: str, *, json: bool, quiet: bool) -> None:

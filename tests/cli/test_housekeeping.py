@@ -83,11 +83,18 @@ def test_what_is_damaged_is_named_and_the_exit_code_says_so(home: Path) -> None:
 
 
 def test_a_damaged_manifest_is_named_and_the_others_are_listed(home: Path) -> None:
-    (home / "store/models/second.json").write_bytes(b"{")
-    for more in ([], ["--json"]):
-        done = surfw(home, "list", *more)
-        assert "org/first" in done.stdout
-        assert complaint(done).startswith(f"1 manifest or lease in {home}/store not understood, such as models/second.")
+    manifest = home / "store/models/second.json"
+    manifest.write_bytes(b"{")
+    done, as_json = surfw(home, "list"), surfw(home, "list", "--json")
+    assert "org/first" in done.stdout
+    assert "org/first" in as_json.stdout
+    about = f"1 manifest or lease in {home}/store not understood"
+    assert complaint(done) == f"{about}; the list says which"
+    assert complaint(as_json).startswith(f"{about}, such as models/second.json: the manifest from")
+    assert (done.stdout + done.stderr).count("models/second.json") == 1
+    manifest.write_bytes((home / "store/models/org/first.json").read_bytes())
+    said = f"models/second.json in {home}/store is the manifest of 'org/first'"
+    assert f"not understood, so that nothing can be pruned: {said}\n" in surfw(home, "list").stdout
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,8 @@ async def survey(store: Store) -> Survey:
         except UnknownModelError:  # removed since it was listed
             continue
         except (ManifestError, StorageError) as exc:
-            seen = f"{MODELS}{name}.json: {exc}"
+            key = f"{MODELS}{name}.json"
+            seen = str(exc) if str(exc).startswith(key) else f"{key}: {exc}"
             advice = "" if is_denial(exc) else ". Use the surfw that wrote it, or move it away"
             unclear[seen] = StorageError(f"{unknown}, because of {seen}; nothing is removed{advice}")
             unclear[seen].__cause__ = exc
