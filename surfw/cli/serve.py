@@ -12,7 +12,7 @@ import typer
 from surfw.cli import logs, options
 from surfw.cli.addresses import is_here, read_address
 from surfw.cli.streams import can_draw, one_line
-from surfw.config import CachePolicy, display_url, parse_size
+from surfw.config import CachePolicy, default_store, display_url, parse_size
 from surfw.errors import NotAStoreError
 from surfw.settings import Settings
 
@@ -159,12 +159,20 @@ async def _drain(server: "WeightServer", most_seconds: float, *, show: bool) -> 
 
 @contextlib.contextmanager
 def _naming_the_store(place: str) -> "Iterator[None]":
-    """If `place` does not exist, add to the error how to serve the store: a model's name may have been meant."""
+    """If `place` does not exist, add to the error how to serve the store: a model's name may have been meant.
+
+    If it is the default store, nothing was chunked yet.
+    """
     try:
         yield
     except NotAStoreError as exc:
         if is_here(place):
             raise
+        if place == default_store():
+            raise NotAStoreError(
+                f"there is no store to serve yet: no folder {place}; make one with 'surfw chunk MODEL', or name "
+                "another (surfw serve PATH_OR_URL)"
+            ) from exc
         raise NotAStoreError(f"{exc}; all models of the store are served by 'surfw serve' alone") from exc
 
 

@@ -196,3 +196,12 @@ def test_a_variable_that_is_like_none_of_surfws_is_left_alone(home: Path) -> Non
 def test_a_folder_for_disk_caches_may_be_set_for_good(home: Path) -> None:
     done = run(home, "infer second a --model x", SURFW_CACHE_DIR="x")
     assert "--model does not go with MODEL 'second'" in done.stderr
+
+
+def test_serving_before_anything_was_chunked(tmp_path: Path) -> None:
+    done = run(tmp_path, "serve --port 0")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        f"surfw: error: there is no store to serve yet: no folder {tmp_path}/store; make one with 'surfw chunk MODEL', "
+        "or name another (surfw serve PATH_OR_URL)\n"
+    )
