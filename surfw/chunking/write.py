@@ -40,7 +40,7 @@ from surfw.chunking.forms import (
 )
 from surfw.chunking.plan import ChunkPlan, PlannedChunk
 from surfw.chunking.prepare import PayloadReader, PreparedModel, check_files
-from surfw.codec import CODECS, PACKED_CODECS, whole_codecs
+from surfw.codec import CODECS, PACKED_CODECS, name_forms, whole_codecs
 from surfw.config import FILE_BYTES, MIB, PIECE_BYTES, count, format_size
 from surfw.encryption import EncryptionKey
 from surfw.errors import (
@@ -218,7 +218,7 @@ def _warn_of_lost_forms(name: str, before: Sequence[str], codecs: Sequence[str])
     logger.warning(
         "%s is stored as %s too, and will not be any more; to keep that, stop this, and give all of them (codecs, "
         "--codec): %s",
-        name, " and ".join(lost), ",".join(codec for codec in CODECS if codec in kept),
+        name, name_forms(lost), ",".join(codec for codec in CODECS if codec in kept),
     )  # fmt: skip
 
 

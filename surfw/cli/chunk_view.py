@@ -7,14 +7,14 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from surfw.cli import chunk_quality, render
-from surfw.codec import PACKED_CODECS, count_weights, form_bytes, has_exact_forms, stored_packed_codecs
+from surfw.codec import PACKED_CODECS, count_weights, form_bytes, has_exact_forms, name_forms, stored_packed_codecs
 from surfw.config import count, format_size
 from surfw.manifest import LEAST_WEIGHTS
 
 if TYPE_CHECKING:
     from surfw.chunking import Outcome, PreparedModel
     from surfw.manifest import Kind, Manifest, Reason
-    from surfw.models.planned import PlannedForms, PlannedModel
+    from surfw.models.planned import FormNeeds, PlannedForms, PlannedModel
     from surfw.models.quality import Quality
 
 logger = logging.getLogger("surfw.chunking")
@@ -182,7 +182,7 @@ def show_plan(
     render.say(
         f"{prepared.name} ({prepared.class_name}, {prepared.dtype}): {count(len(chunks), 'chunk')}, "
         f"{count(_layer_count(prepared), 'layer')}, {format_size(prepared.plan.payload_bytes)}, as "
-        f"{' and '.join(codecs)}; "
+        f"{name_forms(codecs)}; "
         f"the smallest budget for weights that can run it: {least}{for_tokens}. Nothing was written."
     )
 
@@ -219,11 +219,26 @@ def _show_forms(forms: "PlannedForms") -> None:
     ]
     width = len(headings) if forms.disk else len(headings) - 1
     render.print_table(headings[:width], [row[:width] for row in rows], numbers=headings[1:width])
+    if larger := _larger_when_packed(forms.needs):
+        render.say(
+            f"the smallest budget of {' and '.join(larger)} includes space to unpack a piece of a matrix at a time, "
+            "which here is more than the form saves"
+        )
     if forms.disk is None:
         render.say(f"how fast a pass is with that budget is not known: {forms.unknown}")
     else:
         rate = format_size(forms.disk.bytes_per_second)
         render.say(f"{forms.unit}/s are the most with that budget from this disk, which reads {rate}/s just now")
+
+
+def _larger_when_packed(needs: "Sequence[FormNeeds]") -> list[str]:
+    """Return the packed codecs that need a larger budget than the weights as they are."""
+    plain = next((one.least_budget_bytes for one in needs if one.codec == "none"), None)
+    return [
+        one.codec
+        for one in needs
+        if plain is not None and one.codec in PACKED_CODECS and one.least_budget_bytes > plain
+    ]
 
 
 def _layer_count(prepared: "PreparedModel") -> int:

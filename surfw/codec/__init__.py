@@ -36,6 +36,11 @@ def check_codecs(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(codec for codec in CODECS if codec in names)
 
 
+def name_forms(codecs: Sequence[str]) -> str:
+    """Return words for the forms of these codecs, to follow `as`: for `none`, "it is (none)"."""
+    return " and as ".join("it is (none)" if codec == "none" else codec for codec in codecs)
+
+
 def choose_form(chunk: Chunk, codec: str = "none") -> Form:
     """Return the form of a chunk to fetch: that of the codec, or else the first that can be decoded.
 
@@ -135,11 +140,13 @@ def _run_forms(chunk: Chunk, codec: str) -> tuple[Form, ...]:
 def _not_stored(manifest: Manifest, codec: str, whole: Sequence[str], where: str) -> str:
     """Build the error message; `whole` has the packed codecs in which the model can run."""
     stored = stored_codecs(manifest)
-    which, place = (", STORE being the server's", "STORE") if is_server_url(where) else ("", where)
-    source = f"{manifest.name} --from {where} --store {place}"
+    place = "STORE" if is_server_url(where) else where
+    source, remark = f"{manifest.name} --from {where} --store {place}", ""
     if manifest.origin is not None:  # a model that was not copied has only one form
-        which, source = "", display_url(manifest.origin.url)
-    advice = f"store it so{which}: surfw chunk {source} --codec {','.join([*stored, codec])}"
+        source = display_url(manifest.origin.url)
+    elif is_server_url(where):
+        remark = " (STORE is the store that the server serves)"
+    advice = f"store it so: surfw chunk {source} --codec {','.join([*stored, codec])}{remark}"
     if not has_exact_forms(manifest):
         stored = tuple(whole)  # only some chunks have exact forms
         advice = "ask for one of these, or chunk its checkpoint again"
@@ -149,4 +156,4 @@ def _not_stored(manifest: Manifest, codec: str, whole: Sequence[str], where: str
         return (
             f"no form that {manifest.name} has in {where} holds all of its weights: {lacks}; chunk its checkpoint again"
         )
-    return f"{manifest.name} is stored as {', '.join(stored)} in {where}, not as {codec}; {advice}"
+    return f"{manifest.name} is stored as {name_forms(stored)} in {where}, not as {name_forms([codec])}; {advice}"

@@ -269,7 +269,9 @@ def form_in_parts(chunk: Chunk) -> Form:
     form = packed_form(chunk) or chunk.form("none")
     if form is None:
         offered = ", ".join(form.codec for form in chunk.forms)
-        raise ManifestError(f"chunk {chunk.name} is stored as {offered}, expected none: its parts cannot be read alone")
+        raise ManifestError(
+            f"chunk {chunk.name} is stored as {offered}, expected the form 'none' too: its parts cannot be read alone"
+        )
     return form
 
 

@@ -71,7 +71,7 @@ def test_of_a_model_in_a_store_the_forms_that_it_has(text: str, tmp_path: Path) 
     work = QualityWork(source=store, model="bert", text=text)
     asyncio.run(write("none", to=store))
     with pytest.raises(
-        ConfigurationError, match=r"bert is stored as none in .*, not as int8; store it so: surfw chunk"
+        ConfigurationError, match=r"bert is stored as it is \(none\) in .*, not as int8; store it so: surfw chunk"
     ):
         bench_quality(work)
     alone = str(tmp_path / "alone")

@@ -108,8 +108,8 @@ def test_forms_that_will_be_stored_no_more_are_said_before_the_work(
     assert set(said) == {1}
     (message,) = caplog.messages
     assert message == (
-        f"tiny is stored as {'none and ' * ('none' not in codecs)}int8 too, and will not be any more; to keep that, "
-        f"stop this, and give all of them (codecs, --codec): {advice}"
+        f"tiny is stored as {'it is (none) and as ' * ('none' not in codecs)}int8 too, and will not be any more; to "
+        f"keep that, stop this, and give all of them (codecs, --codec): {advice}"
     )
 
 

@@ -47,7 +47,7 @@ def test_a_draft_of_the_store_of_another_or_of_the_model_itself(home: Path) -> N
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (("--draft", "self:int4"), 1, "surfw: error: talker is stored as none, int8"),
+        (("--draft", "self:int4"), 1, "surfw: error: talker is stored as it is (none) and as int8"),
         (("--draft", "nothing"), 1, "has no model 'nothing'"),
         (("--draft", "a", "--prompt-lookup", "3"), 2, "--draft does not go with --prompt-lookup"),
         (("--prompt-lookup", "0"), 2, "Invalid value for '--prompt-lookup': '0' is not a whole number >= 1"),

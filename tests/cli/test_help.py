@@ -142,7 +142,7 @@ def test_what_can_be_refused_at_once_is_refused_before_torch_is_imported(tmp_pat
         "infer ./models a --adapter nosuch": "/models has no model 'nosuch'; it has: small",
         "infer ./models a --adapter small": "small is a whole model, and no adapter; name an adapter over",
         "infer ./models a --draft nosuch": "/models has no model 'nosuch'; it has: small",
-        "infer ./models a --draft self:int4": "small is stored as none in",
+        "infer ./models a --draft self:int4": "small is stored as it is (none) in",
         "infer ./models a --draft ./nosuch": "there is no folder ",
         "infer ./models a --draft ./other": "the draft larger has a vocabulary of 10 tokens, and small one of 9",
         "chunk ./my-model --name ../x": "model name '../x' cannot be used",

@@ -328,7 +328,7 @@ def test_a_source_that_is_closed_is_a_clear_error() -> None:
 
 
 def test_a_chunk_that_is_stored_otherwise_has_no_parts() -> None:
-    error = "chunk c is stored as lossless, expected none: its parts cannot be read alone"
+    error = "chunk c is stored as lossless, expected the form 'none' too: its parts cannot be read alone"
     with parts_of(TABLE, codec="lossless") as parts:
         with pytest.raises(ManifestError, match=error):
             form_in_parts(parts.chunk)
