@@ -323,6 +323,10 @@ class ChunkSource(ABC):
             ManifestError: its manifest is not valid.
         """
 
+    async def manifest_to_open(self, manifest: Manifest) -> Manifest:
+        """Return the manifest to open a model by: the one that its weights are read ahead by, or else the given one."""
+        return manifest
+
     @abstractmethod
     async def file(self, manifest: Manifest, path: str) -> bytes:
         """Return a tokenizer file of the model, verified.
@@ -484,6 +488,10 @@ class SourceInFront(ChunkSource):
     async def manifest(self, model: str) -> Manifest:
         """Return the manifest of a model."""
         return await self._source.manifest(model)
+
+    async def manifest_to_open(self, manifest: Manifest) -> Manifest:
+        """Return the manifest to open a model by."""
+        return await self._source.manifest_to_open(manifest)
 
     async def file(self, manifest: Manifest, path: str) -> bytes:
         """Return a tokenizer file, verified."""

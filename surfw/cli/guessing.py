@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
     from surfw.manifest import Manifest
     from surfw.models.client import WeightClient
-    from surfw.models.read_ahead import ReadAheadClient
     from surfw.models.speculation import SpeculationFacts
     from surfw.models.streaming import StreamingModel
     from surfw.settings import Settings
@@ -57,7 +56,7 @@ class Guessing:
             if value is not None:
                 raise Mistake(f"{name} does not go with {what}")
 
-    def check(self, client: ReadAheadClient, manifest: Manifest, settings: Settings) -> None:
+    def check(self, client: WeightClient, manifest: Manifest, settings: Settings) -> None:
         """Check, without importing torch, that the draft exists and can guess for the model.
 
         A draft with a source of its own is checked here if that is a server or a local store; others when they open.
@@ -98,7 +97,7 @@ class Guessing:
             streaming.speculate(draft_source=_read_draft(self.draft, settings))
 
 
-def _find_draft(draft: str, client: ReadAheadClient, settings: Settings) -> Manifest | None:
+def _find_draft(draft: str, client: WeightClient, settings: Settings) -> Manifest | None:
     """Return the manifest of a draft; None if it has a source that cannot be opened without torch.
 
     Raises:
@@ -114,7 +113,7 @@ def _find_draft(draft: str, client: ReadAheadClient, settings: Settings) -> Mani
 
     if _is_name(draft, client):
         try:
-            return find_manifest(client, draft, client.manifest)
+            return find_manifest(client, draft)
         except UnknownModelError as exc:
             if is_here(draft):
                 raise ConfigurationError(f"--draft: {exc}; for the folder of that name here, write ./{draft}") from exc

@@ -73,7 +73,7 @@ def answer_each(
         view.phase("connecting" if chosen.is_server else "reading the manifest")
         client = opened.enter_context(connect(chosen, settings, explain=False, check=check))
         guessing.check(client, client.manifest, settings)
-        for manifest in (find_manifest(client, name, client.manifest) for name in models[1:]):
+        for manifest in (find_manifest(client, name) for name in models[1:]):
             check(manifest)
             guessing.check(client, find_base(client, manifest), settings)
         for name in models:

@@ -249,13 +249,12 @@ def _checkpoint_bytes(chosen: ChosenSource) -> int:
     return 0
 
 
-def find_manifest(client: "WeightClient", name: str | None, known: "Manifest | None" = None) -> "Manifest":
+def find_manifest(client: "WeightClient", name: str | None) -> "Manifest":
     """Return the manifest of a model, without importing torch. Checks that it exists and matches a pin in its name.
 
     Args:
         client: reads it.
         name: as the user gave it; None for the only model.
-        known: the manifest that `client` reads ahead by, which must not be requested before the model is opened.
 
     Raises:
         SurfwError: the model does not exist, or does not match its pin.
@@ -265,8 +264,7 @@ def find_manifest(client: "WeightClient", name: str | None, known: "Manifest | N
     wanted, pin = split_pin(name)
 
     async def find(source: ChunkSource) -> "Manifest":
-        full = await source.resolve(wanted)
-        manifest = known if known is not None and known.name == full else await source.manifest(full)
+        manifest = await source.manifest(await source.resolve(wanted))
         check_pin(manifest, pin, where=client.url)
         source.expect_readable(manifest)
         return manifest
@@ -274,7 +272,7 @@ def find_manifest(client: "WeightClient", name: str | None, known: "Manifest | N
     return client.run(find)
 
 
-def find_base(client: "ReadAheadClient", manifest: "Manifest") -> "Manifest":
+def find_base(client: "WeightClient", manifest: "Manifest") -> "Manifest":
     """Return the manifest of an adapter's base, or the model's own.
 
     Raises:
@@ -284,8 +282,6 @@ def find_base(client: "ReadAheadClient", manifest: "Manifest") -> "Manifest":
 
     if manifest.base is None:
         return manifest
-    if manifest.base.name == client.manifest.name:
-        return client.manifest
     return client.run(lambda source: find_base(source, manifest))
 
 

@@ -265,7 +265,7 @@ class ModelLifetime:
                 f"{manifest.name} is a {manifest.class_name} of type {str(found)[:80]!r}, but {type(self).__name__} is "
                 f"for {', '.join(sorted(self.model_types))}; use StreamingModel, which opens any"
             )
-        return manifest, adapter
+        return self._client.run(lambda source: source.manifest_to_open(manifest)), adapter
 
     def expect_open(self, model: object) -> None:
         """Check that `model` is still the open transformers model, and was not replaced by `switch`.

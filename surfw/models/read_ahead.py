@@ -91,7 +91,8 @@ class ReadAhead(SourceInFront):
         self.url = source.url
         super().__init__(source)
         self._manifest = for_run(manifest, codec, where=source.url)
-        self._next, self._stored = self._manifest, manifest
+        self._stored = manifest
+        self._is_opened = False
         self._wanted = wanted
         self._name = adapter or manifest.name
         self._files: dict[str, asyncio.Task[bytes]] = {}
@@ -202,11 +203,15 @@ class ReadAhead(SourceInFront):
         return self._name if name == self._wanted else await self._source.resolve(name)
 
     async def manifest(self, model: str) -> Manifest:
-        """The manifest of a model: at the first call the one that chunks are read ahead by, later the stored one."""
-        if model != self._manifest.name:
-            return await self._source.manifest(model)
-        found, self._next = self._next, self._stored
-        return found
+        """The manifest of a model, with all its forms."""
+        return self._stored if model == self._stored.name else await self._source.manifest(model)
+
+    async def manifest_to_open(self, manifest: Manifest) -> Manifest:
+        """The manifest to open a model by; the first to open the model that is read ahead gets what was read."""
+        if manifest is not self._stored or self._is_opened:
+            return manifest
+        self._is_opened = True
+        return self._manifest
 
     async def file(self, manifest: Manifest, path: str) -> bytes:
         """A tokenizer file, read ahead if possible."""

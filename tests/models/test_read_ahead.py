@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from surfw import ModelChunker
-from surfw.codec import choose_form
+from surfw.codec import choose_form, for_run
 from surfw.config import MIB
 from surfw.errors import IntegrityError, ModelClosedError, StorageError, UnknownModelError
 from surfw.manifest import Chunk, Form, Manifest
@@ -515,6 +515,20 @@ def test_whether_weights_will_be_streamed(tmp_path: Path) -> None:
         client.begin()
         assert sum(chunk.payload_bytes for chunk in client.manifest.chunks) > 700_000
         assert not client.streams, "they take less"
+
+
+def test_only_the_first_that_opens_the_model_gets_what_is_read_ahead(tmp_path: Path) -> None:
+    ModelChunker(save_llama(tmp_path / "words"), tmp_path / "store", codecs=("none", "int4")).chunk_model_sync()
+    with ReadAheadClient(tmp_path / "store", None, memory_bytes=0, codec="int4") as client:
+        client.begin()
+        stored = client.manifest
+
+        def opened() -> Manifest:
+            return client.run(lambda source: source.manifest_to_open(stored))
+
+        assert client.run(lambda source: source.manifest(stored.name)) is stored, "to look at it takes nothing"
+        assert opened() == for_run(stored, "int4", where=client.url) != stored
+        assert opened() is stored, "which has the forms that another opener wants"
 
 
 def test_a_model_that_is_not_there(tmp_path: Path) -> None:
