@@ -23,7 +23,7 @@ from typing import Any, Literal, NamedTuple
 import psutil
 
 from surfw.bench.result import Result, Row, Spread, describe_machine, rate_row, summarise
-from surfw.bench.wire import peer, spawned, write_store
+from surfw.bench.wire import as_failure, hear, peer, spawned, write_store
 from surfw.client import open_wire_source, read_stats
 from surfw.config import GB, MB, MIB, CachePolicy, WireLimits, count
 from surfw.errors import ConfigurationError, SurfwError
@@ -364,20 +364,10 @@ class _Clients:
         for end in self._ends:
             end.send(way)
         for end in self._ends:
-            self._hear(end)
+            hear(end)
         for end in self._ends:
             end.send("go")
-        return [self._hear(end) for end in self._ends]
-
-    @staticmethod
-    def _hear(end: Connection) -> Any:
-        try:
-            heard = end.recv()
-        except EOFError:
-            raise SurfwError("a client's process ended; what it wrote to stderr says why") from None
-        if isinstance(heard, Exception):
-            raise SurfwError(f"a client failed: {heard}") from heard
-        return heard
+        return [hear(end) for end in self._ends]
 
 
 @contextmanager
@@ -425,7 +415,7 @@ class _Client:
             try:
                 lap = self._read_raw(way) if way.kind == "raw" else asyncio.run(self._read_source(way))
             except (SurfwError, OSError) as exc:
-                self._end.send(type(exc)(str(exc)) if isinstance(exc, OSError) else SurfwError(str(exc)))
+                self._end.send(as_failure(exc))
             else:
                 self._end.send(lap)
 

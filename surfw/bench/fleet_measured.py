@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from surfw.bench.fleet import AHEAD_CHUNKS, Fleet, Outcome, simulate
 from surfw.bench.result import Result, Row, describe_machine
-from surfw.bench.wire import peer, spawned, write_store
+from surfw.bench.wire import as_failure, hear, peer, spawned, write_store
 from surfw.client import open_wire_source, read_stats
 from surfw.config import GB, MB
 from surfw.errors import SurfwError
@@ -113,11 +113,11 @@ def measure(fleet: Fleet) -> tuple[Outcome, float]:
             _start(stack, url, fleet, tuple(fleet.starts[index :: fleet.servers])) for index, url in enumerate(urls)
         ]
         for end in ends:
-            _hear(end)  # all are ready
+            hear(end)  # all are ready
         began = time.monotonic()
         for end in ends:
             end.send(began)
-        laps: list[_Lap] = [lap for end in ends for lap in _hear(end)]
+        laps: list[_Lap] = [lap for end in ends for lap in hear(end)]
         seconds = time.monotonic() - began - min(fleet.starts)
         found = Outcome(first=[lap.first for lap in laps], seconds=seconds)
         found.later = [lap.later for lap in laps] if fleet.passes > 1 else []
@@ -150,17 +150,6 @@ def _start(stack: ExitStack, url: str, fleet: Fleet, starts: tuple[float, ...]) 
     return here
 
 
-def _hear(end: Connection) -> list[_Lap]:
-    try:
-        heard = end.recv()
-    except EOFError:
-        raise SurfwError("a process of clients ended; what it wrote to stderr says why") from None
-    if isinstance(heard, str):
-        raise SurfwError(f"a client failed: {heard}")
-    found: list[_Lap] = heard
-    return found
-
-
 # These functions run in their own processes.
 
 
@@ -185,7 +174,7 @@ def _run_clients(reader: _Reader, end: Connection) -> None:
     try:
         end.send(asyncio.run(_read_all(reader, end)))
     except (SurfwError, OSError) as exc:
-        end.send(str(exc))
+        end.send(as_failure(exc))
 
 
 async def _read_all(reader: _Reader, end: Connection) -> list[_Lap]:

@@ -22,7 +22,7 @@ from itertools import chain
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import psutil
 
@@ -121,32 +121,17 @@ def bench_wire(*, rounds: int = 9, sizes: Sequence[int] = SIZES, fetch: "Fetch |
                 here, there = multiprocessing.Pipe(duplex=False)
                 with here, spawned(_run_client, sizes, server, raw_server, fetch or fetch_chunk, there):
                     there.close()
-                    for series, found in zip(all_series, _receive(here), strict=True):
+                    for series, found in zip(all_series, hear(here), strict=True):
                         series.add(found)
     return Result(benchmark="wire", machine=describe_machine(), rows=_rows(sum(sizes), *all_series))
-
-
-def _receive(connection: Connection) -> "Sequence[_Series]":
-    """The client's measurements.
-
-    Raises:
-        SurfwError: the client could not measure.
-    """
-    try:
-        found, problem = connection.recv()
-    except EOFError:
-        raise SurfwError("the client's process ended; nothing was measured") from None
-    if found is None:
-        raise SurfwError(f"nothing was measured: {problem}")
-    return cast("Sequence[_Series]", found)
 
 
 def _run_client(sizes: Sequence[int], server: _Peer, raw_server: _Peer, fetch: "Fetch", to: Connection) -> None:
     """Measure a round, and send the results or an error message; runs in its own process."""
     try:
-        to.send((asyncio.run(_measure(sizes, server, raw_server, fetch)), ""))
+        to.send(asyncio.run(_measure(sizes, server, raw_server, fetch)))
     except (OSError, RuntimeError, SurfwError) as exc:
-        to.send((None, str(exc) or type(exc).__name__))
+        to.send(as_failure(exc))
 
 
 async def _measure(
@@ -171,7 +156,7 @@ async def _measure(
                 with verified.measure(server):
                     await fetch_chunks(source, manifest, memory, fetch)
             if await asyncio.to_thread(server.cache_misses) != misses:
-                raise RuntimeError("the server's cache did not hold the chunks; nothing was measured")
+                raise RuntimeError("the server's cache did not hold the chunks")
     return raw, unverified, verified
 
 
@@ -256,6 +241,28 @@ def spawned(function: Callable[..., None], *arguments: Any) -> Iterator[BaseProc
     finally:
         process.kill()
         process.join()
+
+
+def hear(end: Connection) -> Any:
+    """Return what a client's process sent.
+
+    Raises:
+        SurfwError: its process ended, or it sent a failure (see `as_failure`).
+    """
+    try:
+        heard = end.recv()
+    except EOFError:
+        raise SurfwError(
+            "a client's process ended, so nothing was measured; what it wrote to stderr says why"
+        ) from None
+    if isinstance(heard, SurfwError):
+        raise SurfwError(f"a client failed, so nothing was measured: {heard}") from heard
+    return heard
+
+
+def as_failure(exc: Exception) -> SurfwError:
+    """Return a client's failure as an exception that can be sent to another process."""
+    return SurfwError(str(exc) or type(exc).__name__)
 
 
 def _run_uninterrupted(function: Callable[..., None], *arguments: Any) -> None:

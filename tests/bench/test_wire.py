@@ -49,7 +49,10 @@ async def end(*_: object) -> None:
     os._exit(1)
 
 
-@pytest.mark.parametrize(("fetch", "said"), [(refuse, "nothing was measured: TimeoutError"), (end, "process ended")])
+@pytest.mark.parametrize(
+    ("fetch", "said"),
+    [(refuse, "failed, so nothing was measured: TimeoutError"), (end, "process ended, so nothing was measured")],
+)
 def test_a_client_that_fails_is_an_error(fetch: Fetch, said: str) -> None:
     with pytest.raises(SurfwError, match=said):
         bench_wire(rounds=1, sizes=[1000], fetch=fetch)
