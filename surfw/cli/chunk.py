@@ -405,13 +405,13 @@ def _chunk(wanted: _Wanted, settings: Settings, step: Callable[[str], None], *, 
     from surfw.cli import chunk_view, render
     from surfw.cli.addresses import is_here
     from surfw.manifest import check_model_name
-    from surfw.storage import FilesystemBackend, Store, open_backend
+    from surfw.storage import Store, open_backend
     from surfw.storage.origins import PlacedOptions
 
     model = wanted.model
     placed = PlacedOptions.of_chunking(model, settings.store, settings.storage_options)
     backend = open_backend(settings.store, settings.storage_options)
-    if isinstance(backend, FilesystemBackend) and not wanted.dry_run:
+    if not wanted.dry_run:
         backend.check_rights()
     name = wanted.name or (folder_name(Path(model)) if is_here(model) else None)
     if name is None:

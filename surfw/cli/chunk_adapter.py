@@ -34,11 +34,11 @@ def chunk_adapter(
     """Chunk an adapter, or show what would be written; `step` shows the current step."""
     from surfw.chunking import prepare_adapter, read_base
     from surfw.cli import chunk_view, render
-    from surfw.storage import FilesystemBackend, open_backend
+    from surfw.storage import open_backend
     from surfw.storage.origins import PlacedOptions
 
     backend = open_backend(settings.store, settings.storage_options)
-    if isinstance(backend, FilesystemBackend) and not wanted.dry_run:
+    if not wanted.dry_run:
         backend.check_rights()
     placed = PlacedOptions.of_chunking(wanted.model, settings.store, settings.storage_options)
     base = asyncio.run(read_base(backend, wanted.base))

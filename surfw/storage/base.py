@@ -226,6 +226,14 @@ class StorageBackend(ABC):
         """Return a key that does not start with `known`, if any: a sign that the place is used for something else."""
         return next((key for key in await self.list() if not key.startswith(known)), None)
 
+    def check_rights(self) -> None:
+        """Check early that a store can be written here, without writing; by default, this is found out by writing.
+
+        Raises:
+            StorageError: it cannot.
+        """
+        return
+
     def local_path(self, key: str) -> Path | None:
         """Return the object's path if objects are local files, otherwise None.
 

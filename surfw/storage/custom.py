@@ -195,6 +195,11 @@ class AdaptedBackend(RangedBackend):
         with self._translate("find_foreign_key", check_prefix(known)):
             return await self.inner.find_foreign_key(known)
 
+    def check_rights(self) -> None:
+        """Check early that a store can be written here."""
+        with self._translate("check_rights"):
+            self.inner.check_rights()
+
     def local_path(self, key: str) -> Path | None:
         """Return the object's path if objects are local files, otherwise None."""
         with self._translate("local_path", check_key(key)):

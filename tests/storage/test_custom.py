@@ -80,6 +80,17 @@ def test_a_backends_own_way_for_ranges_is_taken(kind: type[RangedBackend]) -> No
         asyncio.run(backend.load_range(KEY, len(DATA) - 1, len(DATA) + 1))
 
 
+class Closed(DictBackend):
+    def check_rights(self) -> None:
+        raise PermissionError(13, "no")
+
+
+def test_a_backend_may_say_early_that_it_cannot_be_written() -> None:
+    adapt_backend(DictBackend()).check_rights()
+    with pytest.raises(StorageError, match="permission denied"):
+        adapt_backend(Closed()).check_rights()
+
+
 class Answering(StorageBackend):
     """Gives the same answer to everything, or raises it."""
 
