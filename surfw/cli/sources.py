@@ -30,7 +30,6 @@ from surfw.files import expand_home
 from surfw.manifest import VERSION
 from surfw.settings import SettingOrigin, Settings
 from surfw.storage.origins import is_local_url
-from surfw.threads import sleep_when_idle
 
 if TYPE_CHECKING:
     from surfw.manifest import Manifest
@@ -231,22 +230,9 @@ def connect(
         adapter=settings.adapter,
         **chosen.connection(settings),
     ) as client:
-        may_stream = settings.device in {"cpu", "auto"} and settings.dtype in {None, "auto"}
-        if may_stream and (settings.cache_layers is not None or client.would_stream(_checkpoint_bytes(chosen))):
-            sleep_when_idle()  # now: a checkpoint's folder is opened with torch
-        client.begin(check)
-        if may_stream and client.streams:
-            sleep_when_idle()
+        on_cpu = settings.device in {"cpu", "auto"} and settings.dtype in {None, "auto"}
+        client.begin(check, on_cpu=on_cpu, streams=settings.cache_layers is not None)
         yield client
-
-
-def _checkpoint_bytes(chosen: ChosenSource) -> int:
-    """The size of the weights of a checkpoint in a local folder; 0 for any other source."""
-    if not is_local_url(chosen.url):
-        return 0
-    with contextlib.suppress(OSError):
-        return sum(file.stat().st_size for file in expand_home(chosen.url).glob("*.safetensors"))
-    return 0
 
 
 def find_manifest(client: "WeightClient", name: str | None) -> "Manifest":

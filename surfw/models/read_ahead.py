@@ -25,6 +25,7 @@ from surfw import tracing
 from surfw.codec import choose_form, for_run
 from surfw.config import MB, CodecChoice
 from surfw.errors import ConfigurationError
+from surfw.files import expand_home
 from surfw.manifest import Chunk, Form, Manifest
 from surfw.models.client import WeightClient
 from surfw.models.places import Place
@@ -42,7 +43,7 @@ from surfw.source import (
     split_pin,
 )
 from surfw.storage.origins import is_local_url
-from surfw.threads import cancel_all
+from surfw.threads import cancel_all, sleep_when_idle
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -325,8 +326,16 @@ class ReadAheadClient(WeightClient):
         self._memory_bytes, self._budget_bytes = memory_bytes, budget_bytes
         self._codec = codec
 
-    def begin(self, check: Callable[[Manifest], None] = lambda _: None) -> None:
+    def begin(
+        self, check: Callable[[Manifest], None] = lambda _: None, *, on_cpu: bool = False, streams: bool = False
+    ) -> None:
         """Open the source, read the manifest, and unless `check` raises, start reading the rest.
+
+        Args:
+            check: called with the manifest.
+            on_cpu: whether the model may run on the CPU with its weights as they are stored; if these are streamed,
+                idle threads of OpenMP sleep (see `sleep_when_idle`).
+            streams: whether they are certainly streamed; otherwise their size and the budget decide.
 
         Raises:
             SurfwError: the source cannot be reached or has no such model, or `check` refused the manifest.
@@ -337,7 +346,11 @@ class ReadAheadClient(WeightClient):
             assert isinstance(source, ReadAhead), "this is what it opens"
             await source.begin(memory_bytes=memory, check=check)
 
+        if on_cpu and (streams or self.would_stream(_checkpoint_bytes(self.url))):
+            sleep_when_idle()  # now: a checkpoint's folder is opened with torch
         self.run(begin)
+        if on_cpu and self.streams:
+            sleep_when_idle()
 
     @property
     def streams(self) -> bool:
@@ -414,6 +427,15 @@ def vocabulary_size(manifest: Manifest) -> int | None:
 def no_tokenizer(name: str) -> ConfigurationError:
     """The error for a text prompt to a model without a tokenizer."""
     return ConfigurationError(f"{name} has no tokenizer; give the prompt as token ids (--prompt-ids 1,2,3)")
+
+
+def _checkpoint_bytes(url: str) -> int:
+    """The size of the weights of a checkpoint in a local folder; 0 for any other source."""
+    if not is_local_url(url):
+        return 0
+    with contextlib.suppress(OSError):
+        return sum(file.stat().st_size for file in expand_home(url).glob("*.safetensors"))
+    return 0
 
 
 def _start(work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:

@@ -8,7 +8,6 @@ def run(work: Comparison) -> Measurement:
     from surfw.config import is_server_url, parse_size
     from surfw.models.read_ahead import ReadAheadClient
     from surfw.settings import Settings
-    from surfw.threads import sleep_when_idle
 
     assert work.source is not None, "bench_infer names it"
     settings = Settings.load()
@@ -21,9 +20,7 @@ def run(work: Comparison) -> Measurement:
         budget_bytes=None if work.memory_budget is None else parse_size(work.memory_budget),
         **connection,  # type: ignore[arg-type]  # its values have two types
     ) as client:
-        client.begin()
-        if client.streams:
-            sleep_when_idle()
+        client.begin(on_cpu=True)
         from surfw.bench.peers.generation import measure_generation
         from surfw.models.streaming import StreamingModel
 
