@@ -20,7 +20,8 @@ from surfw.config import BLOCK_BYTES, MIB, count
 from surfw.errors import ConfigurationError, IntegrityError, StorageError
 from surfw.manifest import Chunk, Digests, Form, Manifest, count_blocks, payload_digest, with_digests
 from surfw.source import ChunkSource, Read, SourceInFront, Verification, View, find_damage
-from surfw.sources.disk import Blob, CacheFolder, block_bytes
+from surfw.sources.blob import Blob, block_bytes
+from surfw.sources.disk import CacheFolder
 from surfw.sources.offline import NOT_FETCHED, OfflineSource, missing
 from surfw.storage.local_reader import FileRange, LocalReader, MappedFile
 from surfw.threads import in_thread, together
