@@ -1,7 +1,7 @@
-"""The text that the demo model learns from: the corpus beside this file and the prose of the repository's README.
+"""The text that the demo model learns: the corpus in this folder, and the prose of the repository's README.
 
-Place: the first step of `train.py`. Pure but for `read_corpus`, which reads the files. A *lesson* is one training
-example: a cue that the model only reads, and the text with which it learns to continue it.
+`train.py` uses this first. Only `read_corpus` reads files. A *lesson* is one training example: a cue, which the model
+reads without learning it, and the text that it learns to write after the cue.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from pathlib import Path
 QUESTIONS = ("What is", "What are", "How does", "Why", "What happens with", "Do you know")
 REQUESTS = ("Explain", "Describe", "Tell me about", "Write about", "I would like to hear about", "The")
 
-# A word that begins with a digit, an option, a path or a dotted name, and every character that prose does not need.
+# A word that starts with a digit, an option, a path, a dotted name, or a character that prose does not need.
 NOT_PLAIN = re.compile(r"""\b\d|_|--|\w[./]\w|[^\w\s.,;:!?'"()-]""")
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """One training example: `cue` is read without being learned, `text` is learned and ends where a paragraph ends."""
+    """One training example: the loss ignores `cue`; `text` is learned and ends where a paragraph ends."""
 
     cue: str
     text: str
@@ -31,15 +31,15 @@ class Lesson:
 
 
 def sentences_of(paragraph: str) -> list[str]:
-    """Cuts a paragraph after each sentence end that is followed by a capital letter, or by the project's name."""
+    """Split a paragraph after each end of a sentence that a capital letter or the project's name follows."""
     return re.split(r"(?<=[.!?]) (?=[A-Z]|surfw\b)", paragraph)
 
 
 def prose_of_markdown(page: str, *, max_words: int = 60) -> list[str]:
-    """The plain paragraphs of a Markdown page: no code, tables, HTML, headings or images.
+    """Return the plain paragraphs of a Markdown page: no code, tables, HTML, headings or images.
 
-    A paragraph of more than `max_words` words is cut at a sentence end. Left out is what does not end like a sentence,
-    and what is not plain English: paths, options, symbols, and figures, which would grow old in the weights.
+    Paragraphs of more than `max_words` words are split at the end of a sentence. Text that does not end like a sentence
+    is left out, and so is text with paths, options, symbols or figures, because figures become outdated.
     """
     page = re.sub(r"(?ms)^ *(```|~~~).*?^ *\1[^\n]*$", "", page)
     page = re.sub(r"(?s)<!--.*?-->|</?[a-zA-Z][^>]*>", "", page)
@@ -62,7 +62,7 @@ def prose_of_markdown(page: str, *, max_words: int = 60) -> list[str]:
 
 
 def read_corpus(folder: Path, readme: Path) -> tuple[list[str], dict[str, str]]:
-    """All paragraphs, and the SHA-256 of the prose taken from each file (`README.md` only where it exists)."""
+    """Return all paragraphs, and the SHA-256 of each file's prose (`README.md` only if it exists)."""
     blocks = {path.name: path.read_text("utf-8").split("\n\n") for path in sorted(folder.glob("*.txt"))}
     if readme.exists():
         blocks[readme.name] = prose_of_markdown(readme.read_text("utf-8"))
@@ -75,37 +75,37 @@ def read_corpus(folder: Path, readme: Path) -> tuple[list[str], dict[str, str]]:
 
 
 class Teacher:
-    """Turns paragraphs into lessons, so that prompts which open no paragraph are continued by sensible English too.
+    """Turns paragraphs into lessons that also teach the model to continue unfamiliar prompts in sensible English.
 
-    A model that has only seen whole paragraphs knows what follows them and nothing else; one unknown word at the
-    beginning derails it. The lessons besides the plain ones teach it to fall back on what it does know.
+    A model that has only seen whole paragraphs can only continue those: one unknown word at the start derails it. The
+    other kinds of lessons teach it to return to what it knows.
     """
 
     def __init__(self, paragraphs: list[str], chance: random.Random) -> None:
-        """`chance` is the only source of randomness: the same seed gives the same lessons."""
+        """Create a teacher; `chance` is the only source of randomness, so the same seed gives the same lessons."""
         self._chance = chance
         self._words = [word.strip('.,?!:"') for paragraph in paragraphs for word in paragraph.split()]
         self._kinds = (self._plain, self._later, self._spliced, self._asked)
         self._shares = (0.45, 0.10, 0.25, 0.20)
 
     def lesson(self, paragraph: str) -> Lesson:
-        """One lesson about this paragraph, of a kind chosen by chance."""
+        """Make one lesson from this paragraph, of a random kind."""
         (kind,) = self._chance.choices(self._kinds, self._shares)
         return kind(paragraph)
 
     def _plain(self, paragraph: str) -> Lesson:
-        """The whole paragraph; now and then with a small first letter, as people type."""
+        """The whole paragraph, sometimes starting with a lowercase letter, as people type."""
         if self._chance.random() < 0.1:
             paragraph = paragraph[0].lower() + paragraph[1:]
         return Lesson("", paragraph)
 
     def _later(self, paragraph: str) -> Lesson:
-        """The paragraph from any of its sentences on: a prompt may start there."""
+        """The paragraph from a random sentence on, because a prompt may start there."""
         sentences = sentences_of(paragraph)
         return Lesson("", " ".join(sentences[self._chance.randrange(len(sentences)) :]))
 
     def _spliced(self, paragraph: str) -> Lesson:
-        """Unrelated words, then the paragraph from any word on: in doubt, go on as the last words go on."""
+        """Unrelated words, then the paragraph from a random word on: teaches the model to follow the last words."""
         words = paragraph.split()
         start = self._chance.randrange(len(words) - 4)
         known = start + self._chance.randint(1, 3)
@@ -113,7 +113,7 @@ class Teacher:
         return Lesson(" ".join(cue), " " + " ".join(words[known:]))
 
     def _asked(self, paragraph: str) -> Lesson:
-        """A question or a request with words of the paragraph, then the paragraph: answer with what fits the words."""
+        """A question or request with words of the paragraph, then the paragraph: teaches it to answer questions."""
         question = self._chance.random() < 0.5
         opening = self._chance.choice(QUESTIONS if question else REQUESTS)
         telling = [word.strip('.,?!:"') for word in paragraph.split()[:16] if len(word) > 4 or word.isupper()]
@@ -124,6 +124,6 @@ class Teacher:
         return Lesson(" ".join(cue), f"{'?' if question else '.'} {paragraph}")
 
     def _strangers(self, count: int) -> list[str]:
-        """Words of the corpus, unrelated to what follows; about every third has its letters shuffled."""
+        """Random words of the corpus; about a third have their letters shuffled."""
         words = self._chance.choices(self._words, k=count)
         return ["".join(self._chance.sample(w, len(w))) if self._chance.random() < 1 / 3 else w for w in words]

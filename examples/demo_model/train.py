@@ -1,13 +1,13 @@
-"""Trains the demo model: the very small LLaMA that the package carries, so that surfw can be tried without a download.
-
-Place: before the house. What this script writes (a checkpoint in the usual Hugging Face layout) is what `surfw chunk`
-and `surfw infer` read; it imports nothing from surfw.
+"""Train the demo model, the very small LLaMA in the package with which surfw can be tried without a download.
 
     python examples/demo_model/train.py --out surfw/demo
 
-The way through the script: prose (the corpus beside it and the repository's README) -> tokenizer -> lessons in padded
-batches -> model -> bf16 checkpoint -> greedy samples. The same seed, prose, thread count and versions of the libraries
-give the same bytes.
+It writes a checkpoint in the usual Hugging Face layout, which `surfw chunk` and `surfw infer` read. It imports nothing
+from surfw.
+
+The steps: read the prose (the corpus in this folder and the repository's README), train the tokenizer, make padded
+batches of lessons, train the model, save it in bf16, and print greedy samples. The same seed, prose, thread count and
+versions of the libraries give the same bytes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ REPOSITORY = HERE.parent.parent
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"  # ids 0, 1, 2: the trainer numbers special tokens in this order
 PAD_ID, BOS_ID, EOS_ID = 0, 1, 2
-IGNORED_LABEL = -100  # what torch's cross entropy leaves out
+IGNORED_LABEL = -100  # the label that torch's cross entropy ignores
 
 SAMPLE_PROMPTS = (
     "Weight streaming is",
@@ -51,7 +51,7 @@ SAMPLE_PROMPTS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Every number that decides the result; it is written into TRAINING.json."""
+    """All numbers that determine the result; they are written to TRAINING.json."""
 
     seed: int = 20
     vocabulary: int = 1280
@@ -67,14 +67,14 @@ class Recipe:
     learning_rate: float = 3e-3
     weight_decay: float = 0.1
     gradient_norm: float = 1.0
-    token_noise: float = 0.05  # share of input tokens replaced at random, so that a strange one derails nothing
+    token_noise: float = 0.05  # share of input tokens replaced at random, so that the model tolerates an unknown token
 
 
 # --- tokenizer -------------------------------------------------------------------------------------------------------
 
 
 def train_tokenizer(paragraphs: list[str], recipe: Recipe) -> PreTrainedTokenizerFast:
-    """A byte-level BPE: any text can be encoded, and decoding gives it back. Each text is opened by `<s>`."""
+    """Train a byte-level BPE, which encodes any text and decodes it unchanged. Each text starts with `<s>`."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -106,7 +106,7 @@ def train_tokenizer(paragraphs: list[str], recipe: Recipe) -> PreTrainedTokenize
 
 
 def encode(lesson: Lesson, tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[int]]:
-    """A lesson's tokens and labels, of equal length; the cue's labels are ignored, the end token is learned."""
+    """Return a lesson's tokens and labels, of equal length; the cue's labels are ignored, the end token is learned."""
     cue = tokenizer.encode(lesson.cue)  # begins with <s>
     text = [*tokenizer.encode(lesson.text, add_special_tokens=False), EOS_ID]
     return cue + text, [IGNORED_LABEL] * len(cue) + text
@@ -115,7 +115,7 @@ def encode(lesson: Lesson, tokenizer: PreTrainedTokenizerFast) -> tuple[list[int
 def lessons(
     paragraphs: list[str], tokenizer: PreTrainedTokenizerFast, chance: random.Random
 ) -> Iterator[tuple[list[int], list[int]]]:
-    """Endless encoded lessons; each epoch takes every paragraph once, in a new order."""
+    """Yield encoded lessons without end; each epoch uses every paragraph once, in a new order."""
     teacher = Teacher(paragraphs, chance)
     while True:
         for paragraph in chance.sample(paragraphs, len(paragraphs)):
@@ -125,9 +125,9 @@ def lessons(
 def batches(
     paragraphs: list[str], tokenizer: PreTrainedTokenizerFast, recipe: Recipe
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Endless (inputs, labels), both int64 [lessons, longest], right-padded.
+    """Yield (inputs, labels) without end, both int64 [lessons, longest], right-padded.
 
-    Lessons of like length share a batch (sorted among `batches_sorted` batches at a time), so that little is padding.
+    To limit padding, lessons of similar length share a batch: `batches_sorted` batches at a time are sorted by length.
     """
     chance = random.Random(recipe.seed)
     noise = torch.Generator().manual_seed(recipe.seed)
@@ -146,7 +146,7 @@ def batches(
 
 
 def learning_rate(step: int, recipe: Recipe) -> float:
-    """Linear warm-up, then half a cosine down to nothing."""
+    """Linear warm-up, then half a cosine down to zero."""
     if step < recipe.warmup_steps:
         return recipe.learning_rate * (step + 1) / recipe.warmup_steps
     progress = (step - recipe.warmup_steps) / (recipe.steps - recipe.warmup_steps)
@@ -154,7 +154,7 @@ def learning_rate(step: int, recipe: Recipe) -> float:
 
 
 def build_model(recipe: Recipe) -> LlamaForCausalLM:
-    """A float32 LLaMA with random weights; its embeddings and its head are one tied tensor."""
+    """Build a float32 LLaMA with random weights and tied embeddings."""
     config = LlamaConfig(
         vocab_size=recipe.vocabulary,
         hidden_size=recipe.hidden,
@@ -173,7 +173,7 @@ def build_model(recipe: Recipe) -> LlamaForCausalLM:
 
 
 def optimizer_of(model: LlamaForCausalLM, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW that decays the matrices and leaves the norms alone."""
+    """Return an AdamW that applies weight decay to matrices, not to norms."""
     matrices = [p for p in model.parameters() if p.dim() > 1]
     norms = [p for p in model.parameters() if p.dim() <= 1]
     groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": norms, "weight_decay": 0.0}]
@@ -181,7 +181,7 @@ def optimizer_of(model: LlamaForCausalLM, recipe: Recipe) -> torch.optim.AdamW:
 
 
 def train(paragraphs: list[str], tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> tuple[LlamaForCausalLM, float]:
-    """The trained model, and its mean loss (nats per token) over the last tenth of the steps."""
+    """Return the trained model, and its mean loss (nats per token) over the last tenth of the steps."""
     model = build_model(recipe).train()
     optimizer = optimizer_of(model, recipe)
     losses: list[float] = []
@@ -209,7 +209,7 @@ def train(paragraphs: list[str], tokenizer: PreTrainedTokenizerFast, recipe: Rec
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> int:
-    """Casts to bf16, writes weights, configurations and tokenizer; returns the size of the weights file in bytes."""
+    """Write the weights in bf16, the configurations and the tokenizer; return the size of the weights file in bytes."""
     model.to(torch.bfloat16)  # type: ignore[arg-type]
     model.config.dtype = torch.bfloat16
     model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
@@ -219,12 +219,12 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     weights = out / "model.safetensors"
-    weights.chmod(0o644)  # safetensors leaves it readable by its owner only, but the package is for everyone
+    weights.chmod(0o644)  # safetensors lets only its owner read the file, but everyone may read the package
     return weights.stat().st_size
 
 
 def print_samples(out: Path) -> None:
-    """Loads what was saved and continues each sample prompt greedily."""
+    """Load the saved model and continue each sample prompt greedily."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(out)
     model = LlamaForCausalLM.from_pretrained(out)
     for prompt in SAMPLE_PROMPTS:
@@ -235,7 +235,7 @@ def print_samples(out: Path) -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line; only `--out` has to be given."""
+    """Parse the command line; only `--out` is required."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write the checkpoint to")
     parser.add_argument("--seed", type=int, default=Recipe.seed)
@@ -245,7 +245,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Trains, saves, records the facts in TRAINING.json, and prints samples."""
+    """Train, save, record the facts in TRAINING.json, and print samples."""
     arguments = parse_arguments()
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)

@@ -1,12 +1,16 @@
-"""From the start of a container's process to its first token, beside downloading the checkpoint and loading it then.
+"""Compare two cold starts: this folder's container, and downloading the checkpoint before loading it.
 
-    python cold_start.py ws://127.0.0.1:8765 https://host/my-model --rounds 3
+    python examples/serverless/cold_start.py ws://127.0.0.1:8765 https://host/my-model --rounds 3
 
-The first is any source of `surfw infer`, on another machine or as if it were; the second the folder of the same
-checkpoint's files behind the same link. Weights are pulled first, as an image is built once. Then both ways start in
-turn, each in a process of its own: the web service of `fastapi_app.py`, offline, over the pulled weights, with a home
-and a cache that it cannot write to, as in a container that was started with `--read-only`; and transformers alone, for
-which all files are fetched, several at a time, before `from_pretrained` loads them.
+The first argument is any source of `surfw infer`. The second is the URL of the folder with the files of the same
+checkpoint; both should be behind the same link.
+
+The weights are pulled once before, as for an image. Then each round times both ways until their first token, each in a
+new process:
+
+- The web service of `fastapi_app.py`, offline, with the pulled weights. It cannot write to its home or the cache, as in
+  a container started with `--read-only`.
+- transformers: all files are downloaded, several at a time, before `from_pretrained` loads them.
 """
 
 import argparse
@@ -25,12 +29,12 @@ from pathlib import Path
 
 EXAMPLES = Path(__file__).parent.parent
 NO_HOME = "/dev/null/home"
-"""Nothing can be written below it, not even by root."""
+"""A home in which not even root can create files."""
 
 
 @contextmanager
 def read_only(folder: Path) -> Iterator[None]:
-    """Take away all rights to write."""
+    """Make the folder read-only in this context."""
     places = [folder, *folder.rglob("*")]
     for place in places:
         place.chmod(place.stat().st_mode & ~0o222)
@@ -42,7 +46,7 @@ def read_only(folder: Path) -> Iterator[None]:
 
 
 def time_service(source: str, cache: Path) -> float:
-    """Seconds until the web service has sent the first byte of an answer."""
+    """Return the seconds until the web service has sent the first byte of an answer."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -69,7 +73,7 @@ def time_service(source: str, cache: Path) -> float:
 
 
 def time_download(url: str) -> float:
-    """Seconds until transformers has a token, the checkpoint's download included."""
+    """Return the seconds until transformers has a token, including the checkpoint's download."""
     began = time.perf_counter()
     command = [sys.executable, "-m", "surfw.bench.peers.download", url, "1,2,3"]
     subprocess.run(command, check=True, stdout=subprocess.PIPE)
@@ -77,7 +81,7 @@ def time_download(url: str) -> float:
 
 
 def main() -> None:
-    """Measure."""
+    """Parse the options, measure, and print the times."""
     parser = argparse.ArgumentParser(description="First tokens of cold starts.")
     parser.add_argument("source")
     parser.add_argument("download")
