@@ -433,7 +433,7 @@ def trace_settings(
 def _places_of(
     setting: Setting, arguments: Mapping[str, Any], table: Mapping[str, Any], path: Path | None
 ) -> list[SettingOrigin]:
-    """The places that give a setting, highest precedence first; the default if there are none."""
+    """The places that give a setting, highest precedence first; the default if no place gives it."""
     given = {
         SettingOrigin("argument", setting.name): arguments.get(setting.name) is not None,
         SettingOrigin("variable", setting.variable): bool(os.environ.get(setting.variable)),

@@ -449,7 +449,7 @@ class ChunkSource(ABC):
 
     @property
     def waiting(self) -> Waiting | None:
-        """The pending retry that all reads wait for; None if there is none."""
+        """The pending retry that all reads wait for; None if no retry is pending."""
         return None
 
     async def resolve(self, name: str | None) -> str:

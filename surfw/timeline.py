@@ -66,7 +66,7 @@ class RunTimes:
         tokens: the number of tokens.
         phases: in the order they began.
         first_token: the time of the first token; None without tokens.
-        later_token: the mean of all other tokens; None if there are none.
+        later_token: the mean of all later tokens; None with fewer than two tokens.
         layers: in the order they first ran.
         background_seconds: the time of other threads, by kind; threads may overlap.
     """

@@ -99,7 +99,7 @@ def measure_larger(bench: Measuring) -> None:
 
 
 def _coded(streaming: Streaming) -> str:
-    """The number of coded layers, as an addition to a note; empty if there are none."""
+    """The number of coded layers, as an addition to a note; empty if no layer is coded."""
     coded = set(streaming.engine.below.coded).intersection(streaming.model.layers)
     return f", {len(coded)} of them coded" if coded else ""
 

@@ -168,7 +168,7 @@ def has_adapter(where: str, entry: str | None) -> UnsupportedModelError:
 
 
 def quantisation_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return a configuration's quantisation settings from where transformers reads them; None if there are none."""
+    """Return a configuration's quantisation settings from where transformers reads them; None if it has none."""
     text = config.get("text_config")
     for place in (config, text if isinstance(text, dict) else {}):
         if found := next((place[key] for key in _QUANTISATION if place.get(key)), None):

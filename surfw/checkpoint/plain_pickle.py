@@ -32,7 +32,7 @@ class Made:
     Attributes:
         name: the class or function, as `module.name`; empty for a persistent id, which refers outside of the pickle.
         args: the arguments of the call.
-        state: the state that would be set afterwards; None if there is none.
+        state: the state that would be set afterwards; None if the pickle sets no state.
     """
 
     __slots__ = ("args", "name", "state")

@@ -31,7 +31,7 @@ def measure(
 
     Args:
         manifest: the manifest of the written model.
-        codecs: the quantised forms; if there are none, nothing is done.
+        codecs: the quantised forms; with an empty list, nothing is measured.
         reference: where the unquantised weights are.
         written: where the model was written.
         step: called with the current step.

@@ -22,8 +22,8 @@ def run_table(
 
     Args:
         statistics: the model's statistics.
-        first_seconds: the time to the first token; None if there is none.
-        token_seconds: the mean time of each later token; None if there is none.
+        first_seconds: the time to the first token; None if no token was generated.
+        token_seconds: the mean time of each later token; None if no later token was generated.
         generates: whether the model generates; others have no KV cache.
     """
     rows = []

@@ -55,7 +55,7 @@ class Report:
         advice: what more memory would gain, if known.
         is_whole: False for a run that was interrupted or failed.
         queued_seconds: the total time its threads waited for a processor; see `queued_seconds`.
-        ask_server: returns the statistics of the server that the weights came from; None if there are none.
+        ask_server: returns the statistics of the server that the weights came from; None without a server.
         adapter: the name of the applied adapter, if any.
     """
 

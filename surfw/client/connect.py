@@ -131,7 +131,7 @@ class _Connecting(connect):
         self._redirects = 0
 
     def process_redirect(self, exc: Exception) -> Exception | str:
-        """Return the address to continue with, or an exception if there is none, or it must not be followed."""
+        """Return the address of a redirect, or an exception if the error is no redirect or must not be followed."""
         if not isinstance(exc, InvalidStatus) or exc.response.status_code not in REDIRECT_STATUSES:
             return exc
         locations = exc.response.headers.get_all("Location")

@@ -50,7 +50,7 @@ class _Pending:
 
     Attributes:
         done: done when the answer is complete; cancelled with the request.
-        download: receives the answer's bytes; None if there are none, or if they are no longer wanted.
+        download: receives the answer's bytes; None if the answer has no bytes, or they are no longer wanted.
     """
 
     done: asyncio.Future[Models | None]

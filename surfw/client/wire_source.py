@@ -279,7 +279,7 @@ class WireSource(ChunkSource):
             logger.warning("the server at %s is stopping; waiting %g seconds for it to be back", self.url, seconds)
 
     async def _connected(self) -> Link:
-        """Return the link; open a new one if there is none yet, or it has ended."""
+        """Return the link; open one if none is open."""
         async with self._connecting:
             if self._link is None:
                 self._link = await self._connect()

@@ -67,7 +67,7 @@ class Ranks:
         return found
 
     def agree(self, trouble: str, doing: Doing) -> None:
-        """Wait for all ranks and exchange errors; `trouble` is this rank's error, empty if there is none.
+        """Wait for all ranks and exchange errors; `trouble` is this rank's error, empty if it has no error.
 
         Raises:
             RankError: another rank reported an error, is gone, or does not answer within the timeout.

@@ -64,7 +64,7 @@ class Target:
 
     @property
     def staged_bytes(self) -> int:
-        """The size of the staging buffer in use, in bytes; 0 if there is none."""
+        """The size of the staging buffer in use, in bytes; 0 if none is in use."""
         if self._stored is None or self._local is None:
             return 0
         return self.held.nbytes if self._stored.data_ptr() != self._local.data_ptr() else 0

@@ -16,7 +16,7 @@ class AdaptedModel(ModelLifetime):
 
     @property
     def adapter(self) -> str | None:
-        """The name of the applied adapter; None if there is none."""
+        """The name of the applied adapter; None if no adapter is applied."""
         return self._open_here().adapters.active
 
     @property

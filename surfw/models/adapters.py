@@ -80,7 +80,7 @@ class Adapters:
 
     @property
     def manifest(self) -> Manifest | None:
-        """The manifest of the applied adapter; None if none is applied."""
+        """The manifest of the applied adapter; None if no adapter is applied."""
         return self._loaded[self.active].manifest if self.active is not None else None
 
     def load(self, name: str) -> str:

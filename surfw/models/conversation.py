@@ -291,7 +291,7 @@ class _Memory:
     """The part of a conversation that the model has read.
 
     Attributes:
-        cache: transformers' KV cache; None if there is none that can be continued.
+        cache: transformers' KV cache; None if no cache can be continued.
         token_ids: the tokens in the cache.
     """
 
@@ -312,7 +312,7 @@ class _Memory:
         return len(self.token_ids)
 
     def past(self, model: torch.nn.Module) -> dict[str, Any]:
-        """Return the cache under the forward's argument name for it; an empty dict if there is none."""
+        """Return the cache under the forward's argument name for it; an empty dict if no cache is kept."""
         return {} if self.cache is None else {cache_name(model): self.cache}
 
     @contextmanager

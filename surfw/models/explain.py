@@ -125,7 +125,7 @@ class Explanation:
 
     @property
     def ceiling(self) -> float | None:
-        """The most units per second that reading, copying and computing allow; None if none is known."""
+        """The most units per second that reading, copying and computing allow; None if all three limits are unknown."""
         return _smallest(self.reading_ceiling, self.bus_ceiling, self.computing_ceiling)
 
 

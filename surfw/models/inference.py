@@ -273,7 +273,7 @@ def _explain(
 
 
 def _complaint(model: StreamingBaseModel, request: InferenceRequest, prompt_tokens: int, exc: Exception) -> str | None:
-    """What is wrong with the request or the model's settings, given an exception of transformers; None if nothing."""
+    """What is wrong with the request or the model's settings, given an exception of transformers; None if fine."""
     name, answers = model.manifest.name, generates(model)
     if isinstance(exc, ValueError):
         return f"{name} cannot generate like this: {exc}" if answers else None

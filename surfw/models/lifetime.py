@@ -1,7 +1,7 @@
 """`ModelLifetime`: opening, exclusive use and closing of a model.
 
 States: not open → opening (at the first use) → open → closing → closed. Opening, each run and the teardown hold one
-lock, `_busy`; `close` interrupts whichever holds it.
+lock, `_busy`; `close` interrupts its holder.
 
 Runs happen in the caller's thread or, for asynchronous calls, in one thread that belongs to the model. No asynchronous
 call blocks the event loop, and a synchronous call that would open the model inside an event loop is refused.

@@ -122,7 +122,7 @@ class Feed:
             return self._is_closed and not self._waiting
 
     def take(self, most: int, *, wait_seconds: float) -> list[tuple[int, InferenceRequest]]:
-        """Take up to `most` prompts; if there are none, wait `wait_seconds` for one."""
+        """Take up to `most` prompts; if none is waiting, wait `wait_seconds` for one."""
         with self._changed:
             if not self._waiting:
                 self._changed.wait_for(lambda: self._waiting or self._is_closed, wait_seconds)

@@ -92,7 +92,7 @@ Fetch = Callable[[int, int, memoryview], Awaitable[object]]
 
 
 def measure_reading(parts: ModelParts) -> Reading | None:
-    """Read streamed chunks for a while, each at most once; None if there are none."""
+    """Read streamed chunks for a while, each at most once; None if no chunk is streamed."""
     plan, manifest = (parts.below or parts.engine).plan, parts.manifest
     names = set(plan.streamed)
     if plan.expert_bytes < plan.all_expert_bytes:
@@ -245,7 +245,7 @@ class _Stopwatch:
         self._took.clear()
 
     def result(self) -> Computing | None:
-        """The result of completed passes, or if there are none, of the interrupted one."""
+        """The result of the completed passes; if no pass was completed, that of the interrupted one."""
         seconds = sum(self._least[name] for name in self._recurring)
         share = 1.0
         if not self._recurring:

@@ -234,7 +234,7 @@ class ReadAhead(SourceInFront):
         return await self._source.view(manifest, chunk, form)
 
     def near(self, manifest: Manifest, chunk: Chunk) -> tuple[Form, ...]:
-        """The forms of a chunk that are local; if there are none, the form that is being read from a remote source."""
+        """The local forms of a chunk; if no form is local, the one that is being read from a remote source."""
         near = self._source.near(manifest, chunk)
         if near or manifest is not self._manifest or not self._begun.get(chunk.name):
             return near
@@ -439,7 +439,7 @@ def _checkpoint_bytes(url: str) -> int:
 
 
 def _start(work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-    """Start a background task; its failure is raised to whoever awaits it, and ignored if nobody does."""
+    """Start a background task; its failure is raised where the task is awaited, and ignored if it is not awaited."""
     task = asyncio.create_task(work)
     task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
     return task

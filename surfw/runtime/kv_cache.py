@@ -150,7 +150,7 @@ def _plain_numbers(layer: Any, prefix: str = "") -> int:
 
 
 def _first(layer: Any, *names: str) -> int:
-    """The first of these fields that the configuration has; for a list, its largest number. 0 if there is none."""
+    """The first of these fields that the configuration has; for a list, its largest number; 0 if it has none."""
     for name in names:
         value = getattr(layer, name, None)
         if value:

@@ -360,7 +360,7 @@ _KERNELS: dict[Kind, Kernel] = {}
 
 
 def _find_order(packed: Packed) -> Order | None:
-    """The order in which the kernel gives the right results; None if there is none."""
+    """The order in which the kernel gives the right results; None if no order does."""
     inputs = _numbers(-4, 5, 5, packed.shape[1]).to(torch.bfloat16)
     expected = packed.multiply_many(inputs).float()
     for order in packed.orders:

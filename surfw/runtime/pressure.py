@@ -26,7 +26,7 @@ logger = logging.getLogger("surfw.runtime")
 INTERVAL_SECONDS = 0.5
 
 _LOW_BYTES, _LOW_SHARE = 48 * MIB, 0.02
-"""The part of a limit that has to be left, whichever is more: with less, code of libraries is read again and again."""
+"""How much of a limit must stay free; the larger value counts. With less, the kernel keeps rereading library code."""
 
 _STALLED_SHARE = 0.1
 """The share of time for which some task waited for memory; from here on it counts as pressure."""

@@ -20,7 +20,7 @@ T = TypeVar("T")
 _WORKERS = 8
 
 current_run: "ContextVar[Run | None]" = ContextVar("surfw_run", default=None)
-"""The run that this thread works for, so that whoever waits for the thread can interrupt it."""
+"""The run that this thread works for, so that a waiting caller can interrupt it."""
 
 
 class Run:

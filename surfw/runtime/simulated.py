@@ -106,7 +106,7 @@ class _Stream:
             start = time.perf_counter()
             try:
                 work.do()
-            except Exception as exc:  # noqa: BLE001 - raised again for whoever waits
+            except Exception as exc:  # noqa: BLE001 - raised again in the waiting thread
                 work.failed = exc
             work.took_seconds = time.perf_counter() - start
             work.do, work.after = _nothing, ()  # so that they keep no memory alive

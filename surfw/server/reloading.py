@@ -104,7 +104,7 @@ class Reloading:
         return can_be_used
 
     async def _look(self, one: FromFiles, *, anyway: bool) -> str | None:
-        """Put changes in force and return their description; None if there are none."""
+        """Put changes in force and return their description; None if nothing has changed."""
         put_in_force = await asyncio.to_thread(one.look, anyway=anyway)
         if put_in_force is None:
             return None

@@ -21,7 +21,7 @@ def open_quantizer(settings: Mapping[str, Any] | None, *, where: str) -> Any:
     """Return the transformers quantizer that dequantises a checkpoint's weights, as `dequantize=True` does.
 
     Args:
-        settings: the `quantization_config` of its configuration; None if there is none.
+        settings: the `quantization_config` of its configuration; None if the configuration has none.
         where: names the checkpoint in errors.
 
     Raises:

@@ -47,7 +47,7 @@ class Recipe:
         targets: dtype and shape of each tensor that the recipe yields, by its name in the model.
         sources: names of the source tensors it needs; empty if transformers computes the target.
         converter: transformers' operation; None if one source becomes one target, at most renamed and cast.
-        joined: the sources whose concatenated bytes equal those of the single target; empty if there are none.
+        joined: the sources whose concatenated bytes equal those of the single target; empty if it is no concatenation.
         start: the offset in bytes, in the single source, at which a slice begins.
     """
 

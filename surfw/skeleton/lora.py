@@ -36,7 +36,7 @@ class LoraPart:
         module: `torch.nn.Linear`, transformers' `Conv1D`, or an embedding.
         first: the name of the first factor, of shape (rank, in); for an embedding, (rank, vocabulary).
         second: the name of the second factor, of shape (out, rank).
-        bias: the name of the bias of the second product, of shape (out,); None if there is none.
+        bias: the name of the bias of the second product, of shape (out,); None if that product has no bias.
         scaling: the factor applied to the result.
     """
 

@@ -128,7 +128,7 @@ def _open(folder: str, what: str, advice: str) -> PreTrainedTokenizerBase:
 
 
 def _missing_library(files: Mapping[str, bytes]) -> str | None:
-    """The library that has to be installed to read these files; None if there is none."""
+    """The missing library that is needed to read these files; None if no library is missing."""
     models = {path: data for path, data in files.items() if path.endswith((".model", ".spm"))}
     ranks = [path for path, data in models.items() if _RANKS.match(data)]
     pieces = [path for path in models if path not in ranks]

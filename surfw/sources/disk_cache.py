@@ -427,7 +427,7 @@ class DiskCache(SourceInFront):
         return form if form.is_known else with_digests(chunk, self._digests[chunk.id]).forms[0]
 
     def near(self, manifest: Manifest, chunk: Chunk) -> tuple[Form, ...]:
-        """Return the forms of a chunk that are cached completely; if there are none, those cached in part."""
+        """Return the forms of a chunk that are cached completely; if no form is, those cached in part."""
         del manifest
         known = with_digests(chunk, self._digests.get(chunk.id))
         flags = [self._held.get(form.digest, b"\0") for form in known.forms]

@@ -42,7 +42,7 @@ class ExpertUsage:
 
 
 def read_usage(manifest: Manifest) -> ExpertUsage | None:
-    """Read the expert usage of a model; None if there is none."""
+    """Read the saved expert usage of a model; None if the file is absent or damaged."""
     try:
         entry = decode_line(read_regular(_path(manifest), _MOST_BYTES).strip())
         counts = {path: _counts(entry["counts"][path], len(one.chunks)) for path, one in manifest.experts.items()}

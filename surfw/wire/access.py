@@ -38,7 +38,7 @@ def bearer(token: str) -> dict[str, str]:
 
 
 def shown_token(shown: Sequence[str]) -> str | None:
-    """Return the token in a request's `Authorization` headers; None unless there is one valid header."""
+    """Return the token in a request's `Authorization` headers; None if there is not exactly one valid header."""
     scheme, _, token = shown[0].partition(" ") if len(shown) == 1 else ("", "", "")
     return token.strip() if scheme.lower() == "bearer" else None
 

@@ -20,7 +20,7 @@ class Peer(NamedTuple):
         module: its module in this package.
         package: import name of the package that it requires; None if surfw requires that package anyway.
         installation: how to install the package.
-        needs: the field of `Comparison` that it requires; None if there is none.
+        needs: the field of `Comparison` that it requires; None if it requires no field.
         advice: how to provide that field.
         gguf_kind: the kind of GGUF file that is made of the checkpoint, if none is given; see `gguf_file`.
         options: values that replace fields of the `Comparison`.
@@ -41,7 +41,7 @@ class Peer(NamedTuple):
         return self.installation if self.package is not None and find_spec(self.package) is None else None
 
     def missing(self, comparison: "Comparison") -> str | None:
-        """Return what is missing and how to provide it, or None if nothing is."""
+        """Return what is missing and how to provide it, or None if nothing is missing."""
         from surfw.bench.peers.gguf_file import check_gguf
 
         if self.needs is None or (self.is_usual and getattr(comparison, self.needs) is not None):
