@@ -1,4 +1,4 @@
-"""LoRA adapters that peft itself wrote, and peft over the resident model: what surfw's results are compared with."""
+"""LoRA adapters written by peft, and peft over the resident model, with which surfw's results are compared."""
 
 import copy
 import json
@@ -12,7 +12,7 @@ import transformers
 
 
 def save_adapter(base: Path, folder: Path, *, seed: int = 0, **settings: Any) -> Path:
-    """An adapter over a checkpoint, with random weights, as peft saves it."""
+    """Save an adapter with random weights over a checkpoint, as peft does."""
     torch.manual_seed(seed)
     adapted = quietly(peft.get_peft_model, _load(base), peft.LoraConfig(**settings))
     for name, parameter in adapted.named_parameters():
@@ -23,7 +23,7 @@ def save_adapter(base: Path, folder: Path, *, seed: int = 0, **settings: Any) ->
 
 
 def with_peft(base: Path, adapter: Path) -> Any:
-    """peft over the resident model of a checkpoint, in evaluation mode."""
+    """Return the resident model of a checkpoint with a peft adapter, in evaluation mode."""
     return quietly(peft.PeftModel.from_pretrained, _load(base), adapter).eval()
 
 
@@ -39,7 +39,7 @@ def _load(base: Path) -> Any:
 
 
 def quietly(work: Any, *args: Any, **kwargs: Any) -> Any:
-    """What a call returns, without the warnings of libraries about each other."""
+    """Return the result of a call, without the warnings that libraries give about each other."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return work(*args, **kwargs)

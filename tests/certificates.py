@@ -1,4 +1,4 @@
-"""Certificates for 127.0.0.1, self-signed or by an authority, and what both sides of TLS make of them."""
+"""Certificates for 127.0.0.1, self-signed or by an authority, and TLS contexts for both sides."""
 
 import shutil
 import ssl
@@ -10,7 +10,7 @@ from tests.conftest import require
 
 
 def make_certificate(folder: Path) -> Path:
-    """A key and a certificate, in one file."""
+    """Return a key and a certificate in one file."""
     key, found, both = folder / "key.pem", folder / "cert.pem", folder / "both.pem"
     _openssl(folder, "req", "-x509", *_NEW_KEY, "-days", "2", "-subj", "/CN=127.0.0.1",
              "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key.name, "-out", found.name)  # fmt: skip
@@ -19,19 +19,19 @@ def make_certificate(folder: Path) -> Path:
 
 
 def for_server(certificate: Path) -> ssl.SSLContext:
-    """A context that shows the certificate."""
+    """Return a server's context with the certificate."""
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(certificate)
     return context
 
 
 def for_client(certificate: Path) -> ssl.SSLContext:
-    """A context that trusts the certificate, and no other."""
+    """Return a client's context that trusts only this certificate."""
     return ssl.create_default_context(cafile=str(certificate))
 
 
 class Authority:
-    """One who signs certificates, in a folder: `pem` is its own, to be trusted."""
+    """An authority that signs certificates, in a folder; `pem` is its own certificate, which clients trust."""
 
     def __init__(self, folder: Path, name: str = "authority") -> None:
         self._folder, self._name = folder, name
@@ -40,7 +40,7 @@ class Authority:
                  "-keyout", f"{name}.key", "-out", self.pem.name)  # fmt: skip
 
     def issue(self, name: str, *, days: int = 2) -> TlsFiles:
-        """A certificate for 127.0.0.1 and its key; with no days, it has expired. Trusted is whoever it comes from."""
+        """Make a key and a certificate for 127.0.0.1, signed by this authority; with zero days, it has expired."""
         found = TlsFiles(certfile=self._folder / f"{name}.pem", keyfile=self._folder / f"{name}.key", ca_certs=self.pem)
         _openssl(self._folder, "req", *_NEW_KEY, "-subj", f"/CN={name}", "-addext", "subjectAltName=IP:127.0.0.1",
                  "-keyout", f"{name}.key", "-out", f"{name}.csr")  # fmt: skip

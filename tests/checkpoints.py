@@ -1,4 +1,4 @@
-"""Small seeded checkpoints for tests that need one on the disk."""
+"""Small checkpoints on disk, made from a seed."""
 
 import copy
 import json
@@ -14,7 +14,7 @@ _TEXT = ["Weights arrive while the model runs.", "A layer is fetched while the o
 
 
 def save_llama(path: Path, *, layers: int = 4, hidden: int = 64, seed: int = 0, **settings: Any) -> Path:
-    """A random LLaMA with a real tokenizer."""
+    """Save a random LLaMA with a real tokenizer."""
     torch.manual_seed(seed)
     tokenizer = _tokenizer(["<s>", "</s>", "<pad>"])
     config = LlamaConfig(
@@ -35,7 +35,7 @@ def save_llama(path: Path, *, layers: int = 4, hidden: int = 64, seed: int = 0, 
 
 
 def save_bert(path: Path, *, seed: int = 0) -> Path:
-    """A random BERT with a masked-language-model head and a real tokenizer."""
+    """Save a random BERT with a masked-language-model head and a real tokenizer."""
     torch.manual_seed(seed)
     tokenizer = _tokenizer(["[PAD]", "[MASK]", "[UNK]"])
     config = BertConfig(
@@ -54,7 +54,7 @@ def save_bert(path: Path, *, seed: int = 0) -> Path:
 
 
 def resident(checkpoints: Path, name: str, **options: Any) -> Any:
-    """The model of a saved checkpoint, as its own class of transformers loads it, in memory of its own."""
+    """Load the model of a saved checkpoint into memory with its transformers class."""
     (cls,) = json.loads((checkpoints / name / "config.json").read_text())["architectures"]
     return copy.deepcopy(getattr(transformers, cls).from_pretrained(checkpoints / name, **options))
 

@@ -1,4 +1,4 @@
-"""What all tests share: no hub, no progress bars, a home of their own, and what to do where a service is missing."""
+"""Fixtures for all tests: no hub, no progress bars, a temporary home, and what to do if a service is missing."""
 
 import os
 import subprocess
@@ -22,41 +22,41 @@ __all__ = ["_botocore_reads_its_data_once", "redis_url", "s3"]
 TESTS = Path(__file__).parent
 _NOBODY = 65534
 
-# What was compiled is kept (.gitignore names it), also where PYTHONDONTWRITEBYTECODE is set: else each process of xdist
-# spends 5 seconds on the tests' own files, and each command a tenth of one on surfw's.
+# Compiled files are kept (.gitignore names them), even if PYTHONDONTWRITEBYTECODE is set. Otherwise each process of
+# xdist would spend 5 seconds on the tests' own files, and each command a tenth of a second on surfw's.
 sys.dont_write_bytecode = False
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
-# Several processes share the CPUs, so each computes with one thread: two that wait for each other beside other work
-# took several times as long. Where there are two, they sleep meanwhile. Read once, when torch is imported.
+# Several processes share the CPUs, so each computes with one thread. Two threads that wait for each other beside other
+# work took several times as long. Waiting threads sleep. Torch reads this once, when it is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 hypothesis_settings.register_profile("surfw", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-hypothesis_settings.load_profile("surfw")  # how fast the machine is decides no test
+hypothesis_settings.load_profile("surfw")  # no test depends on the speed of the machine
 
 LONG = (
     "models/test_bounded", "bench/test_infer", "cli/test_signals", "cli/test_commands", "library/test_examples",
     "test_house", "cli/test_errors", "models/test_needs", "cli/", "exactness/", "library/", "in_place/",
     "storage/test_s3", "bench/", "demo/", "models/",
 )  # fmt: skip
-"""The files that take longest, which begin first, so that no process of xdist is alone with one in the end."""
+"""The files that take longest. They run first, so that no single process of xdist still runs one at the end."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """xdist would give out the files with the most tests first."""
+    """Without this, xdist would start with the files that have the most tests."""
     config.option.loadscopereorder = False
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """One process more than there are CPUs: tests often wait, for processes, servers and time limits."""
+    """Use one process more than there are CPUs: tests often wait for processes, servers and time limits."""
     return (os.cpu_count() or 1) + 1
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Where xdist gives them out, the longest files come first."""
+    """With xdist, run the longest files first."""
     if hasattr(config, "workerinput"):
-        items.sort(key=_rank)  # within a file, the order stays
+        items.sort(key=_rank)  # within a file, the order is unchanged
 
 
 def _rank(item: pytest.Item) -> int:
@@ -65,7 +65,7 @@ def _rank(item: pytest.Item) -> int:
 
 
 def require(reason: str) -> NoReturn:
-    """Skip a test that cannot run here; where everything has to be there (`SURFW_REQUIRE_SERVICES`), fail it."""
+    """Skip a test that cannot run here; fail it if all services are required (`SURFW_REQUIRE_SERVICES`)."""
     if os.environ.get("SURFW_REQUIRE_SERVICES"):
         pytest.fail(f"SURFW_REQUIRE_SERVICES is set, but {reason}")
     pytest.skip(reason)
@@ -73,7 +73,7 @@ def require(reason: str) -> NoReturn:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[str]:
-    """Take the rights to a folder from this process, which is not root as long; yields who it is."""
+    """Take the rights to a folder from this process, which is not root meanwhile; yields its user's name."""
     is_root = os.geteuid() == 0
     folder.chmod(0)
     if is_root:
@@ -88,7 +88,7 @@ def locked(folder: Path) -> Iterator[str]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Neither the home nor the settings of whoever runs the tests are read, and nothing is written there."""
+    """Use a temporary home: the tester's home and settings are neither read nor changed."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SURFW_HOME", str(tmp_path_factory.mktemp("home")))
         for name in (CONFIG_VARIABLE, TOKEN_VARIABLE, *(setting.variable for setting in SETTINGS.values())):
@@ -114,7 +114,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture(scope="module", autouse=True)
 def _nothing_is_known_of_all_models() -> Iterator[None]:
-    """What transformers notes at a class counts for those derived from it: after PreTrainedModel itself, for all."""
+    """Forget what transformers stores on PreTrainedModel, because all derived classes would inherit it."""
     yield
     base = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
     noted = "_can_set_experts_implementation_cached_value"

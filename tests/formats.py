@@ -1,7 +1,7 @@
-"""What checkpoints come as, each made here and given to surfw: the guide's table of formats says what became of them.
+"""The kinds of checkpoints: each is made here and given to surfw. The guide's table of formats shows the outcomes.
 
-Whether weights and answers are right, the tests beside each part say; here, what a user is told. `test_formats.py` in
-`tests/chunking` compares the table with the page; `python -m tests.regenerate` writes it.
+This checks only what a user is told; other tests check the weights and answers. `test_formats.py` in `tests/chunking`
+compares the table with the page; `python -m tests.regenerate` writes it.
 """
 
 import asyncio
@@ -45,10 +45,10 @@ class Format:
     """A row of the table.
 
     Attributes:
-        what: a checkpoint comes as.
-        make: makes one of it in a folder, which holds a small LLaMA already.
-        options: of `surfw chunk`, by their names in Python; `base` for an adapter.
-        extra: of surfw, without which it is not read.
+        what: the kind of checkpoint.
+        make: makes one in a folder, which already contains a small LLaMA.
+        options: options of `surfw chunk`, by their Python names; `base` for an adapter.
+        extra: the extra of surfw that is needed to read it.
     """
 
     what: str
@@ -66,7 +66,7 @@ def move(old: str, new: str) -> Make:
 
 
 def tensors(work: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Make:
-    """Other tensors in the place of a checkpoint's."""
+    """Replace a checkpoint's tensors."""
 
     def change(folder: Path) -> None:
         file = folder / "model.safetensors"
@@ -76,7 +76,7 @@ def tensors(work: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) 
 
 
 def pickled(work: Callable[[dict[str, Any]], Any] = lambda tensors: tensors) -> Make:
-    """A `.bin` file in the place of a safetensors file."""
+    """Replace a safetensors file with a `.bin` file."""
 
     def change(folder: Path) -> None:
         found = load_file(folder / "model.safetensors")
@@ -87,15 +87,15 @@ def pickled(work: Callable[[dict[str, Any]], Any] = lambda tensors: tensors) -> 
 
 
 def distributed(folder: Path) -> None:
-    """What `torch.distributed.checkpoint` writes, in the place of a safetensors file."""
+    """Replace a safetensors file with the output of `torch.distributed.checkpoint`."""
     found = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
-    with warnings.catch_warnings(action="ignore"):  # of a job that has no other ranks
+    with warnings.catch_warnings(action="ignore"):  # this job has only one rank
         dcp.save({"model": found, "step": 3}, checkpoint_id=folder, no_dist=True)
 
 
 def sharded(folder: Path, *, place: str = "", promised: str = "") -> None:
-    """Two shards and their index."""
+    """Split it into two shards with an index."""
     found = sorted(load_file(folder / "model.safetensors").items())
     (folder / "model.safetensors").unlink()
     index = {}
@@ -118,7 +118,7 @@ def settings(file: str, **more: Any) -> Make:
 
 
 def tokenizer(kind: str, *, missing: str = "") -> Make:
-    """The tokenizer of a class, from the files that it names."""
+    """Add a tokenizer of this class, made from the given files."""
 
     def change(folder: Path) -> None:
         class_name, save = tokenizers.KINDS[kind]
@@ -132,7 +132,7 @@ def tokenizer(kind: str, *, missing: str = "") -> Make:
 
 
 def alone(work: Make) -> Make:
-    """What is made in an empty folder."""
+    """Make the checkpoint in an empty folder."""
 
     def change(folder: Path) -> None:
         shutil.rmtree(folder)
@@ -148,7 +148,7 @@ def adapter(folder: Path, *, kind: str = "LORA", **more: Any) -> None:
 
 
 def marian(folder: Path) -> None:
-    """A model with positions that transformers computes, and does not save."""
+    """A model with positions that transformers computes and does not save."""
     sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
     heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "vocab_size": 20, "pad_token_id": 0}
     config = transformers.MarianConfig(**sizes, **heads, decoder_start_token_id=0, eos_token_id=1)
@@ -233,11 +233,11 @@ _SHORTER = {
     r"transformers [0-9][0-9.]*[0-9]": "transformers",
     r"; surfw never makes weights up\. .*": "; …",
 }
-"""What is the same in many rows, or changes with releases."""
+"""Text that is the same in many rows, or that changes with releases."""
 
 
 def outcome(one: Format, home: Path) -> str:
-    """What `surfw chunk` makes of a checkpoint, in the words of the table."""
+    """Return what `surfw chunk` makes of a checkpoint, in the table's words."""
     folder, options = home / "FOLDER", dict(one.options)
     shutil.copytree(_llama(), folder)
     one.make(folder)
@@ -265,7 +265,7 @@ def outcome(one: Format, home: Path) -> str:
 
 
 def table() -> str:
-    """The table of the guide."""
+    """Return the guide's table."""
     rows = ["| what comes | needs | what surfw does, or says |", "|---|---|---|"]
     for one in FORMATS:
         with tempfile.TemporaryDirectory(prefix="surfw-format-") as home:
@@ -275,14 +275,14 @@ def table() -> str:
 
 @contextmanager
 def _warnings() -> Iterator[list[str]]:
-    """The warnings of surfw meanwhile."""
+    """Collect surfw's warnings in this context."""
     found: list[str] = []
     logger = logging.getLogger("surfw")
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: found.append(f"warning: {record.getMessage()}")  # type: ignore[method-assign]
     logger.addHandler(handler)
     try:
-        with warnings.catch_warnings(action="ignore"):  # those of others
+        with warnings.catch_warnings(action="ignore"):  # warnings of other libraries
             yield found
     finally:
         logger.removeHandler(handler)

@@ -1,13 +1,13 @@
-"""The pages of documentation, and the blocks of code on them: one list, which the tests and `regenerate.py` walk.
+"""The pages of documentation and their blocks of code; the tests and `regenerate.py` use this list.
 
-What happens with a block depends on the word after its fence:
+The word after a block's fence says what happens with it:
 
 | word | what the tests do |
 |---|---|
 | `python` | run it, one page's blocks after another (`tests/library/test_pages.py`) |
 | `toml` | read it as a file of settings (`tests/cli/test_pages.py`) |
 | `sh` | run its commands, one after another (`tests/cli/test_pages.py`) |
-| `console` | run what follows `$`, and compare what it prints; `regenerate.py` writes that (`tests/sandbox.py`) |
+| `console` | run what follows `$`, and compare the output, which `regenerate.py` writes (`tests/sandbox.py`) |
 | `text` | nothing: it is neither a command nor code |
 """
 
@@ -38,7 +38,7 @@ PAGES = (
     "examples/serverless/README.md",
     "CHANGELOG.md",
 )
-"""Every page, by its path; snippets run in this order."""
+"""All pages, by path; snippets run in this order."""
 KINDS = ("python", "toml", "sh", "console", "text")
 
 _BLOCK = re.compile(r"((?:^<!-- run: [^\n]* -->\n)*)^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -54,9 +54,9 @@ class Block:
         line: the line of its first fence, counted from 1.
         kind: the first word after the fence; one of `KINDS`.
         flags: the other words.
-        text: what stands between the fences.
+        text: the text between the fences.
         before: commands that are run first, and not shown: `<!-- run: COMMAND -->` above the fence.
-        is_generated: whether it stands between `<!-- name -->` and `<!-- end -->`, and is not written by hand.
+        is_generated: whether it is between `<!-- name -->` and `<!-- end -->`, and is generated.
     """
 
     page: str
@@ -68,12 +68,12 @@ class Block:
     is_generated: bool = False
 
     def __str__(self) -> str:
-        """Where it is, for people."""
+        """The block's place, for people."""
         return f"{self.page}:{self.line}"
 
 
 def read(page: str) -> str:
-    """A page's text."""
+    """Read a page's text."""
     return (ROOT / page).read_text()
 
 

@@ -1,4 +1,4 @@
-"""Peers to test against: a surfw server in this process, a client that says what it likes, servers that are none."""
+"""Peers to test against: a surfw server in this process, a client that sends any message, and fake servers."""
 
 import asyncio
 import contextlib
@@ -23,20 +23,20 @@ from surfw.wire import PROTOCOL, ServerSession
 
 @contextlib.asynccontextmanager
 async def serving(store: Path | StorageBackend, **settings: Any) -> AsyncIterator[WeightServer]:
-    """A server on a free port."""
+    """Run a server on a free port."""
     backend = FilesystemBackend(store) if isinstance(store, Path) else store
     async with WeightServer(backend, port=0, **settings) as server:
         yield server
 
 
 async def until(true: Callable[[], bool]) -> None:
-    """Let others go on until something has come about."""
+    """Let other tasks run until a condition holds."""
     while not true():  # noqa: ASYNC110 - what is waited for has no event
         await asyncio.sleep(0)
 
 
 class BareClient:
-    """A WebSocket that speaks the protocol word by word, right or wrong."""
+    """A WebSocket client that sends any message, valid or not."""
 
     def __init__(self, websocket: ClientConnection) -> None:
         self.websocket = websocket
@@ -49,13 +49,13 @@ class BareClient:
         return json.loads(message) if isinstance(message, str) else message
 
     async def hear_text(self) -> dict[str, Any]:
-        """The next message that is not binary."""
+        """Return the next message that is not binary."""
         while isinstance(message := await self.hear(), bytes):
             pass
         return message
 
     async def closed(self) -> tuple[int | None, str | None]:
-        """Code and reason with which the server closes."""
+        """Return the code and the reason with which the server closes."""
         with contextlib.suppress(Exception):
             while True:
                 await self.websocket.recv()
@@ -65,7 +65,7 @@ class BareClient:
 
 @contextlib.asynccontextmanager
 async def bare_client(url: str, *, greet: bool = True, window_bytes: int = 8 * MIB) -> AsyncIterator[BareClient]:
-    """Connect, and say hello unless told not to."""
+    """Connect and say hello, unless `hello` is off."""
     options: dict[str, Any] = {"compression": None, "max_size": None, "proxy": None, "close_timeout": 1}
     async with connect(url, subprotocols=[Subprotocol(PROTOCOL)], **options) as websocket:
         client = BareClient(websocket)
@@ -79,7 +79,7 @@ async def bare_client(url: str, *, greet: bool = True, window_bytes: int = 8 * M
 async def pretending(
     answer: Callable[[ServerConnection], Awaitable[None]], *, greet: bool = True, limits: WireLimits | None = None
 ) -> AsyncIterator[str]:
-    """A WebSocket server that does what `answer` does after the hellos; its address."""
+    """Run a WebSocket server that exchanges hellos and then calls `answer`; yields its address."""
 
     async def handle(websocket: ServerConnection) -> None:
         if greet:
@@ -99,7 +99,7 @@ Talk = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 @contextlib.asynccontextmanager
 async def tcp_server(talk: Talk, ssl: SSLContext | None = None) -> AsyncIterator[str]:
-    """A TCP server of any kind; its address as if it were a surfw server's."""
+    """Run any TCP server; yields its address in the form of a surfw server's address."""
     writers: list[asyncio.StreamWriter] = []
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -118,7 +118,7 @@ async def tcp_server(talk: Talk, ssl: SSLContext | None = None) -> AsyncIterator
 
 
 async def pass_on(port: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, head: bytes = b"") -> None:
-    """Act as a proxy for a connection, of which `head` was read already."""
+    """Act as a proxy for a connection whose first bytes, `head`, were already read."""
     there, to = await asyncio.open_connection("127.0.0.1", port)
     to.write(head)
 
@@ -133,7 +133,7 @@ async def pass_on(port: int, reader: asyncio.StreamReader, writer: asyncio.Strea
 
 
 def whole(chunk: Chunk) -> tuple[Read, bytearray]:
-    """A read of a whole chunk, and the memory it goes to."""
+    """Return a read of a whole chunk, and the memory it is read into."""
     form = chunk.forms[0]
     memory = bytearray(form.stored_bytes)
     return Read(chunk, form, 0, form.stored_bytes, memoryview(memory)), memory

@@ -1,6 +1,6 @@
-"""Draws the README's picture, `surfw/cli/infer.svg`: what a terminal shows during a real run of `surfw infer`.
+"""Draw the README's picture, `surfw/cli/infer.svg`: a terminal during a real run of `surfw infer`.
 
-`python -m tests.picture`, in the repository's root. It needs tmux, whose screen rich draws.
+Run `python -m tests.picture` in the repository's root. It needs tmux, whose screen is drawn with rich.
 """
 
 import io
@@ -25,7 +25,7 @@ _LOOKS = 600
 
 
 def main() -> None:
-    """Run it, and draw the last screen on which it still runs."""
+    """Run the command, and draw the last screen before it ends."""
     screen = ""
     with tempfile.TemporaryDirectory() as home:
         name = f"picture-{time.time_ns()}"

@@ -1,6 +1,6 @@
-"""Brings generated parts of the repository up to date: completions, screens, and what pages show.
+"""Update generated parts of the repository: completions, screens, and the output on pages.
 
-`python -m tests.regenerate`, in the repository's root.
+Run `python -m tests.regenerate` in the repository's root.
 """
 
 import os
@@ -68,7 +68,7 @@ def completions() -> dict[Path, str]:
 
 
 def man_page() -> dict[Path, str]:
-    """The man page, from the help of all commands, by its file."""
+    """The man page, made from the help of all commands, by its file."""
     lines = [
         f'.TH SURFW 1 "" "surfw {__version__}"',
         ".SH NAME",
@@ -97,15 +97,15 @@ def man_page() -> dict[Path, str]:
 
 
 def _roff(text: str) -> str:
-    """A text as roff takes it: no line of it is a command."""
+    """Escape a text for roff, so that no line of it is a command."""
     escaped = text.replace("\\", "\\e").replace("-", "\\-")
     return "\n".join("\\&" + line if line.startswith((".", "'")) else line for line in escaped.split("\n"))
 
 
 def pages_now() -> dict[str, str]:
-    """The pages with their help texts, settings and tree of errors as they are now, by their path.
+    """Return the pages with their current help texts, settings and tree of errors, by path.
 
-    A command that is new gets a section before that for scripts.
+    A new command gets a section before the one about scripts.
     """
     parts = {"settings": settings_table(), "errors": f"```text\n{error_tree()}\n```"}
     for command in commands():
@@ -122,16 +122,16 @@ def pages_now() -> dict[str, str]:
 
 
 def with_formats(text: str) -> str:
-    """The page about checkpoints with what becomes of each format now."""
-    from tests import formats  # which needs torch
+    """Update the table of formats on the page about checkpoints."""
+    from tests import formats  # it imports torch
 
     return _fill(text, "formats", formats.table())
 
 
 def with_outputs(page: str, text: str, folder: Path) -> str:
-    """A page with what its commands print now; `folder` is an empty one to run them in.
+    """Return a page with the current output of its commands; `folder` is an empty folder to run them in.
 
-    Of a block with the flag `figures`, whose figures are those of a machine, only the labels are compared.
+    In a block with the flag `figures`, which shows a machine's figures, only the labels are compared.
     """
     shown = [one for one in pages.blocks_of(page, text) if one.kind == "console" and not one.is_generated]
     with Sandbox(folder) as here:
@@ -147,7 +147,7 @@ def with_outputs(page: str, text: str, folder: Path) -> str:
 
 
 def _outputs(here: Sandbox, block: str) -> str:
-    """A block of `console` with what its commands print now; a line that goes on begins with `> `."""
+    """Return a `console` block with the current output of its commands; a continuation line begins with `> `."""
     printed = ""
     for command in re.findall(r"^\$ (.*(?:\n> .*)*)", block, re.MULTILINE):
         done = here.run(command.replace("\\\n> ", " "))
@@ -156,19 +156,19 @@ def _outputs(here: Sandbox, block: str) -> str:
 
 
 def _labels(block: str) -> list[str]:
-    """What stands before the first wide gap or digit of each line."""
+    """Return the part of each line before the first wide gap or digit."""
     return [re.split(r"  |[0-9]", line)[0].strip() for line in block.splitlines()]
 
 
 def error_tree() -> str:
-    """The tree that the errors' own module shows."""
+    """The tree in the docstring of the errors' module."""
     lines = (errors.__doc__ or "").splitlines()
     return textwrap.dedent("\n".join(line for line in lines if line.startswith("    ")))
 
 
 def settings_table() -> str:
-    """Every setting, from the registry."""
-    root_command()  # the options of a command are known once it is imported
+    """A table of all settings, from the registry."""
+    root_command()  # a command's options are known once it is imported
     rows = ["| key | variable | option | default | meaning |", "|---|---|---|---|---|"]
     for name, setting in SETTINGS.items():
         commands = ", ".join(options.commands_with(name))
@@ -199,11 +199,11 @@ def _run(arguments: list[str], **environment: str) -> str:
 
 
 def main() -> None:
-    """Write them."""
+    """Write all generated files."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     for path, script in (completions() | man_page()).items():
         path.write_text(script)
-    from tests.cli import test_screens  # which needs torch
+    from tests.cli import test_screens  # it imports torch
 
     for name in test_screens.VIEWS:
         (test_screens.FOLDER / f"{name}.txt").write_text(test_screens.draw(name))

@@ -1,6 +1,6 @@
-"""Runs the commands of the pages: in a folder that holds what they name, with a home and a port of its own.
+"""Run the commands of the pages in a folder with the files that they name, and with their own home and port.
 
-What the pages call by a name of the reader's has a counterpart here:
+Names on the pages that stand for the reader's own things are replaced:
 
 - `./my-model` is the model that comes with surfw, and `./my-fine-tune` the same with other weights in one layer;
 - `./my-adapter` is a LoRA adapter over `./my-model`, in peft's format;
@@ -31,17 +31,17 @@ from tests.services import warm
 from tests.services.processes import free_port
 
 NEEDS_A_NETWORK = re.compile(r"(python3 -m venv|(\S*/)?pip install|git clone) ")
-"""Commands that install something. They are not run here; `.ci/run` runs the README's test command."""
+"""Commands that install something; they are not run here. `.ci/run` runs the README's test command."""
 _LIGHT = {"stats", "config", "list", "show", "rm", "prune", "verify", "--list", "--remove", "--prune", "--help", "-h"}
-"""Words of commands that do without torch."""
+"""Words of commands that do not need torch."""
 _CONTINUED = re.compile(r"\\\n\s*")
 _REVISION = re.compile(r"\b\d+ \d{19} \d+\b")
-"""What identifies a local file's contents."""
+"""Identifies the contents of a local file."""
 _POLL_SECONDS = 0.05
 
 
 def write_adapter(folder: Path, rank: int = 4) -> None:
-    """An adapter of one module of the model that comes with surfw; of zeros, so that nothing is said otherwise."""
+    """Write an adapter of one module of the model that comes with surfw; its zeros change no answer."""
     folder.mkdir()
     module = "base_model.model.model.layers.3.self_attn.q_proj"
     width = json.loads((demo_checkpoint() / "config.json").read_text())["hidden_size"]
@@ -54,23 +54,23 @@ def write_adapter(folder: Path, rank: int = 4) -> None:
 
 @dataclass(frozen=True)
 class Done:
-    """What a command printed, on stdout and stderr together, and its exit code."""
+    """A command's output, stdout and stderr together, and its exit code."""
 
     shown: str
     code: int
 
 
 def commands(text: str) -> list[str]:
-    """The commands of a block of `sh`, without comments."""
+    """Return the commands of an `sh` block, without comments."""
     lines = (re.sub(r"(^|\s+)#.*", "", line).strip() for line in _CONTINUED.sub(" ", text).splitlines())
     return [line for line in lines if line]
 
 
 class Sandbox:
-    """A folder for the commands of one page, which is empty at first."""
+    """A folder for the commands of one page, empty at first."""
 
     def __init__(self, folder: Path, *, places: Mapping[str, str] | None = None, **variables: str) -> None:
-        """`places` replaces words of the commands; the variables are for all of them."""
+        """`places` replaces words of the commands; all commands get the variables."""
         self.folder = folder
         port = free_port()
         self._ready = f"http://127.0.0.1:{port}/readyz"
@@ -94,26 +94,26 @@ class Sandbox:
         weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
 
     def __enter__(self) -> Self:
-        """Nothing runs yet."""
+        """Start no process yet."""
         return self
 
     def new_shell(self) -> None:
-        """Forget the variables that were set."""
+        """Forget the variables that commands have set."""
         self._exported.clear()
 
     def stop(self) -> None:
-        """End what runs in the background."""
+        """End the background processes."""
         if self._server is not None:
             self._server.terminate()
             self._server.wait(20)
             self._server = None
 
     def __exit__(self, *_: object) -> None:
-        """Stop."""
+        """End the background processes."""
         self.stop()
 
     def run(self, command: str) -> Done:
-        """Run a command to its end; `surfw serve` until it is ready."""
+        """Run a command to its end, or `surfw serve` until it is ready."""
         for written, place in self._places.items():
             command = command.replace(written, place)
         command = command.removeprefix("export ")
@@ -164,7 +164,7 @@ class Sandbox:
         return Done(log.read_text(), server.wait())
 
     def _there(self, shown: str) -> str:
-        """What was printed, without places and ports of this machine."""
+        """Return the output with this machine's places and ports replaced."""
         for place, written in self._shown.items():
             shown = shown.replace(place, written)
         return _REVISION.sub("INODE TIME SIZE", shown)

@@ -1,4 +1,4 @@
-"""A real `surfw serve`, in a process of its own that has its imports done, and its statistics."""
+"""A real `surfw serve` in a process of its own, which has its imports done, and its statistics."""
 
 import contextlib
 import json
@@ -21,14 +21,14 @@ class Served:
     process: warm.Process
 
     def stats(self) -> dict[str, Any]:
-        """What `GET /stats` says."""
+        """Return the answer to `GET /stats`."""
         with urllib.request.urlopen(self.url.replace("ws://", "http://") + "/stats", timeout=10) as answer:
             return dict(json.load(answer))
 
 
 @contextlib.contextmanager
 def serve(store: Path | None, *options: str) -> Iterator[Served]:
-    """Serve a store, or what the options name in its place, on a free port."""
+    """Serve a store, or what the options name instead, on a free port."""
     place = () if store is None else ("--store", str(store))
     command = [sys.executable, "-m", "surfw", "serve", *place, "--port", "0", "--no-live", "--announce"]
     process = warm.start(

@@ -1,4 +1,4 @@
-"""Stores for tests, made without torch: random payloads behind real headers, and a manifest that fits them."""
+"""Stores for tests, made without torch: random payloads with real headers and a matching manifest."""
 
 import asyncio
 import json
@@ -23,10 +23,10 @@ def make_store(
     files: Mapping[str, bytes] = TOKENIZER,
     vocabulary: int = 9,
 ) -> Manifest:
-    """Write a model with one chunk of random bytes per size to the store at `path`, which is made if need be.
+    """Write a model with one chunk of random bytes per size to the store at `path`, which is created if missing.
 
-    The chunks are `layers.0`, `layers.1`, …, each with one `U8` tensor. Several models may share a store. Call it from
-    outside of an event loop.
+    The chunks are `layers.0`, `layers.1`, …, each with one `U8` tensor. Several models may share a store. Do not call
+    this inside an event loop.
     """
     store = Store(FilesystemBackend(path))
     asyncio.run(store.create())
@@ -48,7 +48,7 @@ def make_store(
 
 
 def write_chunk(path: Path, name: str, payload: bytes) -> Chunk:
-    """Write a blob with one tensor, and say what a manifest says of it."""
+    """Write a blob with one tensor, and return its entry for the manifest."""
     tensor = TensorInfo(f"{name}.weight", "U8", (len(payload),), 0)
     entry = {"dtype": "U8", "shape": [len(payload)], "data_offsets": [0, len(payload)]}
     header = json.dumps({tensor.name: entry}).encode().ljust(PAYLOAD_AT - 8)
@@ -73,6 +73,6 @@ def write_file(path: Path, name: str, data: bytes) -> ModelFile:
 
 
 def payload(path: Path, chunk: Chunk) -> bytes:
-    """A chunk's payload, as its blob holds it."""
+    """Return a chunk's payload from its blob."""
     location = chunk.forms[0].locations[0]
     return (path / location.object).read_bytes()[location.start : location.stop]

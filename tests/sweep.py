@@ -1,11 +1,15 @@
-"""Every model type of transformers that can be built small, through surfw: `python -m tests.sweep --part 1/8 RESULTS`.
+"""Check surfw with every small model type of transformers: `python -m tests.sweep --part 1/8 RESULTS`.
 
-Run by hand. Each type's default configuration is made small, a model of random weights is saved as transformers saves
-it, chunked, and opened over the store. It is *equal* if every tensor of the store is that of the model which
-transformers loads, and if both give the same bits, where a forward can be made of its main input; *refused* if surfw
-says in one line why; *not buildable* if transformers cannot build it from such a configuration. Anything else is a
-*crash*, and makes the exit code 1. Results are appended to RESULTS as lines of JSON;
-`python -m tests.sweep --table RESULTS` writes the table of the guide.
+Run this by hand. For each type, it shrinks the default configuration, saves a model with random weights as transformers
+does, chunks it, and opens it from the store. The outcomes are:
+
+- *equal*: every stored tensor equals that of the model which transformers loads, and both give the same bits, if the
+  model can be run with its main input alone;
+- *refused*: surfw gives the reason in one line;
+- *not buildable*: transformers cannot build the type from such a configuration;
+- *crash*: anything else; the exit code is then 1.
+
+Results are appended to RESULTS as lines of JSON; `python -m tests.sweep --table RESULTS` writes the guide's table.
 """
 
 import argparse
@@ -45,7 +49,7 @@ TABLES = (
     "IMAGE_CLASSIFICATION",
     "CTC",
 )
-"""Where the class of a model type is looked for, before the base model."""
+"""Places to look for the class of a model type, before the base model."""
 
 MOST_PARAMETERS = 40_000_000
 SECONDS = 60
@@ -70,7 +74,7 @@ ONLY_DEPTH = SIZES[2:3] + SIZES[4:5]
 
 
 def shrink(config: Any, rules: list[tuple[str, Callable[[int], int]]]) -> None:
-    """Make a configuration small, and those inside it."""
+    """Make a configuration and its inner configurations small."""
     lengths: dict[int, int] = {}
     for name, value in list(vars(config).items()):
         if isinstance(value, transformers.PreTrainedConfig):
@@ -101,7 +105,7 @@ def model_types() -> Iterator[str]:
 
 
 def class_of(model_type: str) -> Any:
-    """The class of a model type: with the head it generates or was trained with, else the base model."""
+    """The class of a model type: with the head that it generates or was trained with, else the base model."""
     for table in (*(f"MODEL_FOR_{name}_MAPPING_NAMES" for name in TABLES), "MODEL_MAPPING_NAMES"):
         found = getattr(modeling_auto, table).get(model_type)
         name = found[0] if isinstance(found, tuple) else found
@@ -111,14 +115,14 @@ def class_of(model_type: str) -> Any:
 
 
 def build(model_type: str) -> Any:
-    """A small model, or None with the reason."""
+    """Build a small model, or return None and the reason."""
     cls, reason = class_of(model_type), "it has no model class of its own"
     for rules in (SIZES, ONLY_DEPTH, []) if cls is not None else ():
         try:
             config = transformers.CONFIG_MAPPING[model_type]()
             shrink(config, rules)
             settings = {name: value for name, value in config.to_dict().items() if name not in DERIVED}
-            config = type(config).from_dict(settings)  # which is checked as a whole
+            config = type(config).from_dict(settings)  # checked as a whole below
             with torch.device("meta"):
                 count = sum(one.numel() for one in cls(copy.deepcopy(config)).parameters())
             if count > MOST_PARAMETERS:
@@ -132,7 +136,7 @@ def build(model_type: str) -> Any:
 
 
 def inputs_of(model: Any) -> dict[str, torch.Tensor] | None:
-    """The main input of a model, of random values; None where nothing simple will do."""
+    """Return the main input of a model with random values; None if it is not simple."""
     name, config = model.main_input_name, model.config
     torch.manual_seed(1)
     if name == "input_ids":
@@ -178,7 +182,7 @@ def same(seen: list[torch.Tensor], expected: list[torch.Tensor]) -> bool:
 
 
 def check(model_type: str, folder: Path) -> tuple[str, str]:
-    """What became of a model type: a word, and why."""
+    """Return the outcome for a model type, and the reason."""
     made = build(model_type)
     if isinstance(made, str):
         return "not buildable", made
@@ -211,7 +215,7 @@ def check(model_type: str, folder: Path) -> tuple[str, str]:
 
 
 def tensor_of(state: dict[str, torch.Tensor], name: str) -> torch.Tensor:
-    """A tensor of a model by the name that a store gives it, which for an expert is that of a slice of a stack."""
+    """Return a model's tensor by its name in a store; an expert's name means a slice of a stack."""
     stack, index = split_name(name) or (name, None)
     return state[name] if index is None else state[stack][index]
 
@@ -250,7 +254,7 @@ def sweep(types: list[str], results: Path) -> bool:
 
 
 def write_table(results: Path) -> None:
-    """Put the last result of each type into the guide."""
+    """Write the last result of each type into the guide."""
     found = {one["type"]: one for one in map(json.loads, results.read_text().splitlines())}
     counts = Counter(one["word"] for one in found.values())
     equal = [f"`{one['type']}`" for one in found.values() if one["word"] == "equal" and "all weights" not in one["why"]]

@@ -1,4 +1,4 @@
-"""Sizes, folders, and limits that cannot be set wrong."""
+"""Sizes, folders, and invalid limits."""
 
 import contextlib
 import dataclasses

@@ -1,4 +1,4 @@
-"""The error tree is the one its docstring draws, and every text can be acted upon."""
+"""The error tree equals the one in its docstring, and every text says what to do."""
 
 import inspect
 import re
@@ -10,7 +10,7 @@ from surfw.errors import RefusedError, RemoteProtocolError, SurfwError, UnknownM
 
 
 def drawn_tree() -> dict[str, str]:
-    """Each error of the docstring's drawing, and the one it hangs on."""
+    """The errors in the docstring's tree, each with its parent."""
     parents, path = {}, ["SurfwError"]
     for line in (errors.__doc__ or "").splitlines():
         if found := re.match(r"    ([ │├└─]+)(\w+Error)\b", line):

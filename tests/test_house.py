@@ -38,7 +38,7 @@ def test_types_are_seen_from_outside(tmp_path: Path) -> None:
         "            return other.get_cache_info()['hit_rate'] + len(await model.warmup([0]))\n"
         "asyncio.run(main())\n"
     )
-    # With the rules and the cache of the check before: alone it would take as long.
+    # Uses the rules and the cache of the previous check; a separate run would take as long.
     rules = ["--config-file", str(ROOT / "pyproject.toml"), "--cache-dir", str(ROOT / ".mypy_cache")]
     seen = os.environ | {"MYPYPATH": str(ROOT)}
     done = subprocess.run(
@@ -59,7 +59,7 @@ def test_nothing_at_the_top_level_but_what_belongs_there() -> None:
 
 
 def test_the_map_names_every_room() -> None:
-    """`surfw/README.md` has one row per room and module, and names no file that is not there."""
+    """`surfw/README.md` has one row per room and module, and names no missing file."""
     package = ROOT / "surfw"
     text = (package / "README.md").read_text()
     rows = [line for line in text.splitlines() if line.startswith("| [`")]

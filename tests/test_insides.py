@@ -1,8 +1,8 @@
-"""What surfw uses of other libraries beyond what they document: the one list of it, with the reason for each.
+"""The undocumented parts of other libraries that surfw uses: a complete list, with the reason for each.
 
-A new release may change any of these without a word. Then this file fails before anything else does, and says where to
-look. `.ci/releases.py` runs it with the lowest and the newest releases that `pyproject.toml` allows. What is not listed
-here must not be used: the second test finds private names, and imports from modules that are not public.
+A new release may change any of these without notice. Then this file fails before other tests do, and says where to
+look. `.ci/releases.py` runs it with the lowest and the newest releases that `pyproject.toml` allows. Nothing else may
+be used: the second test finds private names, and imports from modules that are not public.
 """
 
 import ast
@@ -25,11 +25,11 @@ class Inside:
     """A part of a library that its documentation does not promise.
 
     Attributes:
-        module: where it is found.
-        name: the name in that module, with dots where it is an attribute of something there.
+        module: the module that defines it.
+        name: the name in that module, with dots for an attribute.
         used_in: the module of surfw that uses it.
-        why: what for, and what there is instead.
-        takes: parameters that surfw gives it by name.
+        why: its purpose, and the public alternative.
+        takes: parameters that surfw passes by name.
     """
 
     module: str
@@ -291,7 +291,7 @@ def test_it_is_there_and_used(inside: Inside) -> None:
 
 
 def find_in_class(found: type, name: str) -> Any:
-    """A method, or what instances of the class have: a name that the source of its class sets or annotates."""
+    """Find a method, or an attribute that the source of the class sets or annotates."""
     if hasattr(found, name):
         return getattr(found, name)
     bases = [one for one in found.__mro__ if one is not object]
@@ -312,7 +312,7 @@ WATCHED = {name.partition(".")[0] for name in PUBLIC}
 
 
 def foreign_names() -> Iterator[tuple[str, str]]:
-    """What surfw imports from modules of these libraries that are not public, each with the file."""
+    """The names that surfw imports from non-public modules of these libraries, each with the file."""
     for path in sorted(PACKAGE.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             module = (node.module or "") if isinstance(node, ast.ImportFrom) else ""
@@ -328,7 +328,7 @@ def test_no_other_name_is_imported() -> None:
 
 
 def foreign_private_names() -> Iterator[tuple[str, str]]:
-    """The private attributes of others that surfw uses, each with the file: those whose line says so to the linter."""
+    """The private attributes of other libraries in surfw, with the file: those exempted from the linter."""
     for path in sorted(PACKAGE.rglob("*.py")):
         lines = path.read_text().splitlines()
         for node in ast.walk(ast.parse("\n".join(lines))):

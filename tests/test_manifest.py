@@ -1,4 +1,4 @@
-"""The format: what is written is read back, and whatever else is read is refused with one kind of error."""
+"""The format: written manifests are read back, and invalid ones are refused with one kind of error."""
 
 import copy
 import json
@@ -162,7 +162,7 @@ def test_the_digest_depends_on_what_runs_and_not_on_where_it_lies() -> None:
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The path to every value of a document."""
+    """The paths to all values of a document."""
     yield path
     if isinstance(value, dict | list):
         for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
@@ -176,7 +176,7 @@ strange = json_values | st.sampled_from(
 
 
 def consistent_or_refused(data: bytes) -> None:
-    """The invariant of the parser: a manifest that can be written and read again, or a `ManifestError`."""
+    """The parser returns a manifest that can be written and read again, or raises `ManifestError`."""
     try:
         manifest = parse_manifest(data, where="test")
     except ManifestError as error:

@@ -1,4 +1,4 @@
-"""Counters, percentiles and spans, with a clock that the test moves."""
+"""Counters, percentiles and spans, with a clock that the test advances."""
 
 import asyncio
 import json
@@ -14,7 +14,7 @@ from surfw.metrics import Latency, Metrics, hit_rate
 
 
 class Clock:
-    """Stands in for `time.perf_counter`."""
+    """Replaces `time.perf_counter`."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -147,14 +147,14 @@ def test_what_others_count_while_something_is_off_the_record_stays(clock: Clock)
     seen = []
 
     def other() -> None:
-        with counted.span("forward"), counted.span("stall"):  # from before it to within it
+        with counted.span("forward"), counted.span("stall"):  # starts before the interval and ends in it
             assert away.wait(60)
             counted.add("hits", 10)
             counted.add_seconds("decode", 0.5)
             counted.latency("fetch").observe(7.0)
             clock.now += 3
         seen.append((counted.count("hits"), counted.seconds("forward"), counted.seconds("read")))
-        with counted.span("forward"):  # from within it to behind it
+        with counted.span("forward"):  # starts in the interval and ends after it
             counted_too.set()
             assert over.wait(60)
             clock.now += 5

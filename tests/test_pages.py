@@ -1,4 +1,4 @@
-"""The pages belong together: the README leads to each of them, and no link leads nowhere."""
+"""The pages are linked: the README leads to each of them, and no link is dead."""
 
 import re
 import subprocess
@@ -13,7 +13,7 @@ LONGEST_README = 260
 
 
 def links(page: str) -> list[str]:
-    """Where a page leads within the repository, as paths from its root, with the part after `#`."""
+    """The repository's files that a page links to, as paths from its root, with the part after `#`."""
     text = re.sub(r"^```.*?^```$", "", pages.read(page), flags=re.MULTILINE | re.DOTALL)
     found = []
     for target in LINK.findall(text):
@@ -25,7 +25,7 @@ def links(page: str) -> list[str]:
 
 
 def anchors(page: str) -> set[str]:
-    """What a page's headings are called in links, as GitHub makes it."""
+    """The anchors of a page's headings, as GitHub makes them."""
     headings = re.findall(r"^#+ (.*)$", pages.read(page), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 

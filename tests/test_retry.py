@@ -1,4 +1,4 @@
-"""A retry policy says when to try again, and no more often than it was told; what a redirect changes is seen first."""
+"""A retry policy says when to try again, and limits the attempts; redirects are checked before they are followed."""
 
 import pytest
 

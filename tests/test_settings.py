@@ -1,4 +1,4 @@
-"""Every setting: from an argument, a variable, a file or its default, in this order; and what is refused."""
+"""Each setting comes from an argument, a variable, a file or its default, in this order; invalid values are refused."""
 
 import contextlib
 import dataclasses
@@ -67,7 +67,7 @@ THREE: dict[str, tuple[Any, Any, Any]] = {
     "on_missing": ("uninitialized", "error", "uninitialized"),
     "redis_url": ("redis://a", "rediss://b", "redis://c:6380/1"),
 }
-"""Of every setting, a value for the argument, the variable and the file."""
+"""Three values of each setting: for the argument, the variable and the file."""
 
 
 @pytest.fixture(autouse=True)
@@ -83,7 +83,7 @@ def toml(value: Any) -> str:
 
 
 def text(value: Any) -> str:
-    """What a variable holds."""
+    """The text of a variable."""
     return json.dumps(value) if isinstance(value, dict) else str(value)
 
 
@@ -389,7 +389,7 @@ def test_the_token_is_read_when_it_is_asked_for_and_never_shown(
     assert settings.token == "s3cret"
     monkeypatch.setenv(TOKEN_VARIABLE, "other\n")
     assert Settings().token == "other"
-    assert settings.token == Settings.load(token_file=str(file)).token == "s3cret"  # an argument goes first
+    assert settings.token == Settings.load(token_file=str(file)).token == "s3cret"  # the argument has precedence
     assert Settings.load(write(tmp_path, f'token_file = "{file}"')).token == "other"
     monkeypatch.setenv(TOKEN_VARIABLE, "")
     assert Settings.load(write(tmp_path, f'token_file = "{file}"')).token == "s3cret"

@@ -1,4 +1,4 @@
-"""Signatures: a model is what the key's owner signed, to the byte, or it is refused before anything of it is used."""
+"""Signatures: a model equals what the key's owner signed, or it is refused before it is used."""
 
 import asyncio
 import json
@@ -57,7 +57,7 @@ def made(tmp_path: Path) -> Manifest:
 
 
 def with_form(manifest: Manifest, **changes: Any) -> Manifest:
-    """The model with its first chunk's form changed."""
+    """Return the model with a changed form of its first chunk."""
     first, *others = manifest.chunks
     return replace(manifest, chunks=(replace(first, forms=(replace(first.forms[0], **changes),)), *others))
 
@@ -69,7 +69,7 @@ def test_what_is_signed_is_accepted_whatever_it_is_called_and_wherever_it_lies(m
         made,
         made.public(),
         replace(made, name="other/name"),
-        replace(made, chunks=(coded, *others)),  # it decodes to what its identity says, or not at all
+        replace(made, chunks=(coded, *others)),  # it decodes to the signed identity, or not at all
         parse_stored_manifest(encode_stored_manifest(made), where="a store"),
     ):
         KEYS.check(same, where="here")
@@ -158,7 +158,7 @@ def test_it_comes_along_over_servers_disk_caches_and_copies(
 
 
 def test_a_second_source_cannot_bring_digests_of_its_own(tmp_path: Path, made: Manifest) -> None:
-    """It claims the same payloads and has other bytes, whose digests it gives."""
+    """The second source claims the same payloads, but has other bytes and their digests."""
     evil = tmp_path / "evil"
     first = make_store(evil, sizes=[2 * MIB + 5, 20]).chunks[0]
     place = first.forms[0].locations[0]

@@ -1,4 +1,4 @@
-"""The interface of a source: only ranges that can be verified are read, and names are resolved in one way."""
+"""The interface of a source: reads are limited to verifiable ranges, and names are resolved in one way."""
 
 import asyncio
 

@@ -1,4 +1,4 @@
-"""The public suite for backends: it says what it needs, and a backend that breaks the rules does not pass it."""
+"""The public suite for backends: it says what it needs, and finds backends that break the rules."""
 
 import subprocess
 import sys

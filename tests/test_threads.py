@@ -1,4 +1,4 @@
-"""Work in threads comes to its end before whoever waits for it goes on, however often that is cancelled."""
+"""Work in threads ends before the waiting caller goes on, even if it is cancelled repeatedly."""
 
 import asyncio
 import functools

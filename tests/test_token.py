@@ -1,4 +1,4 @@
-"""The token: what is none, and that errors do not show it."""
+"""Tokens: invalid ones are refused, and errors do not show them."""
 
 import os
 from pathlib import Path

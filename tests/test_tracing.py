@@ -1,4 +1,4 @@
-"""A timeline: what the main thread did one after another, what others did meanwhile, and what a file of it says."""
+"""Traces: what the main thread did in turn, what other threads did at the same time, and a file's contents."""
 
 import io
 import json
@@ -15,14 +15,14 @@ from surfw.tracing import Span, Trace, recording, span
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The time, which a test moves."""
+    """The time, which the test advances."""
     now = [100.0]
     monkeypatch.setattr(tracing.time, "perf_counter", lambda: now[0])
     return now
 
 
 def written(trace: Trace) -> dict[str, Any]:
-    """The document that a trace is written as."""
+    """The JSON document of a trace."""
     file = io.StringIO()
     trace.write(file, version="1")
     document: dict[str, Any] = json.loads(file.getvalue())

@@ -1,4 +1,4 @@
-"""Toy models for tests without torch: manifests, the payloads behind their chunks, and a source that holds them."""
+"""Toy models for tests without torch: manifests, payloads for their chunks, and a source for them."""
 
 import asyncio
 import random
@@ -21,7 +21,7 @@ Shapes = Sequence[tuple[str, tuple[int, ...]]]
 
 
 def toy_chunk(name: str, shapes: Shapes, *, kind: str = "layer", seed: int = 0) -> tuple[Chunk, bytes]:
-    """A chunk of random bytes, and its payload."""
+    """Return a chunk of random bytes, and its payload."""
     tensors, offset = [], 0
     for index, (dtype, shape) in enumerate(shapes):
         tensors.append(TensorInfo(f"{name}.t{index}", dtype, shape, offset))
@@ -33,7 +33,7 @@ def toy_chunk(name: str, shapes: Shapes, *, kind: str = "layer", seed: int = 0) 
 
 
 def toy_manifest(chunks: Sequence[Chunk], *, order: Sequence[Use] | None = None, name: str = "toy") -> Manifest:
-    """A manifest of these chunks, each used once, in their order."""
+    """Return a manifest of these chunks, each used once, in this order."""
     return Manifest(
         name=name,
         class_name="ToyModel",
@@ -92,10 +92,10 @@ class ToySource(ChunkSource):
 
 
 class Gate:
-    """Lets fetches through one by one, from another thread, so that their order is the test's.
+    """Releases fetches one by one from another thread, so that the test determines their order.
 
-    One that is `stubborn` lets no fetch end before it is opened, not even one that is cancelled; `cancelled` says that
-    one was.
+    A `stubborn` gate ends no fetch before it is opened, not even a cancelled one; `cancelled` says whether one was
+    cancelled.
     """
 
     def __init__(self, *, stubborn: bool = False) -> None:
@@ -109,7 +109,7 @@ class Gate:
         with self._lock:
             if name not in known:
                 known[name] = Future()
-                known[name].set_running_or_notify_cancel()  # whoever stops waiting for it does not cancel it
+                known[name].set_running_or_notify_cancel()  # a caller that stops waiting does not cancel it
             return known[name]
 
     async def passes(self, name: str) -> None:
@@ -124,16 +124,16 @@ class Gate:
             raise
 
     def wait_for(self, name: str) -> None:
-        """Until a fetch of that chunk has arrived."""
+        """Wait until a fetch of this chunk has started."""
         self._happening(self._arrived, name).result(60)
 
     def open(self, name: str) -> None:
-        """Let fetches of that chunk through, from now on."""
+        """Release fetches of this chunk from now on."""
         _set(self._happening(self._opened, name))
 
 
 class Pause:
-    """A call that stops its thread until the test lets it go on."""
+    """A call that blocks its thread until the test releases it."""
 
     def __init__(self) -> None:
         self.reached, self.go_on = threading.Event(), threading.Event()
@@ -150,7 +150,7 @@ def _set(happening: "Future[None]") -> None:
 
 
 def toy_model(sizes: Sequence[int], *, kind: str = "layer") -> tuple[Manifest, ToySource]:
-    """A model with one chunk of one `U8` tensor for each size, named `c0`, `c1`, …"""
+    """Return a model with one chunk of one `U8` tensor per size, named `c0`, `c1`, …"""
     return toy_model_of(
         [toy_chunk(f"c{index}", [("U8", (size,))], kind=kind, seed=index) for index, size in enumerate(sizes)]
     )
@@ -159,13 +159,13 @@ def toy_model(sizes: Sequence[int], *, kind: str = "layer") -> tuple[Manifest, T
 def toy_model_of(
     made: Sequence[tuple[Chunk, bytes]], *, order: Sequence[Use] | None = None
 ) -> tuple[Manifest, ToySource]:
-    """A model of these chunks, and a source that has their payloads."""
+    """Return a model of these chunks, and a source with their payloads."""
     manifest = toy_manifest([chunk for chunk, _ in made], order=order)
     return manifest, ToySource({manifest.name: manifest}, {chunk.id: payload for chunk, payload in made})
 
 
 def toy_needs(manifest: Manifest) -> Needs:
-    """What a model needs in memory."""
+    """Return the memory that a model needs."""
     sizes = {
         chunk.name: buffer_capacity(plan_layout([tensor.nbytes for tensor in chunk.tensors])[1])
         for chunk in manifest.chunks
@@ -175,7 +175,7 @@ def toy_needs(manifest: Manifest) -> Needs:
 
 
 def coded_model(made: Sequence[tuple[Chunk, bytes]], *, plain: bool = True) -> tuple[Manifest, ToySource]:
-    """A model of these chunks in the form `lossless`, beside the plain one or alone."""
+    """Return a model of these chunks in the form `lossless`, with or without the plain form."""
     chunks, stored = [], {chunk.id: payload for chunk, payload in made}
     for chunk, payload in made:
         form, coded = code(chunk, payload)
@@ -186,7 +186,7 @@ def coded_model(made: Sequence[tuple[Chunk, bytes]], *, plain: bool = True) -> t
 
 
 def code(chunk: Chunk, payload: bytes) -> tuple[Form, bytes]:
-    """The form `lossless` of a chunk, and its stored bytes."""
+    """Return the form `lossless` of a chunk, and its stored bytes."""
     starts = range(0, len(payload), FRAME_BYTES)
     frames = [
         bytes(
@@ -202,11 +202,11 @@ def code(chunk: Chunk, payload: bytes) -> tuple[Form, bytes]:
 
 
 def damage(chunk: Chunk) -> Chunk:
-    """The same chunk with a digest that its bytes do not have."""
+    """Return the same chunk with a wrong digest."""
     (form,) = chunk.forms
     return replace(chunk, forms=(replace(form, blocks=bytes(len(form.blocks))),))
 
 
 def elements(shape: Sequence[int]) -> int:
-    """How many elements a tensor of that shape has."""
+    """Return how many elements a tensor of this shape has."""
     return prod(shape)

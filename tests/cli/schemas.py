@@ -1,4 +1,4 @@
-"""What commands print with `--json`, checked against the schema that is published for it."""
+"""Check the commands' `--json` output against the published schemas."""
 
 import json
 from collections.abc import Sequence
@@ -12,11 +12,11 @@ from surfw.cli.schema import schema_file
 from tests.regenerate import commands
 
 _HIDDEN = {"--list": "list", "--remove": "rm", "--prune": "prune", "--verify": "verify"}
-"""Options of `chunk` that do what other commands do."""
+"""Options of `chunk` that run another command."""
 
 
 def check(arguments: Sequence[str], printed: str) -> None:
-    """Fail if a line that the command printed is not what its schema says, or has a key that it does not tell of."""
+    """Fail if a printed line violates its schema, or has a key that the schema lacks."""
     typed = list(arguments[2:] if arguments[0] == "--config" else arguments)
     words = next((name for name in _longest_first() if typed[: name.count(" ") + 1] == name.split()), None)
     assert words is not None, arguments
@@ -35,7 +35,7 @@ def _longest_first() -> list[str]:
 
 @cache
 def validator(command: str) -> Draft202012Validator:
-    """The validator of a command's output. What is published allows keys of later versions, this does not."""
+    """A validator of the command's output. It is stricter than the schema, which allows keys of later versions."""
     return Draft202012Validator(_closed(json.loads(schema_file(command.split()).read_text())))
 
 

@@ -1,4 +1,4 @@
-"""A terminal for tests: a pty, and pyte, which shows what a person would see on it."""
+"""A terminal for tests: a pty, and pyte, which emulates the screen."""
 
 import fcntl
 import os
@@ -28,7 +28,7 @@ _TAKE_TERMINAL = (
 
 
 class Display(pyte.HistoryScreen):
-    """Pyte's terminal, with two things that it leaves out; rows that scroll out at the top are kept."""
+    """Pyte's terminal with two missing features added; rows that scroll out at the top are kept."""
 
     def __init__(self, columns: int, rows: int) -> None:
         super().__init__(columns, rows, history=1000, ratio=0.5)
@@ -39,21 +39,21 @@ class Display(pyte.HistoryScreen):
         return [row.rstrip() for row in self.display]
 
     def rows(self) -> list[str]:
-        """All rows, from the oldest that has scrolled out to the last that is not empty."""
+        """All rows, from the oldest that has scrolled out to the last one that is not empty."""
         rows = ["".join(row[at].data for at in sorted(row)).rstrip() for row in self.history.top] + self.window()
         while rows and not rows[-1]:
             rows.pop()
         return rows
 
     def draw(self, data: str) -> None:
-        """Show text; a letter of two cells that does not fit at the end of a row goes to the next."""
+        """Show text; a wide letter that does not fit at the end of a row moves to the next row."""
         for letter in data:
             if cell_len(letter) == 2 and self.cursor.x == self.columns - 1:
                 self.linefeed()
             super().draw(letter)
 
     def resize(self, lines: int | None = None, columns: int | None = None) -> None:
-        """Become larger or smaller without wrapping lines anew; what is above the window goes into its history."""
+        """Resize the window without rewrapping lines; rows above the window go into its history."""
         rows, columns = lines or self.lines, columns or self.columns
         below = self.cursor.y - (rows - 1)
         for _ in range(below):
@@ -71,11 +71,11 @@ class Display(pyte.HistoryScreen):
 
 
 class Terminal:
-    """A window that a process runs in.
+    """A window in which a process runs.
 
     Attributes:
-        seen: all that the process has written.
-        screen: what is shown of it.
+        seen: everything that the process has written.
+        screen: the emulated screen.
     """
 
     def __init__(self, columns: int, rows: int) -> None:
@@ -88,54 +88,54 @@ class Terminal:
         self.resize(columns, rows)
 
     def resize(self, columns: int, rows: int) -> None:
-        """Make the window larger or smaller; as in a terminal that does not wrap its lines anew."""
+        """Resize the window, as a terminal that does not rewrap its lines."""
         with self._changed:
             fcntl.ioctl(self.theirs, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
             self.screen.resize(rows, columns)
 
     def rows(self) -> list[str]:
-        """All rows, from the oldest that has scrolled out to the last that is not empty."""
+        """All rows, from the oldest that has scrolled out to the last one that is not empty."""
         with self._changed:
             return self.screen.rows()
 
     def shows(self, text: str) -> bool:
-        """Whether a text is to be seen, or was and has scrolled out."""
+        """Whether a text is visible, or has scrolled out."""
         return any(text in row for row in self.rows())
 
     def wait_until(self, is_so: Callable[[], bool]) -> None:
-        """Wait for something that the process writes."""
+        """Wait until the process has written something that satisfies the condition."""
         with self._changed:
             assert self._changed.wait_for(is_so, _SECONDS), self.rows()
 
     def wait_for(self, is_so: Callable[[list[str]], bool]) -> list[str]:
-        """Wait until the window is as it should be; returns its rows, those that have scrolled out left out."""
+        """Wait until the window satisfies the condition; returns its rows, without those that have scrolled out."""
         with self._changed:
             self.wait_until(lambda: is_so(self.screen.window()))
             return self.screen.window()
 
     def wait_for_text(self, text: str) -> list[str]:
-        """Wait until a text stands in the window; returns its rows."""
+        """Wait until the window shows a text; returns its rows."""
         return self.wait_for(lambda rows: any(text in row for row in rows))
 
     def read_to(self, text: str) -> None:
-        """Wait until the process has written this, also between codes; what it wrote before is done with."""
+        """Wait until the process has written this, even with codes in between; earlier output no longer counts."""
         wanted = text.encode()
         self.wait_until(lambda: wanted in self.seen[self._read :])
         self._read = self.seen.index(wanted, self._read) + len(wanted)
 
     def type(self, keys: str) -> None:
-        """Type something."""
+        """Type a text."""
         os.write(self.ours, keys.encode())
 
     def follow(self) -> None:
-        """Show what the process writes, until it ends."""
+        """Update the screen with the output until the process ends."""
         try:
             while piece := os.read(self.ours, 1 << 16):
                 with self._changed:
                     self.seen += piece
                     self._stream.feed(piece)
                     self._changed.notify_all()
-        except OSError:  # Linux's way to say that the other end is closed
+        except OSError:  # how Linux reports that the other end is closed
             pass
 
 
@@ -147,18 +147,18 @@ def terminal(
     """Run a command in a window of its own; it has ended afterwards.
 
     Args:
-        home: of the command.
+        home: the command's home.
         command: it runs in a process that has its imports done.
-        columns: of the window.
-        rows: of the window.
+        columns: the window's width.
+        rows: the window's height.
         stdout: where its stdout goes, if not to the window.
-        controls: the window is its controlling terminal, whose Ctrl-C reaches it.
-        cold: it does its imports itself, and the window controls it.
+        controls: whether the window is its controlling terminal, from which it gets Ctrl-C.
+        cold: start a new process, which does its imports itself; the window is its controlling terminal.
         **extra: variables of its environment.
     """
     window = Terminal(columns, rows)
     out = window.theirs if stdout is None else stdout.fileno()
-    own = {"TERM": "xterm-256color", "PROMPT_TOOLKIT_NO_CPR": "1"}  # nobody answers it where the cursor is
+    own = {"TERM": "xterm-256color", "PROMPT_TOOLKIT_NO_CPR": "1"}  # no one answers its query for the cursor's position
     variables = environment(home, **own | extra)
     process: subprocess.Popen[bytes] | warm.Process
     if not cold:

@@ -1,4 +1,4 @@
-"""Whoever does not belong is refused with the reason, in one line, while clients that do go on undisturbed."""
+"""Clients without access are refused in one line with the reason, while other clients continue undisturbed."""
 
 import asyncio
 import json
@@ -56,7 +56,7 @@ class World:
         return file
 
     def options(self, token: str = "good", tls: TlsFiles | None = None, *, ca: str = "ours.pem") -> list[str]:
-        """The options of a client, with what is wrong about it."""
+        """The options of a client, with one mistake."""
         tls = tls or self.client
         shown = ["--token-file", str(self.write("token", f"{token}-s3cret"))] if token else []
         if tls.certfile is not None:
@@ -65,7 +65,7 @@ class World:
 
 
 class GoodClients:
-    """Eight clients that fetch a chunk again and again, in a thread."""
+    """Eight clients in a thread that fetch a chunk again and again."""
 
     def __init__(self, world: World, url: str) -> None:
         self._world, self._url = world, url
@@ -89,7 +89,7 @@ class GoodClients:
                 await asyncio.sleep(0.1)
 
     def go_on(self) -> None:
-        """Wait until each has fetched something more."""
+        """Wait until each has fetched another chunk."""
         before = list(self._rounds)
         while not all(now > then for now, then in zip(self._rounds, before, strict=True)):
             assert not self._running.done(), self._running.result()

@@ -1,4 +1,4 @@
-"""Adapters at the command line: chunked over their base, applied, listed, and explained where no base is named."""
+"""Adapters at the command line: chunked over a base, applied, listed, and explained if no base is named."""
 
 import json
 import shutil
@@ -122,7 +122,7 @@ def test_an_answer_and_a_conversation_bear_the_name_of_the_adapter(home: Path) -
         it.read_to("base, which has no chat template")
         it.type("/model lora\r")
         it.read_to("lora, which has no chat template")
-        it.type("/model encoder\r")  # which holds no conversation: it goes on with the adapter, not with its base
+        it.type("/model encoder\r")  # it has no conversation: the session continues with the adapter
         it.read_to("so there is no conversation with it")
         it.type("/model\r")
         it.read_to("this is lora")

@@ -1,4 +1,4 @@
-"""What an address means, for all commands."""
+"""How all commands interpret an address."""
 
 import asyncio
 import http.server

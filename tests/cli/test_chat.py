@@ -1,4 +1,4 @@
-"""A session with a model, at a real terminal and in a pipe."""
+"""Chat sessions, at a real terminal and in a pipe."""
 
 import json
 import os
@@ -31,16 +31,16 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<s>assistant: {% endif %}"
 )
 TALK = ("chat", "talker", "--max-new-tokens", "700", "--temperature", "1", "--seed", "1")
-"""An answer that is long enough to be stopped, and has words."""
+"""An answer with words that is long enough to be stopped."""
 
 UP = "\x1b[A"
 PROMPT, ANSWER = "\x1b[0;1m>", "/700 tokens"
-"""What prompt_toolkit writes before a message, and what stands in the status once an answer has begun."""
+"""What prompt_toolkit writes before a message, and the status line after an answer has begun."""
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A home whose store holds a model with a chat template, and an encoder."""
+    """A home whose store has a model with a chat template, and an encoder."""
     home = tmp_path_factory.mktemp("home")
     save_llama(home / "talker", eos_token_id=None)
     (home / "talker" / "chat_template.jinja").write_text(TEMPLATE)
@@ -54,12 +54,12 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_session(home: Path, tmp_path: Path) -> None:
     saved = tmp_path / "chat.json"
-    with terminal(home, [SURFW, *TALK], columns=200, controls=True) as (it, process):  # however long the paths are
+    with terminal(home, [SURFW, *TALK], columns=200, controls=True) as (it, process):  # whatever the paths' length
         it.read_to("Ctrl-D ends the session")
         it.read_to(PROMPT)
         it.type("Weights arrive\r")
         it.read_to("reading the prompt")
-        for _ in range(3):  # the first token alone may have no text yet
+        for _ in range(3):  # the first token alone may not give text yet
             it.read_to(ANSWER)
         it.type(CTRL_C)
         it.read_to("stopped")
@@ -198,7 +198,7 @@ class _Talk:
 
 
 class _Interrupted(ThreadPoolExecutor):
-    """Has Ctrl-C come when a message has been handed over, and not before."""
+    """Sends Ctrl-C after a message has been submitted, but not earlier."""
 
     def submit(self, work: Any, /, *args: Any, **options: Any) -> Any:
         asking = super().submit(work, *args, **options)

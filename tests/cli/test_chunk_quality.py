@@ -1,4 +1,4 @@
-"""What `chunk` says of the quantised forms that it has written, and when it leaves that to another command."""
+"""What `chunk` reports about the quantised forms it has written, and when it refers to another command."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""A column shows the end of a text, and gives up what leaves it, every letter once."""
+"""A column shows the end of a text, and passes on the text that leaves it, every letter once."""
 
 from hypothesis import given
 from hypothesis import strategies as st

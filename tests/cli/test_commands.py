@@ -1,4 +1,4 @@
-"""The commands do what the pages say, through real processes."""
+"""The commands do what the pages say, in real processes."""
 
 import json
 import shutil
@@ -264,7 +264,7 @@ def test_infer_takes_a_model_and_a_prompt(home: Path) -> None:
 def test_a_folder_that_is_called_as_a_model_of_the_store_does_not_hide_it(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(home)  # where tiny and bert are folders too
+    monkeypatch.chdir(home)  # where tiny and bert are also folders
     arguments = ["-q", "--max-new-tokens", "1", "--json"]
     named = surfw(home, "infer", "tiny", "Weights", *arguments, SURFW_PORT="1")
     assert json.loads(named.stdout)["source"] == str(home / "store")

@@ -21,7 +21,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def complete(home: Path, line: str, **extra: str) -> list[str]:
-    """What is offered at the end of a line."""
+    """Return what is offered at the end of a line."""
     words = {"_SURFW_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(line.count(" "))}
     done = run(home, "", **words, **extra)
     assert (done.returncode, done.stderr) == (0, "")

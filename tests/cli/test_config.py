@@ -1,4 +1,4 @@
-"""Settings on the command line: what goes before what, `surfw config`, and how mistakes end."""
+"""Settings on the command line: precedence, `surfw config`, and errors."""
 
 import asyncio
 import json

@@ -1,4 +1,4 @@
-"""Whatever goes wrong: one clear line, exit code 1, and nothing left half-written."""
+"""Every failure gives one clear line and exit code 1, and leaves no partial output."""
 
 import http.server
 import json
@@ -28,12 +28,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def broken(checkpoint: Path, tmp_path: Path) -> Path:
-    """A copy of it to damage."""
+    """A copy of the checkpoint, to be damaged."""
     return Path(shutil.copytree(checkpoint, tmp_path / "broken"))
 
 
 def visible(store: Path) -> list[str]:
-    """Every file of a store but work in progress."""
+    """All files of a store except work in progress."""
     return sorted(str(p.relative_to(store)) for p in store.rglob("*") if p.is_file() and "partial" not in p.parts)
 
 
@@ -258,7 +258,7 @@ def test_kill_in_the_middle_of_chunk(checkpoint: Path, tmp_path: Path) -> None:
     writer.wait()
     assert visible(store / "models") == before == ["first.json"]
     (journal,) = (store / "partial").rglob("journal.jsonl")
-    whole_lines = journal.read_bytes().split(b"\n")[:-1]  # the last one may have been cut off
+    whole_lines = journal.read_bytes().split(b"\n")[:-1]  # the last one may be cut off
     done = [decode_line(line)["forms"][0]["digest"] for line in whole_lines if line]
     finished = {path: path.stat().st_ino for path in (store / "blobs").rglob("*.safetensors") if path.stem in done}
     assert len(finished) >= 2

@@ -1,4 +1,4 @@
-"""A mixture of experts at the command line: what was used is shown, and the next run begins with it."""
+"""A mixture of experts at the command line: `show` prints the usage, and the next run starts with those experts."""
 
 import json
 from pathlib import Path

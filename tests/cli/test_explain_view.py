@@ -1,4 +1,4 @@
-"""What people read of an explanation, and of a run that waited, says what is so."""
+"""The printed explanations, and the printed summary of a run that waited, are correct."""
 
 import io
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""A full screen tells its view how high it is, holds back what is logged, and leaves its last view behind."""
+"""A full screen tells its view its height, holds back log lines, and leaves the last view visible."""
 
 import asyncio
 import io
@@ -16,7 +16,7 @@ from surfw.cli.full_screen import FullScreen
 
 
 class Asks:
-    """A view that writes down which sizes it was given."""
+    """A view that records the sizes it was given."""
 
     def __init__(self) -> None:
         self.sizes: list[tuple[int, int | None]] = []
@@ -28,7 +28,7 @@ class Asks:
 
 @pytest.fixture
 def log() -> Iterator[io.StringIO]:
-    """What a handler of surfw's writes, as the command line has one."""
+    """The log, as the command line's handler writes it."""
     stream = io.StringIO()
     handler = logging.StreamHandler(stream)
     logging.getLogger("surfw").addHandler(handler)
@@ -89,7 +89,7 @@ def test_what_is_waited_for_is_no_markup(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 class Unread(io.StringIO):
-    """A terminal that takes nothing until somebody else has had a turn."""
+    """A terminal that accepts nothing until another task has run."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ def test_an_event_loop_does_not_wait_for_the_terminal() -> None:
     screen = FullScreen(Console(file=terminal, force_terminal=True, highlight=False, width=60, height=20))
 
     async def others(does: Coroutine[Any, Any, object]) -> None:
-        """Do it while nobody reads the terminal, which the loop itself does afterwards."""
+        """Run this while the terminal is not being read, and then have it read."""
         terminal.read.clear()
         doing = asyncio.create_task(does)
         await asyncio.sleep(0)

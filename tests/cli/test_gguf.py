@@ -1,4 +1,4 @@
-"""A GGUF file at the command line: chunked, run, and refused where a folder is wanted."""
+"""A GGUF file at the command line: chunked, run, and refused if a folder is required."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`--prompt-lookup` and `--draft`: the answer is the plain one, and what guessing came to is said."""
+"""`--prompt-lookup` and `--draft`: the answer stays the same, and the summary reports the guesses."""
 
 import json
 import re

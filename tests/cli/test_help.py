@@ -1,4 +1,4 @@
-"""Help is quick, imports little, and the repository shows it as it is."""
+"""Help is fast, imports little, and equals the copy in the repository."""
 
 import asyncio
 import json

@@ -1,4 +1,4 @@
-"""What people see of a run of `infer`: on a terminal, in a pipe, and when they stop it."""
+"""What `infer` shows: on a terminal, in a pipe, and when it is interrupted."""
 
 import json
 import os
@@ -20,7 +20,7 @@ CODES = "\x1b"
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A home that has the demo model's store."""
+    """A home with the demo model's store."""
     made = tmp_path_factory.mktemp("home")
     assert surfw(made, *DEMO, "1").returncode == 0
     return made
@@ -130,7 +130,7 @@ def test_after_ctrl_c_a_summary_comes_though_the_reader_of_the_text_has_ended_to
 
 
 def test_ctrl_c_in_the_first_seconds_is_answered_at_once(home: Path) -> None:
-    """Of the spinner, nothing is left, whether it waits for an import or not."""
+    """The spinner disappears, whether or not it waits for an import."""
     with terminal(home, [SURFW, *DEMO, "4"], cold=True) as (window, process):
         window.wait_until(lambda: b"importing torch" in window.seen)
         window.type("\x03")

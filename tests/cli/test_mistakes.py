@@ -1,4 +1,4 @@
-"""Mistakes that people make, what surfw says about each, and with which exit code it ends."""
+"""Users' mistakes: what surfw says about each, and the exit code."""
 
 import subprocess
 from pathlib import Path
@@ -151,7 +151,7 @@ VARIABLES = [
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A home whose default store has two models; beside it are one without a tokenizer, and two files of weights."""
+    """A home whose default store has two models, a store without a tokenizer, and two files of weights."""
     home = tmp_path_factory.mktemp("home")
     make_store(home / "store", "org/first", (5000, 6000))
     make_store(home / "store", "second", (7000,), seed=1)
@@ -162,7 +162,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(home: Path, line: str, **extra: str) -> "subprocess.CompletedProcess[str]":
-    """Run a command line, with nothing on stdin, in a process that has not imported torch."""
+    """Run a command line with an empty stdin, in a process that has not imported torch."""
     code = (
         f"import shlex, sys; sys.argv[:] = ['surfw', *shlex.split({line!r})]; from surfw.cli.main import main; main()"
     )

@@ -1,4 +1,4 @@
-"""What a command sets in its process while it opens a model lasts no longer than that."""
+"""Settings that a command makes in its process while it opens a model are undone afterwards."""
 
 import gc
 import re
@@ -52,7 +52,7 @@ def test_idle_threads_sleep_where_weights_are_streamed(
     place: str, options: tuple[str, ...], own: dict[str, str], spins: str, home: Path
 ) -> None:
     clean = {name: value for name, value in environment(home).items() if "OMP" not in name}
-    told = {"OMP_DISPLAY_ENV": "verbose", "OMP_NUM_THREADS": "2"}  # libgomp's own word for it
+    told = {"OMP_DISPLAY_ENV": "verbose", "OMP_NUM_THREADS": "2"}  # libgomp's own variable
     line = [SURFW, "infer", place, "--prompt-ids", "1,2", "--max-new-tokens", "2", "--quiet", *options]
     done = subprocess.run(line, capture_output=True, text=True, check=True, cwd=home, env=clean | told | own)
     assert set(re.findall(r"GOMP_SPINCOUNT = '(\d+)'", done.stderr)) == {spins}

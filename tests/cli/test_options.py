@@ -1,4 +1,4 @@
-"""Certificates among the options: for servers with TLS alone, and handed on to processes that are started."""
+"""Options for certificates: only for servers with TLS, and passed on to processes that are started."""
 
 from pathlib import Path
 
@@ -31,7 +31,7 @@ def test_options_are_for_servers_with_tls(tmp_path: Path) -> None:
 
 def test_settings_are_handed_on_as_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("SSL_CA_CERTS", "SSL_CERTFILE", "SSL_KEYFILE"):
-        monkeypatch.setenv(f"SURFW_{name}", "")  # so that they are put back
+        monkeypatch.setenv(f"SURFW_{name}", "")  # so that they are restored
     given = configuration(ssl_certfile="mine.pem", ssl_ca_certs="ca.pem")
     hand_on(given, TLS_SETTINGS)
     assert Settings.load().tls_for("wss://host") == TlsFiles(certfile="mine.pem", ca_certs="ca.pem")

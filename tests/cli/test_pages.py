@@ -1,4 +1,4 @@
-"""What the pages say of commands and settings works as it stands there."""
+"""The commands and settings on the pages work as written."""
 
 import contextlib
 import json
@@ -53,7 +53,7 @@ def test_settings_files_are_shown_for_all_commands_and_for_a_storage() -> None:
 
 @pytest.mark.parametrize("page", sorted({one.page for one in pages.blocks("sh")}))
 def test_the_commands_of_a_page_work(page: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    """One after another, but for those that install something; of measurements, the options are checked."""
+    """Run the commands of a page in turn, except installations; for measurements, only check the options."""
     shown = [one for one in pages.blocks("sh") if one.page == page]
     places, variables = {}, {}
     if any(BUCKET in one.text for one in shown):
@@ -72,7 +72,7 @@ def test_the_commands_of_a_page_work(page: str, tmp_path: Path, request: pytest.
 
 
 def s3_places(s3: S3Service) -> tuple[dict[str, str], dict[str, str]]:
-    """A bucket for that of the pages, and the variables that lead to it."""
+    """A bucket to replace that of the pages, and the variables to reach it."""
     variables = {"AWS_ENDPOINT_URL": s3.endpoint, "AWS_ACCESS_KEY_ID": s3.key, "AWS_SECRET_ACCESS_KEY": s3.secret}
     return {BUCKET: f"s3://{s3.bucket()}"}, variables
 

@@ -1,4 +1,4 @@
-"""Tables fit their place: broken between words, and never cut."""
+"""Tables fit their width: cells are wrapped between words and never cut."""
 
 import io
 from collections.abc import Callable

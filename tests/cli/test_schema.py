@@ -1,4 +1,4 @@
-"""Every `--json` has a schema, which refuses what lacks a key. `tests.cli.run.surfw` checks all outputs by them."""
+"""Every `--json` has a schema, which refuses output without a required key. `tests.cli.run.surfw` checks all output."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from tests.regenerate import commands, options_of
 from tests.servers import serve
 
 _OPTIONAL = {"lossless_estimate_bytes", "bytes_read", "connections", "events", "heat", "sending"}
-"""What not every model, or not every server, has."""
+"""Keys that only some models, or some servers, have."""
 WITH_JSON = [name for name in commands() if "--json" in options_of(name)]
 
 
@@ -49,7 +49,7 @@ def test_an_output_that_lacks_a_key_or_has_another_one_fails(tmp_path: Path) -> 
         for key in facts.keys() - _OPTIONAL:
             with pytest.raises(AssertionError, match=r"--json: \$"):
                 check(command, json.dumps({name: value for name, value in facts.items() if name != key}))
-        if command[0] != "config":  # whose keys are the settings that there are
+        if command[0] != "config":  # its keys are the names of the settings
             with pytest.raises(AssertionError, match="surprise"):
                 check(command, json.dumps(facts | {"surprise": 1}))
 

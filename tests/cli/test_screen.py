@@ -1,4 +1,4 @@
-"""Text runs through a terminal without losing a letter, and what stands below it is gone in the end."""
+"""Text passes through a terminal without losing a letter, and the view below it is removed at the end."""
 
 import subprocess
 import sys

@@ -1,7 +1,7 @@
-"""What each view shows, in windows of several sizes and in a pipe, as text files that people can look at.
+"""What each view shows, in windows of several sizes and in a pipe, as text files for review.
 
-`python -m tests.regenerate` writes the files in `screens/` anew. The views are those of the commands. What they
-show is made up: there is no server and no run, and the clock goes on when it is told to.
+`python -m tests.regenerate` rewrites the files in `screens/`. The views are those of the commands, with invented data:
+there is no server and no run, and the clock advances only when it is told to.
 """
 
 import asyncio
@@ -45,7 +45,7 @@ from tests.cli.test_streams import STYLE
 FOLDER = Path(__file__).parent / "screens"
 SIZES = [(80, 24), (200, 50), (46, 24)]
 Picture = Callable[[str], None]
-"""Takes a picture of the window at a moment that it is told."""
+"""Takes a picture of the window when it is told to."""
 
 SERVER = "ws://10.0.0.7:8765"
 ANSWER = (
@@ -140,7 +140,7 @@ IN_TROUBLE: ServerStats = LATER | {
 
 @dataclass
 class Clock:
-    """Stands for the module `time`; it goes on in `sleep` only, and is in Greenwich."""
+    """Replaces the module `time`; it advances only in `sleep`, and its time zone is UTC."""
 
     now: float = 0.0
     strftime = staticmethod(time.strftime)
@@ -157,7 +157,7 @@ class Clock:
 
 
 class Window(io.StringIO):
-    """A stream that is a terminal; keeps what was written to it, and what is to be seen."""
+    """A stream that is a terminal; records the output, and the visible screen."""
 
     def __init__(self, columns: int, rows: int) -> None:
         super().__init__()
@@ -195,7 +195,7 @@ class Stderr(io.StringIO):
 
 @contextlib.contextmanager
 def printing_to(stdout: TextIO, stderr: TextIO, columns: int = 80, rows: int = 24, **extra: str) -> Iterator[Clock]:
-    """Have the commands print there, and look at this clock."""
+    """Make the commands print to this window and use this clock."""
     clock = Clock()
     size = os.terminal_size((columns, rows))
     with contextlib.ExitStack() as patches:
@@ -219,7 +219,7 @@ def printing_to(stdout: TextIO, stderr: TextIO, columns: int = 80, rows: int = 2
 
 
 class Model:
-    """An open model that runs, a token at a time."""
+    """An open model whose run advances by one token at a time."""
 
     def __init__(self, clock: Clock) -> None:
         self.model = Mock(can_generate=lambda: True)
@@ -237,7 +237,7 @@ class Model:
         )
 
     def run(self, view: Any, text: str) -> None:
-        """Give the words of an answer to a view."""
+        """Give a view the words of an answer."""
         for number, word in enumerate(text.split(" ")):
             self._clock.now += 0.92
             self._read_bytes += 38_000_000
@@ -246,14 +246,14 @@ class Model:
 
 
 def _picture(view: Any, picture: Picture, moment: str) -> None:
-    """Take a picture of what a view shows now; it draws by itself a moment later."""
+    """Take a picture of the view as it is now; the view itself draws a moment later."""
     if isinstance(view, LiveView):
         view._screen.write("")
     picture(moment)
 
 
 def infer(picture: Picture, clock: Clock, *, live: Any = None) -> None:
-    """A prompt, and a run that goes to its end."""
+    """A prompt and a complete run."""
     model: Any = Model(clock)
     with choose_view("text", live=live, json=False, quiet=False) as view:
         view.phase("reading the manifest")
@@ -303,7 +303,7 @@ def talk(picture: Picture, clock: Clock) -> None:
 
 
 def serving(picture: Picture, _clock: Clock) -> None:
-    """A server that has lost its storage, Redis and clients, and is stopped then."""
+    """A server that loses its storage, Redis and clients, and is then stopped."""
     stop, number = asyncio.Event(), itertools.count()
 
     def look(**_: bool) -> ServerStats:
@@ -322,7 +322,7 @@ def serving(picture: Picture, _clock: Clock) -> None:
 
 
 def watching(picture: Picture, _clock: Clock) -> None:
-    """A server that is looked at, and that is away then."""
+    """A watched server that becomes unreachable."""
 
     number = itertools.count()
 
@@ -365,7 +365,7 @@ IN_PIPES = {"infer", "stats-watch", "chunk"}
 
 
 def draw(name: str) -> str:
-    """Everything that a view shows; the current folder is one that it may write to."""
+    """Return everything that a view shows; it may write to the current folder."""
     sections = []
     for columns, rows in SIZES + MORE_SIZES.get(name, []):
         window = Window(columns, rows)
@@ -389,7 +389,7 @@ def draw(name: str) -> str:
 
 @contextlib.contextmanager
 def prepared(name: str) -> Iterator[None]:
-    """Be in a folder that has what a view needs."""
+    """Change to a folder with the files that a view needs."""
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         if name == "chunk":
             save_llama(Path("tiny"))

@@ -1,4 +1,4 @@
-"""`serve` and `stats --watch`, on real terminals and in pipes, with a server that goes away and comes back."""
+"""`serve` and `stats --watch`, on real terminals and in pipes, with a server that becomes unreachable and returns."""
 
 import contextlib
 import json
@@ -44,7 +44,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def client() -> Iterator[list[subprocess.Popen[str]]]:
-    """Clients that are ended after the test."""
+    """Start clients that are ended after the test."""
     clients: list[subprocess.Popen[str]] = []
     yield clients
     for one in clients:
@@ -52,7 +52,7 @@ def client() -> Iterator[list[subprocess.Popen[str]]]:
 
 
 def start_client(url: str) -> subprocess.Popen[str]:
-    """A client that has read everything."""
+    """Start a client, and wait until it has read everything."""
     root = Path(__file__).parent.parent.parent
     client = subprocess.Popen(
         [sys.executable, "-c", READS, url], cwd=root, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE

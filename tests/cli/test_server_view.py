@@ -1,4 +1,4 @@
-"""What is shown of a server fits every window, with and without what older servers do not report."""
+"""The view of a server fits every window, with and without the figures that older servers do not report."""
 
 import io
 from dataclasses import replace
@@ -33,7 +33,7 @@ BUSY: ServerStats = WITH_MORE | {
 
 
 def screen(view: Any, width: int, height: int | None = None) -> list[str]:
-    """The lines of a view; on a screen, if it has a height."""
+    """The lines of a view; on a full screen if a height is given."""
     console = Console(file=io.StringIO(), width=width, height=height or 25, color_system=None)
     options = console.options.update(height=height) if height else console.options
     lines = console.render_lines(view, options, pad=False)

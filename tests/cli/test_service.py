@@ -1,4 +1,4 @@
-"""`surfw serve` as a service: its log for programs, what it tells systemd, its signals, and a restart under load."""
+"""`surfw serve` as a service: its JSON log, systemd notifications, signals, and a restart under load."""
 
 import asyncio
 import json
@@ -27,13 +27,13 @@ from tests.stores import make_store, payload
 
 TOKEN, PASSWORD = "a-token-of-ours", "a-password-of-ours"
 PATIENCE_SECONDS = 120
-"""For longer than a restart takes, however busy this machine is."""
+"""Longer than a restart takes on a busy machine."""
 MODEL_BYTES = sum(path.stat().st_size for path in demo_checkpoint().glob("*.safetensors"))
 
 
 @contextmanager
 def serving(home: Path, *options: str, port: int = 0, **variables: str) -> Iterator[tuple[warm.Process, str]]:
-    """A server without a terminal, and its address, once it is up."""
+    """Run a server without a terminal; yields it and its address once it is ready."""
     process = warm.start(
         [SURFW, "serve", "--port", str(port), "--announce", *options], modules=warm.COMMANDS,
         env=environment(home, **variables), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -49,7 +49,7 @@ def serving(home: Path, *options: str, port: int = 0, **variables: str) -> Itera
 
 
 def told(process: warm.Process) -> dict[str, Any]:
-    """The next line of a log for programs."""
+    """The next line of a JSON log."""
     assert process.stderr is not None
     line: dict[str, Any] = json.loads(process.stderr.readline())
     return line
@@ -123,7 +123,7 @@ def test_whatever_is_logged_is_one_object_a_line(tmp_path: Path) -> None:
         "try: 1 / 0\n"
         "except ZeroDivisionError as exc: Journal().note('failed', 'a bug', level=logging.ERROR, trace=exc)\n"
     )
-    ours, theirs = os.openpty()  # which breaks long lines, where they are for people
+    ours, theirs = os.openpty()  # it wraps long lines for people
     subprocess.run([sys.executable, "-c", code], stderr=theirs, check=True, env=environment(tmp_path))
     os.close(theirs)
     seen = os.read(ours, 1 << 16).decode()
@@ -164,7 +164,7 @@ def test_a_second_signal_waits_for_nobody(tmp_path: Path) -> None:
 
 
 def test_a_terminal_that_is_closed_ends_the_server(tmp_path: Path) -> None:
-    """Also one whose log goes elsewhere; another SIGHUP there is a reload."""
+    """Even if its log goes elsewhere. A SIGHUP from a process only reloads the server's files."""
     make_store(tmp_path / "store", "a", [1000])
     log = tmp_path / "log"
     ours, theirs = os.openpty()
@@ -192,7 +192,7 @@ def _wait_for(is_so: Any, process: warm.Process) -> None:
 
 
 def test_a_restart_under_load_loses_no_token(tmp_path: Path) -> None:
-    """Of a run that reads every layer for every token, beside other clients, which verify what they read."""
+    """The run reads every layer for every token, while other clients read and verify."""
     assert surfw(tmp_path, "chunk", str(demo_checkpoint()), "--name", "model").returncode == 0
     load = make_store(tmp_path / "store", "load", [2_000_000] * 4)
     right = {chunk.id: payload(tmp_path / "store", chunk) for chunk in load.chunks}
@@ -240,7 +240,7 @@ def test_a_restart_under_load_loses_no_token(tmp_path: Path) -> None:
 
 
 async def is_under_way(port: int) -> bool:
-    """Whether a server's client generates: it has read the model several times."""
+    """Whether a server's client is generating, because it has read the model several times."""
     _, _, stats = await asyncio.to_thread(fetch, port, "/stats")
     return any(
         one["model"] == "model" and one["bytes_sent"] > 5 * MODEL_BYTES for one in json.loads(stats)["connections"]

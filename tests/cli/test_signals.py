@@ -1,4 +1,4 @@
-"""Real commands, ended for real: SIGTERM and SIGHUP end them as Ctrl-C does, and nothing of theirs is left."""
+"""SIGTERM and SIGHUP end real commands as Ctrl-C does, without leftovers."""
 
 import os
 import pty
@@ -25,7 +25,7 @@ EVERY = [(INT, 130, ""), (TERM, 143, " by SIGTERM"), (HUP, 129, " by SIGHUP")]
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A home with a LLaMA that is large enough to be in the middle of something."""
+    """A home with a LLaMA that is large enough to be interrupted in the middle of a command."""
     home = tmp_path_factory.mktemp("home")
     save_llama(home / "big", layers=24, hidden=256)
     assert surfw(home, "chunk", str(home / "big")).returncode == 0
@@ -34,7 +34,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextmanager
 def running(home: Path, *command: str) -> Iterator[subprocess.Popen[str] | warm.Process]:
-    """A command in a session of its own, whose temporary files lie in `home/tmp`; surfw has its imports done."""
+    """Run a command in a session of its own, with temporary files in `home/tmp`; surfw has its imports done."""
     (home / "tmp").mkdir(exist_ok=True)
     variables = environment(home, TMPDIR=str(home / "tmp"))
     pipe = subprocess.PIPE
@@ -61,7 +61,7 @@ def wait_for(process: subprocess.Popen[str] | warm.Process, is_so: Callable[[], 
 def end(
     process: subprocess.Popen[str] | warm.Process, number: signal.Signals, *, group: bool = False
 ) -> tuple[int | None, str]:
-    """Its exit code and what it said in the end; all that it started has ended too."""
+    """Return its exit code and its last output; all processes that it started must have ended."""
     children = psutil.Process(process.pid).children(recursive=True)
     if group:
         os.killpg(process.pid, number)
@@ -82,7 +82,7 @@ def test_chunk(home: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("number", "code", "by"), EVERY)
 def test_serve_in_its_first_seconds(number: signal.Signals, code: int, by: str, home: Path, tmp_path: Path) -> None:
-    """As a terminal does it: to all processes of the group, of which one reads the checkpoint."""
+    """The signal goes to all processes of the group, as from a terminal; one of them reads the checkpoint."""
     with running(tmp_path, SURFW, "serve", str(home / "big"), "--port", "0") as process:
         wait_for(process, psutil.Process(process.pid).children)
         assert end(process, number, group=True) == (code, f"surfw: interrupted{by}")
@@ -120,7 +120,7 @@ def test_stats(home: Path) -> None:
 def test_config(home: Path) -> None:
     file = home / "settings.toml"
     os.mkfifo(file)
-    with running(home, SURFW, "--config", str(file), "config") as process, file.open("w"):  # opened: it reads
+    with running(home, SURFW, "--config", str(file), "config") as process, file.open("w"):  # opened: it reads the file
         assert end(process, TERM) == (143, "surfw: interrupted by SIGTERM")
 
 
@@ -331,8 +331,8 @@ def test_who_is_ended_at_once_leaves_the_terminal_as_it_was(tmp_path: Path) -> N
     assert termios.tcgetattr(theirs) == before
     os.close(theirs)
     seen = b""
-    with suppress(OSError):  # Linux's way to say that the other end is closed
-        while piece := os.read(ours, 1 << 16):  # one read may give a part of what was written
+    with suppress(OSError):  # how Linux reports that the other end is closed
+        while piece := os.read(ours, 1 << 16):  # one read may return a part of the output
             seen += piece
     assert seen.rindex(b"\x1b[?25h") > seen.rindex(b"\x1b[?25l")
     assert seen.rindex(b"\x1b[?1049l") > seen.rindex(b"\x1b[?1049h")

@@ -1,4 +1,4 @@
-"""The status of a run fits the window, says the most important first, and cuts nothing."""
+"""The status of a run fits the window, shows the most important figures first, and cuts none."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""`stats --store`: models, sizes, forms and what is shared."""
+"""`stats --store`: models, sizes, forms, and shared chunks."""
 
 import json
 from pathlib import Path

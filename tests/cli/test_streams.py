@@ -1,4 +1,4 @@
-"""What a command prints arrives whole, or the command fails with a line; and nothing from outside steers a terminal."""
+"""A command's output arrives whole, or the command fails with one line; text from outside cannot control a terminal."""
 
 import asyncio
 import http.server
@@ -24,13 +24,13 @@ from tests.services import warm
 from tests.wire.test_reports import STATS, WITH_MORE
 
 EVIL = "\x1b]0;owned\x07\x1b[2J\x9b2J\r\x7f\u202egpj"
-"""Sets a title, clears the screen in two ways, overwrites the line, and turns the writing around."""
+"""Sets a title, clears the screen in two ways, overwrites the line, and reverses the direction of writing."""
 STYLE = re.compile(r"\x1b\[[\d;]*m")
 
 
 @contextmanager
 def evil_server() -> Iterator[str]:
-    """Something whose statistics have the right shape and the wrong characters."""
+    """A server whose statistics have the right shape, but contain control characters."""
     stats = STATS | {"models": [EVIL], "server": {"version": EVIL, "uptime_seconds": 1}}
     stats |= {"storage": {"url": EVIL, "healthy": True}}
     client = WITH_MORE["connections"][0] | {"name": EVIL, "address": EVIL, "model": EVIL}
@@ -56,7 +56,7 @@ def evil_server() -> Iterator[str]:
 
 
 def on_a_terminal(home: Path, *command: str, **extra: str) -> tuple[int, str]:
-    """Run a command on a terminal that knows no codes, if `extra` does not say so: its exit code, and what that saw."""
+    """Run a command on a terminal, without codes unless `extra` allows them; returns its exit code and output."""
     options: dict[str, Any] = {"TERM": "dumb"} | extra
     with terminal(home, command, controls=True, **options) as (window, process):
         pass
@@ -64,7 +64,7 @@ def on_a_terminal(home: Path, *command: str, **extra: str) -> tuple[int, str]:
 
 
 def steering(text: str) -> set[str]:
-    """The characters of `EVIL` that have come through."""
+    """The control characters of `EVIL` in the output."""
     return set(text) & {letter for letter in EVIL if not letter.isprintable()}
 
 
@@ -162,7 +162,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]
 
 
 def run_in_shell(places: dict[str, str], arguments: list[str], redirections: str) -> subprocess.CompletedProcess[bytes]:
-    """A command with its streams redirected, as a shell does it."""
+    """Run a command with its streams redirected, as a shell does."""
     store = Path(places["STORE"])
     command = [SURFW, *(places.get(one, one) for one in arguments)]
     return subprocess.run(
@@ -175,11 +175,11 @@ REDIRECTED = {
     ">&-": "import os, sys; os.close(1); sys.stdout = sys.__stdout__ = None",
     ">/dev/full": "import os, sys; os.dup2(os.open('/dev/full', os.O_WRONLY), 1)",
 }
-"""What a process that has its imports done does to be as after a shell's redirection."""
+"""Code with which a process that has its imports done redirects its streams as a shell does."""
 
 
 def run_redirected(places: dict[str, str], name: str, redirection: str) -> tuple[int, str]:
-    """The exit code of one of `COMMANDS` whose stdout goes there, and what it says."""
+    """Run one of `COMMANDS` with this stdout: its exit code, and its stderr."""
     if name != "infer":
         done = run_in_shell(places, COMMANDS[name], redirection)
         return done.returncode, done.stderr.decode()
@@ -220,7 +220,7 @@ def test_without_stderr_an_error_is_its_exit_code(redirection: str, places: dict
 
 @pytest.mark.parametrize("form", [["--json"], []])
 def test_a_reader_that_leaves(form: list[str], places: dict[str, str]) -> None:
-    """As `head` does: that is no error, and the exit code is the one of other tools."""
+    """As `head` does: this is no error, and the exit code is that of other tools."""
     with subprocess.Popen(
         [SURFW, "stats", places["SERVER"], *form, "--watch", "--every", "0.1"],
         env=environment(Path(places["STORE"]).parent), stdout=subprocess.PIPE, stderr=subprocess.PIPE,

@@ -1,4 +1,4 @@
-"""`infer --trace` and `stats --run`, through real processes."""
+"""`infer --trace` and `stats --run`, in real processes."""
 
 import json
 from itertools import pairwise
@@ -27,7 +27,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def traced(home: Path, source: str, *options: str) -> dict[str, Any]:
-    """The trace of a run over this source."""
+    """The trace of a run with this source."""
     file = home / "run.json"
     made = ("--prompt", "Weights", "--max-new-tokens", "3", "--cache-layers", "1", "--trace", str(file))
     done = surfw(home, "infer", source, "--model", "tiny", *made, *options)
@@ -37,7 +37,7 @@ def traced(home: Path, source: str, *options: str) -> dict[str, Any]:
 
 
 def check_tiles(trace: dict[str, Any]) -> None:
-    """The main thread's spans follow one another, and cover the time but for 2 %."""
+    """The main thread's spans do not overlap, and cover all of the time but 2 %."""
     main = sorted((e for e in trace["traceEvents"] if e["ph"] == "X" and e["tid"] == 1), key=lambda e: e["ts"])
     for one, following in pairwise(main):
         assert one["ts"] + one["dur"] <= following["ts"] + 0.01

@@ -1,4 +1,4 @@
-"""Sparklines and heat strips: every line fits, and says what was read."""
+"""Sparklines and heat strips: every line fits, and shows the data."""
 
 from dataclasses import replace
 

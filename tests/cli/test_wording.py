@@ -1,4 +1,4 @@
-"""Errors of the library come to the command line in options' words."""
+"""At the command line, the library's errors name options."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The workflow for GitHub Actions is YAML, and its steps do what they say."""
+"""The workflow for GitHub Actions is valid YAML, and its steps work."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""A store with small models of several kinds, chunked once for all tests of this room."""
+"""A store with small models of several kinds, chunked once for all tests in this folder."""
 
 import asyncio
 import shutil
@@ -31,7 +31,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def store(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store that holds them all."""
+    """A store with all of them."""
     path = tmp_path_factory.mktemp("store")
     shutil.rmtree(path)
     for folder in sorted(checkpoints.iterdir()):
@@ -42,7 +42,7 @@ def store(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _no_thread_is_left() -> Iterator[None]:
-    """Whatever a test does, every thread of surfw that it started has ended after it."""
+    """Every thread of surfw that a test started has ended after the test."""
     before = set(threading.enumerate())
     yield
     started = set(threading.enumerate()) - before

@@ -1,4 +1,4 @@
-"""Adapters over a base: the bits of peft over the resident model, and nothing of the base read or stored twice."""
+"""Adapters give the bits of peft over the resident model, and no part of the base is read or stored twice."""
 
 import asyncio
 import contextlib
@@ -25,7 +25,7 @@ from tests.servers import serve
 
 IDS = torch.tensor([[5, 9, 70, 3, 41, 8], [1, 2, 3, 4, 5, 6]])
 HEADER_BYTES = 4096
-"""What stands before a payload in its blob."""
+"""The header before a payload in its blob."""
 
 THREE = {
     "a": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},
@@ -122,7 +122,7 @@ def test_switching_gives_pefts_bits_and_reads_no_chunk_of_the_base(place: Place,
     [
         ("llama", torch.bfloat16, THREE["b"]),
         ("gpt2", torch.float16, {"target_modules": ["c_attn", "wte"], "fan_in_fan_out": True}),
-        ("mamba", torch.float32, {"target_modules": ["in_proj", "x_proj"]}),  # whose inputs lie transposed in memory
+        ("mamba", torch.float32, {"target_modules": ["in_proj", "x_proj"]}),  # its weights are transposed in memory
         ("bert", torch.float32, {"target_modules": ["query", "dense"], "lora_bias": True, "modules_to_save": ["cls"]}),
     ],
 )
@@ -259,7 +259,7 @@ def test_a_conversation_reads_all_again_with_another_adapter(place: Place) -> No
 
 
 def test_memory_grows_by_the_adapters_only(tmp_path: Path) -> None:
-    """20 over one base: switched between, loaded into one model, and in as many models that are open together."""
+    """Twenty adapters over one base: switched in turn, loaded into one model, and in twenty open models."""
     settings = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
     save_llama(tmp_path / "base", hidden=256)
     store, names = tmp_path / "store", [f"adapter-{index}" for index in range(20)]
@@ -267,10 +267,10 @@ def test_memory_grows_by_the_adapters_only(tmp_path: Path) -> None:
     expected, adapter_bytes = {}, 0
     for seed, name in enumerate(names):
         save_adapter(tmp_path / "base", tmp_path / name, seed=seed, **settings)
-        adapter_bytes = chunk_adapter(tmp_path / name, store, "base").payload_bytes  # of each the same
+        adapter_bytes = chunk_adapter(tmp_path / name, store, "base").payload_bytes  # each of the same size
         if seed in {0, 19}:
             expected[name] = logits(with_peft(tmp_path / "base", tmp_path / name))
-    most = base_bytes + 7 * 2 * 4096  # each of its chunks is mapped with the header before it, and in whole pages
+    most = base_bytes + 7 * 2 * 4096  # each chunk is mapped with its header, in whole pages
     with StreamingModel.open(store, "base", memory_budget="1GB") as model:
         logits(model)
         for name in names:
@@ -282,7 +282,7 @@ def test_memory_grows_by_the_adapters_only(tmp_path: Path) -> None:
             assert torch.equal(found, expected.get(name, found))
         for name in names:
             model.load_adapter(name)
-        assert model._client.source.fetched_bytes == base_bytes + 39 * adapter_bytes  # of the last one was there
+        assert model._client.source.fetched_bytes == base_bytes + 39 * adapter_bytes  # the last one was loaded
         rounded = buffer_capacity(adapter_bytes // 4) * 4  # a chunk for each layer
         assert model._open_here().adapters.held_bytes == 20 * rounded
         assert model._open_here().claim.open_bytes + 20 * rounded == model._engine.claimed_bytes
@@ -301,7 +301,7 @@ def test_memory_grows_by_the_adapters_only(tmp_path: Path) -> None:
 
 
 def mapped_bytes(store: Path) -> int:
-    """What this process has mapped of the files of a store."""
+    """How many bytes of a store's files this process has mapped."""
     lines = Path("/proc/self/maps").read_text().splitlines()
     spans = [line.split()[0].split("-") for line in lines if str(store) in line]
     return sum(int(stop, 16) - int(start, 16) for start, stop in spans)

@@ -1,4 +1,4 @@
-"""There is one least budget, the same wherever it is shown and wherever weights come from, and a model runs with it."""
+"""The smallest budget is the same wherever it is shown and wherever weights come from, and it suffices."""
 
 import asyncio
 import re
@@ -32,7 +32,7 @@ IDS = torch.arange(3, 9)[None]
 
 
 def build(family: str) -> Any:
-    """A model with a table that is looked up in by rows, and layers of more than a block."""
+    """A model with a table whose rows are looked up, and layers of more than a block."""
     torch.manual_seed(0)
     if family == "llama":
         config = LlamaConfig(
@@ -57,7 +57,7 @@ CASES = [
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: "-".join(map(str, case)))
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
-    """A model in a store, behind a server, and in place; the dtype it is run in, and the planned least budget."""
+    """A model in a store, behind a server, and in place; its dtype, and its planned smallest budget."""
     family, stored, dtype = request.param
     folder = tmp_path_factory.mktemp(family)
     build(family).to(getattr(torch, stored)).save_pretrained(folder / "m")
@@ -73,7 +73,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         yield {
             "sources": [str(folder / "store"), served.url, str(folder / "in-place")],
             "dtype": dtype,
-            "is_streamed": family == "llama",  # the others are so small that all of them fits into it
+            "is_streamed": family == "llama",  # the other models fit into it completely
             "planned": planned_bytes,
             "inputs": {"input_ids": IDS} | ({"decoder_input_ids": IDS} if family == "t5" else {}),
             "resident": resident,
@@ -81,7 +81,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def refused(source: str, dtype: str | None, budget: int) -> tuple[int, int]:
-    """The least budget that an error names for this source, and for any other."""
+    """The smallest budget that an error names for this source, and for any other source."""
     with pytest.raises(
         ConfigurationError, match=r"too small for m, which needs .* at least.*; give that or more$"
     ) as no:

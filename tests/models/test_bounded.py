@@ -1,4 +1,4 @@
-"""A model takes no more memory than it was given: by its own account at every layer, and by that of the system."""
+"""A model stays within its memory budget: by its own count at every layer, and by the system's."""
 
 import asyncio
 import inspect
@@ -26,12 +26,12 @@ from surfw.storage import open_backend
 from tests.checkpoints import resident
 
 SLACK = 48 * MIB
-"""For activations, what kernels and allocators keep, and the interpreter's own objects."""
+"""For activations, memory kept by kernels and allocators, and the interpreter's own objects."""
 
 
 @pytest.fixture(scope="session")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store with a model of 200 MB in 20 layers, and a very small one of the same kind."""
+    """A store with a model of 200 MB in 20 layers, and a tiny one of the same kind."""
     folder = tmp_path_factory.mktemp("bounded")
     sizes = {"large": (512, 2048, 20, 16384), "small": (64, 96, 2, 512)}
     for name, (hidden, inner, layers, vocabulary) in sizes.items():
@@ -99,7 +99,7 @@ def in_a_process(*arguments: str) -> dict[str, Any]:
 
 
 def test_the_process_takes_what_the_budget_says_and_a_larger_one_reads_less(large: Path) -> None:
-    """In one process, from the smallest budget up, so that its high-water mark after each is that budget's."""
+    """All budgets run in one process, smallest first, so that each sets a new high-water mark."""
     shares = [0.0, 0.5, 1.0]
     told = in_a_process(sys.executable, "-c", RUN, str(large), json.dumps(shares))
     runs = told["runs"]
@@ -145,9 +145,9 @@ print(json.dumps(told))
 
 @pytest.mark.parametrize("first", ["run", "not yet run"])
 def test_two_models_do_not_promise_themselves_the_same_memory(first: str, large: Path) -> None:
-    """The group has 300 MiB to spare; the first model takes 200 MB of it, and the second one what is left.
+    """The group has 300 MiB to spare; the first model takes 200 MB of it, and the second one the rest.
 
-    Where the first one has run, all its weights are there; as the second one is the same, it takes these.
+    After the first model has run, all its weights are in memory; the second model is the same, so it shares these.
     """
     spare = 300 * MIB
     with ExitStack() as made:
@@ -182,7 +182,7 @@ def cache_of(model: StreamingModel) -> int:
 
 
 def watch(model: StreamingModel) -> list[int]:
-    """What is held at the end of each module's forward from now on, by the model's own account."""
+    """Record the model's own count of its memory at the end of each module's forward."""
     held: list[int] = []
 
     def look(*_: Any) -> None:
@@ -272,7 +272,7 @@ def test_a_budget_that_surfw_found_out_only_warns(
     with caplog.at_level(logging.WARNING, "surfw"), StreamingModel.open(str(store), "llama") as model:
         eos = int(model.generate(PROMPT, **GREEDY)[0, 20])
         assert caplog.messages == []
-        for _ in range(2):  # it is said once
+        for _ in range(2):  # it is reported once
             ended = model.generate(PROMPT, **GREEDY | {"max_new_tokens": 1000, "eos_token_id": eos})
             assert ended.shape == (8, 21)
     (message,) = caplog.messages

@@ -1,4 +1,4 @@
-"""A store whose files are changed in place while a model has them mapped: that is an error, and no other result."""
+"""Changing a store's files in place while a model has them mapped gives an error, and never another result."""
 
 import asyncio
 import shutil
@@ -25,7 +25,7 @@ def copy(store: Path, tmp_path: Path) -> Path:
 
 
 def blob_of(store: Path) -> tuple[Path, int]:
-    """The file of the second layer, and where its payload begins."""
+    """The file of the second layer, and its payload's offset."""
     manifest = asyncio.run(Store(FilesystemBackend(store)).manifest("llama"))
     chunk = next(one for one in manifest.chunks if one.name.endswith("layers.1"))
     at = chunk.forms[0].locations[0]
@@ -41,7 +41,7 @@ def test_a_change_in_place_is_an_error_at_the_next_pass(copy: Path) -> None:
             blob.write(b"\x55\x55")
         with pytest.raises(IntegrityError, match=r"was changed in .* while it was in use"):
             model(input_ids=IDS)
-        shutil.rmtree(copy)  # what is mapped stays, and is still known to be changed
+        shutil.rmtree(copy)  # the mapping remains, and still counts as changed
         with pytest.raises(IntegrityError, match=r"was changed in .* while it was in use"):
             model(input_ids=IDS)
     assert bool(before.isfinite().all())

@@ -1,4 +1,4 @@
-"""Chat templates give what transformers makes of them; one that has no end is ended."""
+"""Chat templates give the same text as in transformers; endless templates are stopped."""
 
 import re
 import time

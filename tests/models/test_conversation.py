@@ -1,4 +1,4 @@
-"""Every turn of a conversation gives the tokens of a new generation, and the model reads only what is new to it."""
+"""Every turn of a conversation gives the tokens of a fresh generation, and the model reads only new tokens."""
 
 import asyncio
 from collections.abc import Callable, Iterator
@@ -41,11 +41,11 @@ MODELS = {
     "bloom": {},
     "mamba": {},
 }
-"""Without a chat template, in the order of `FAMILIES`, and what is set in them."""
+"""Models without a chat template, in the order of `FAMILIES`, with the settings that are changed."""
 
 
 def save_other(path: Path, name: str, settings: dict[str, Any]) -> None:
-    """A model of another family, with the tokenizer of the LLaMA."""
+    """Save a model of another family with the LLaMA's tokenizer."""
     save_llama(path)
     family = FAMILIES[name]
     config = getattr(transformers, family.class_name).config_class
@@ -57,7 +57,7 @@ def save_other(path: Path, name: str, settings: dict[str, Any]) -> None:
 
 
 def save_metaspace(path: Path) -> None:
-    """A LLaMA with a tokenizer of the SentencePiece kind, whose tokens are words with the space before them."""
+    """Save a LLaMA with a SentencePiece-like tokenizer, whose tokens are words with the preceding space."""
     save_llama(path, vocab_size=300, eos_token_id=None)
     words = {f"\u2581w{n}": n for n in range(299)}
     tokenizer = Tokenizer(models.WordLevel({**words, "<unk>": 299}, unk_token="<unk>"))
@@ -92,7 +92,7 @@ def store(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def opened(store: Path) -> Iterator[Callable[..., StreamingModel]]:
-    """Opens models of the store by name; they are closed in the end."""
+    """Opens models of the store by name; all are closed at the end."""
     made: list[StreamingModel] = []
 
     def open_model(name: str, **options: Any) -> StreamingModel:
@@ -105,7 +105,7 @@ def opened(store: Path) -> Iterator[Callable[..., StreamingModel]]:
 
 
 def fresh(checkpoints: Path, name: str, ids: list[int], count: int) -> list[int]:
-    """What transformers generates when it is given the whole conversation."""
+    """What transformers generates from the whole conversation."""
     given = torch.tensor([ids])
     output = resident(checkpoints, name).generate(
         given, attention_mask=torch.ones_like(given), max_new_tokens=count, do_sample=False, pad_token_id=0
@@ -124,7 +124,7 @@ def rendered(checkpoints: Path, name: str, messages: list[dict[str, str]]) -> li
 
 
 def expect_fresh(checkpoints: Path, name: str, conversation: Conversation, said: str, count: int = 6) -> Turn:
-    """The next turn gives what a new generation of the whole conversation gives."""
+    """Check that the next turn equals a fresh generation from the whole conversation."""
     messages = [*conversation.messages, {"role": "user", "content": said}]
     ids = rendered(checkpoints, name, messages)
     turn = conversation.ask(said)
@@ -157,7 +157,7 @@ def test_without_a_template_all_goes_on_as_one_text(
     if name == "mamba":
         assert not any(known), "a recurrent state takes one token at a time"
         assert (facts.cached_tokens, facts.kv_cache_bytes) == (0, 0)
-    elif "sliding_window" not in MODELS[name]:  # there, a border that the tokenizer moves costs the cache
+    elif "sliding_window" not in MODELS[name]:  # there, a token border moved by the tokenizer invalidates the cache
         assert known == [False, True, True, True, True, True]
 
 
@@ -301,7 +301,7 @@ def test_half_a_character_is_no_part_of_the_conversation(opened: Callable[..., S
 
 
 def test_memory_for_the_whole_conversation(opened: Callable[..., StreamingModel]) -> None:
-    """The budget is what the first turn needs, and a little more."""
+    """The budget is slightly larger than the first turn needs."""
     free = opened("llama")
     probe = Conversation(free, max_new_tokens=6)
     per_token = probe.ask(SAID[0]) and probe.facts().kv_cache_bytes // probe.facts().cached_tokens
@@ -354,7 +354,7 @@ def test_a_conversation_is_with_one_model(opened: Callable[..., StreamingModel],
     model = opened("llama")
     conversation = Conversation(model, max_new_tokens=6)
     conversation.ask(SAID[0])
-    model.switch("forgetful")  # whose KV cache has the same shape
+    model.switch("forgetful")  # its KV cache has the same shape
     with pytest.raises(ConfigurationError, match="with llama, and forgetful has taken its place"):
         conversation.ask(SAID[1])
     model.switch("llama")

@@ -1,4 +1,4 @@
-"""Torch's default dtype is one for the process: a model that runs does not see the one that another is built under."""
+"""Torch's default dtype is global: a model that runs is not affected by another that is being built."""
 
 import threading
 import time
@@ -26,7 +26,7 @@ LLAMA = "llama"
 
 
 def until(true: Callable[[], object]) -> None:
-    """Wait for what has no event."""
+    """Wait for a condition that has no event."""
     end = time.monotonic() + 60
     while not true():
         assert time.monotonic() < end
@@ -34,20 +34,20 @@ def until(true: Callable[[], object]) -> None:
 
 
 def is_building() -> bool:
-    """Whether a build waits for the runs, or goes on."""
+    """Whether a build is waiting for the runs, or is in progress."""
     return runs.build is not None
 
 
 @pytest.fixture(autouse=True)
 def _as_it_was() -> Iterator[None]:
-    """Whatever happens, nobody computes or builds afterwards, and the default dtype is the old one."""
+    """After each test, nothing runs or builds, and the default dtype is the old one."""
     yield
     assert (runs.build, runs.builder, runs._computing) == (None, None, set())
     assert torch.get_default_dtype() == torch.float32
 
 
 class Watched(LlamaForCausalLM):
-    """A model whose building is an event."""
+    """A model that sets an event while it is built."""
 
     config_class = LlamaConfig
     while_building: Callable[[], object] = staticmethod(lambda: None)
@@ -89,7 +89,7 @@ def test_a_layer_makes_its_tensors_as_if_nobody_built(store: Path, monkeypatch: 
     def while_building() -> None:
         built.append(torch.get_default_dtype())
         inside.set()
-        until(lambda: computed.is_set() or is_building())  # one way or the other, both threads come to their end
+        until(lambda: computed.is_set() or is_building())  # both threads end, with or without an error
 
     monkeypatch.setattr(Watched, "while_building", while_building)
     with opened(store) as [model]:
@@ -145,8 +145,8 @@ def test_hooks_of_several_runs_build_models_at_once(store: Path) -> None:
 
     def build() -> None:
         if meeting.wait(60):
-            until(is_building)  # by the other one, who waits for this run
-        found.append(skeleton_of(LLAMA, dtype=torch.bfloat16).dtype)  # without a wait for a manifest
+            until(is_building)  # the other thread builds, and waits for this run
+        found.append(skeleton_of(LLAMA, dtype=torch.bfloat16).dtype)  # without waiting for a manifest
 
     with opened(store, 2) as models:
         for model in models:
@@ -167,7 +167,7 @@ def test_a_run_uses_a_model_that_another_thread_is_just_opening(store: Path) -> 
 
     def use() -> None:
         started.set()
-        until(is_building)  # it waits for this very run, and has begun to open the model
+        until(is_building)  # it waits for this run, and has begun to open the model
         assert both(input_ids=IDS).logits.dtype == torch.bfloat16
 
     with opened(store) as [model]:
@@ -198,7 +198,7 @@ def test_a_run_waits_for_a_model_whose_run_waits_for_a_build(store: Path, use: C
         def in_second() -> None:
             second_in.set()
             until(is_building)
-            until(lambda: len(runs._computing) == 1)  # the first waits at its next layer
+            until(lambda: len(runs._computing) == 1)  # the first run waits at its next layer
             handle.remove()
             use(first)
 
@@ -215,7 +215,7 @@ def test_a_run_waits_for_a_model_whose_run_waits_for_a_build(store: Path, use: C
 
 
 class ThreeThreads:
-    """A thread that computes from the start, one that builds, and one that waits at a layer until they have met."""
+    """One thread computes from the start, one builds, and one waits at a layer until the others have met."""
 
     def __init__(self, run: Run) -> None:
         self.computed, self.inside, self.built = threading.Event(), threading.Event(), threading.Event()

@@ -1,4 +1,4 @@
-"""An explanation fits the plan and its own measurements, leaves no trace, and knows what limits a model."""
+"""An explanation matches the plan and its measurements, has no side effects, and names a model's limit."""
 
 import asyncio
 from dataclasses import replace
@@ -19,7 +19,7 @@ SLOW, FAST = Reading(stored_bytes=1000, seconds=1.0), Reading(stored_bytes=1000,
 
 
 def check(one: Explanation, model: StreamingModel) -> None:
-    """What has to hold of every explanation."""
+    """Check what holds for every explanation."""
     plan = model.plan
     assert one.model == model.manifest.name
     assert one.layers == len(model.layers)
@@ -85,7 +85,7 @@ def test_the_least_budget_is_just_enough(store: Path) -> None:
         check(found, model)
         assert (found.unit, found.reserved_bytes) == ("passes", 0)
     with pytest.raises(ConfigurationError, match=f"{least} bytes"):
-        StreamingModel.open(store, "bert", memory_budget=least // 4)  # a local store may do with a little less
+        StreamingModel.open(store, "bert", memory_budget=least // 4)  # a local store may need slightly less
 
 
 def test_one_gb_more_is_planned_and_not_guessed(store: Path) -> None:
@@ -198,7 +198,7 @@ def test_a_pass_that_is_broken_off_is_scaled_up_from_the_layers_that_ran(store: 
         found = model.explain()
         hook.remove()
         sizes = {chunk.name: chunk.payload_bytes for chunk in model.manifest.chunks}
-        embedded = sizes["model.embed_tokens"]  # the head multiplies by it, too
+        embedded = sizes["model.embed_tokens"]  # the head shares these weights
         ran = embedded + sum(sizes[name] for name in model.layers[:3])
         assert found.compute_share == pytest.approx(ran / (embedded + sum(sizes.values())))
         assert found.computing_ceiling == pytest.approx(1 / (found.compute_seconds or 0))

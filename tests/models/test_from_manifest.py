@@ -1,4 +1,4 @@
-"""From a manifest that somebody else wrote to a model, with nothing believed on the way."""
+"""Building a model from an untrusted manifest: everything is checked."""
 
 import asyncio
 import json
@@ -211,7 +211,7 @@ def steps(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 
 
 def with_dtype(manifest: Manifest, tensor: str, dtype: str) -> Manifest:
-    """The manifest with another dtype for a tensor, and nothing else that a rule of the format is broken by."""
+    """The manifest with another dtype for a tensor, which violates no rule of the format."""
 
     def change(chunk: Chunk) -> Chunk:
         tensors, offset = [], 0

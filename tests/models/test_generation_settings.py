@@ -1,4 +1,4 @@
-"""A model's own generation settings count as transformers would have them, but for what makes more than one answer."""
+"""A model's own generation settings apply as in transformers, except those that give more than one answer."""
 
 import copy
 import logging
@@ -60,7 +60,7 @@ def llama(store: Path) -> Iterator[StreamingModel]:
 def test_own_settings(
     settings: dict[str, Any], same_as: dict[str, Any] | None, llama: StreamingModel, checkpoints: Path
 ) -> None:
-    """Greedy in all cases: what is about sampling, beams and outputs changes nothing, the rest does what it does."""
+    """Decoding is always greedy: settings for sampling, beams and outputs have no effect, all others do."""
     made = resident(checkpoints, "llama")
     fixed = settings if same_as is None else same_as
     ids = torch.tensor([PROMPT])

@@ -1,4 +1,4 @@
-"""What each head says is what transformers' own model gives, in a form for people; what has no such form is refused."""
+"""Each head's printed output equals that of transformers' model; heads without such an output are refused."""
 
 import asyncio
 import copy
@@ -58,7 +58,7 @@ class Maker:
     def model(
         self, class_name: str, settings: dict[str, Any], tokenizer: str = "BertTokenizer", **more: str
     ) -> StreamingModel:
-        """A model of that class, with a tokenizer of words."""
+        """Make a model of this class, with a tokenizer of words."""
         torch.manual_seed(5)
         self.path = self.folder / f"model-{len(self.opened)}"
         cls = getattr(transformers, class_name)
@@ -72,12 +72,12 @@ class Maker:
         return self.opened[-1]
 
     def resident(self) -> Any:
-        """The last one, as transformers loads it."""
+        """The last model made, loaded by transformers."""
         cls = getattr(transformers, json.loads((self.path / "config.json").read_text())["architectures"][0])
         return copy.deepcopy(cls.from_pretrained(self.path))
 
     def output(self, *texts: Any, **options: Any) -> Any:
-        """What transformers' model gives for these texts."""
+        """The output of transformers' model for these texts."""
         inputs = AutoTokenizer.from_pretrained(self.path)(*texts, return_tensors="pt", **options)
         with torch.no_grad():
             return self.resident()(**inputs)
@@ -212,7 +212,7 @@ def test_whether_a_sentence_follows(class_name: str, settings: dict[str, Any], m
     (one,) = predictions(model, TEXT, OTHER)
     inputs = AutoTokenizer.from_pretrained(made.path)(TEXT, OTHER, return_tensors="pt")
     if class_name.startswith("FNet"):
-        inputs.pop("attention_mask")  # which it does not take
+        inputs.pop("attention_mask")  # which the model does not accept
     with torch.no_grad():
         expected = made.resident()(**inputs).logits[0].softmax(-1).tolist()
     seen = {found["text"]: found["probability"] for found in one["candidates"]}
@@ -304,7 +304,7 @@ def test_the_text_part_of_a_model_of_two_kinds(class_name: str, made: Maker) -> 
 def test_a_model_without_a_head_gives_the_mean_and_says_so(
     class_name: str, settings: dict[str, Any], made: Maker
 ) -> None:
-    model = made.model(class_name, settings)  # any tokenizer will do for CANINE, whose ids are characters
+    model = made.model(class_name, settings)  # CANINE's ids are characters, so any tokenizer works
     result = ask(model)
     inputs = AutoTokenizer.from_pretrained(made.path)(TEXT, return_tensors="pt")
     if class_name.startswith("FNet"):

@@ -1,4 +1,4 @@
-"""One prompt through a model: the tokens are transformers', the times the clock's, and mistakes are explained."""
+"""One prompt through a model: tokens equal those of transformers, times those of the clock, and errors explain."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ PROMPT = "Weights arrive while"
 
 @pytest.fixture
 def opened(store: Path) -> Iterator[Callable[[str], StreamingModel]]:
-    """Opens models of the store by name; they are closed in the end."""
+    """Opens models of the store by name; all are closed at the end."""
     models: list[StreamingModel] = []
 
     def open_model(name: str) -> StreamingModel:
@@ -94,7 +94,7 @@ def test_an_encoder_and_decoder_generate(opened: Callable[[str], StreamingModel]
     seconds = [when for _, when in tokens]
     assert result.token_ids == greedy(checkpoints, "t5", [5, 9, 77], 4)
     assert result.prompt_tokens == 3
-    assert len(seconds) == len(result.token_ids)  # the decoder's start is not one of them
+    assert len(seconds) == len(result.token_ids)  # the decoder's start token is not counted
     assert result.ttft_seconds == seconds[0]
 
 
@@ -273,7 +273,7 @@ def test_an_exception_of_the_callers_own_comes_back_as_it_is(
     def fail(*_: object) -> None:
         raise mine
 
-    request = InferenceRequest(prompt=PROMPT, max_new_tokens=5000)  # too many positions, which is not to blame
+    request = InferenceRequest(prompt=PROMPT, max_new_tokens=5000)  # too many positions, which are not the cause
     with pytest.raises(kind) as caught:
         answer(llama, tokenizer, request, **{which: fail})
     assert caught.value is mine

@@ -1,4 +1,4 @@
-"""How large a generation may become is read from what generate() is called with, as transformers reads it."""
+"""A generation's maximum length is derived from the arguments of generate(), as in transformers."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +13,7 @@ IDS = torch.ones(2, 7, dtype=torch.long)
 
 
 def size(*args: Any, model_config: dict[str, Any] | None = None, encoder: bool = False, **kwargs: Any) -> Any:
-    """Of a call on a model with these generation settings."""
+    """The maximum length of a call on a model with these generation settings."""
     model = SimpleNamespace(
         config=SimpleNamespace(is_encoder_decoder=encoder), generation_config=GenerationConfig(**model_config or {})
     )

@@ -1,4 +1,4 @@
-"""Many prompts together: the answers of the resident model under transformers' continuous batching."""
+"""Many prompts in a batch: the answers equal those of the resident model under transformers' continuous batching."""
 
 import asyncio
 import copy
@@ -65,7 +65,7 @@ def prompts(count: int, longest: int = 40) -> list[list[int]]:
 def reference(
     model: Any, asked: list[list[int]], *, sequences: int, pages: int, tokens: int = many.MOST_TOKENS
 ) -> list[list[int]]:
-    """What transformers' own loop gives for the resident model, all prompts given before it starts."""
+    """The answers of transformers' own loop with the resident model, with all prompts given at the start."""
     manager = copy.deepcopy(model).init_continuous_batching(
         generation_config=GenerationConfig(max_new_tokens=NEW, do_sample=False, eos_token_id=5, pad_token_id=0),
         continuous_batching_config=ContinuousBatchingConfig(
@@ -128,7 +128,7 @@ def test_a_pass_over_the_layers_is_shared(store: Path) -> None:
 
 
 def test_no_pass_computes_padding(store: Path) -> None:
-    """What passes compute, all together, is each prompt once, and each new token but the last."""
+    """All passes together compute each prompt once, and each new token but the last."""
     asked, computed = prompts(40), 0
     with StreamingModel(store, "llama") as model:
 
@@ -142,7 +142,7 @@ def test_no_pass_computes_padding(store: Path) -> None:
 
 
 def test_a_place_is_filled_again_at_once(store: Path) -> None:
-    """Three short answers beside a long one need no pass more than the long one, and the one that starts them."""
+    """Three short answers beside a long one need only one pass more than the long one."""
     asked = [InferenceRequest(prompt_ids=[7, 8, 9], max_new_tokens=most, ignore_eos=True) for most in (30, 10, 10, 10)]
     passes = 0
     with StreamingModel(store, "llama") as model:
@@ -159,7 +159,7 @@ def test_a_place_is_filled_again_at_once(store: Path) -> None:
 
 
 def test_prompts_may_come_as_they_please(store: Path) -> None:
-    """The second one is only asked once the first is answered."""
+    """The second prompt is only requested after the first is answered."""
     answered = asyncio.Event()
 
     async def ask() -> AsyncIterator[str | list[int]]:
@@ -263,7 +263,7 @@ def test_a_cache_that_cannot_be_made_leaves_the_model_its_attention(
 
 @pytest.fixture
 def batches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, int]]:
-    """The rooms of all batches that are made, with the bytes that transformers has taken for their cache and masks."""
+    """The limits of all batches that are made, with the bytes of transformers' cache and masks."""
     found: list[tuple[Any, int]] = []
     real = many._Batch.__init__
 
@@ -304,7 +304,7 @@ def test_budgets_are_kept_and_given_back(
 
 
 def test_a_short_prompt_has_room_in_layers_of_every_kind(store: Path) -> None:
-    """Layers of a kind have their pages together, more of them than one prompt needs."""
+    """Layers of one kind share their pages, which are more than one prompt needs."""
     with StreamingModel(store, "uneven", memory_budget="20MB") as model:
         assert len(tokens_of(answers(model, [[7] * 10], max_new_tokens=NEW, sequences=1, ignore_eos=True))[0]) == NEW
 
@@ -321,7 +321,7 @@ def test_kernels_have_room_beside_a_batch(store: Path, batches: list[tuple[Any, 
 def test_a_batch_within_a_small_budget_computes_fewer_tokens_in_a_pass(
     checkpoints: Path, store: Path, batches: list[tuple[Any, int]]
 ) -> None:
-    """Where a mask of `MOST_TOKENS` rows would take the cache's room."""
+    """Because a mask of `MOST_TOKENS` rows would take the cache's memory."""
     asked = prompts(12)
     with StreamingModel(store, "llama", memory_budget="1.2MB") as model:
         mine = tokens_of(answers(model, asked, max_new_tokens=NEW))

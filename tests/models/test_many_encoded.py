@@ -1,4 +1,4 @@
-"""Many texts through an encoder: batches of like length, and the results of the resident model for the same batch."""
+"""Many texts through an encoder: batches of similar length, and the resident model's results for the same batches."""
 
 import asyncio
 from collections import deque

@@ -1,4 +1,4 @@
-"""What happens to a streamed model's weights between its runs: they are read, and replaced, and stay what they are."""
+"""A streamed model's weights between runs: they can be read and replaced, and keep their values."""
 
 import asyncio
 import logging

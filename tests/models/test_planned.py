@@ -1,4 +1,4 @@
-"""What a dry run says of each form is what the model then takes."""
+"""The figures of a dry run for each form equal what the model then takes."""
 
 import asyncio
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What is said of a run while it lasts follows from moments of it."""
+"""The progress of a run is derived from its events."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""The measure itself, beside the same figures from plain transformers, and what a text becomes."""
+"""The quality measure equals the figures of plain transformers; how texts are split into passages."""
 
 from pathlib import Path
 from typing import Any

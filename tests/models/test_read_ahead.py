@@ -1,4 +1,4 @@
-"""What is read while torch is imported: handed out once, bounded, and let go where it is not wanted."""
+"""Chunks that are read while torch is imported are used once, limited in size, and dropped if not needed."""
 
 import asyncio
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ PLENTY = 1 << 40
 
 
 class Counting(ChunkSource):
-    """A source that notes what is asked of it; one that is far away maps nothing, and may answer to nothing."""
+    """A source that records the requests; a remote one maps nothing, and may not answer."""
 
     def __init__(self, source: ChunkSource, *, is_far: bool = False, answers: bool = True) -> None:
         self.url = source.url
@@ -184,7 +184,7 @@ def test_a_fetch_lets_go_of_what_is_kept(tmp_path: Path) -> None:
 
 
 class Slow(Counting):
-    """A far source of coded chunks with a place near by; each arrives there, or is fetched, when its time comes."""
+    """A remote source of coded chunks with a local one; the test decides when a chunk arrives or is fetched."""
 
     def __init__(self, source: ChunkSource, manifest: Manifest) -> None:
         super().__init__(source)
@@ -220,7 +220,7 @@ class Slow(Counting):
 async def open_slow(
     path: Path, *, chunks: int = 6, plain: Sequence[int] = (), url: str = "ws://far.example:8765"
 ) -> tuple[Slow, ReadAhead, Manifest]:
-    """A source of coded chunks, but for those that are plain."""
+    """Open a source whose chunks are coded, except for the plain ones."""
     found = await asyncio.to_thread(make_store, path, sizes=(1000,) * chunks)
     codecs = ["none" if index in plain else "lossless" for index in range(chunks)]
     forms = [replace(one.forms[0], codec=codec) for one, codec in zip(found.chunks, codecs, strict=True)]
@@ -297,7 +297,7 @@ def test_what_is_not_kept_near_after_all_is_read_for_a_model_that_waits(tmp_path
             await turns()
             assert await view(ahead, manifest, 3) is None, "it had not been begun"
             slow.delivers.set()
-            found = await first  # which others do not stand in the way of
+            found = await first  # not delayed by others
             assert found is not None
             assert not found.is_mapped
             assert slow.asked.count("fetch layers.0") == 1
@@ -314,7 +314,7 @@ def test_what_had_to_wait_is_read_in_order(tmp_path: Path) -> None:
             first = asyncio.create_task(view(ahead, manifest, 0))
             await turns()
             slow.arrives["layers.1"].set()
-            for _ in range(5):  # those that wait for the turn that is free look at once, one after the other
+            for _ in range(5):  # the tasks that wait for the free turn check at once, one after the other
                 await asyncio.sleep(0)
             for arrives in slow.arrives.values():
                 arrives.set()
@@ -441,7 +441,7 @@ def test_what_could_not_be_kept_is_not_on_its_way(tmp_path: Path) -> None:
 
 
 def test_what_came_near_while_it_had_to_wait_is_handed_out(tmp_path: Path) -> None:
-    """Two chunks may hold the same bytes, and one of them is there."""
+    """Two chunks may hold the same bytes, of which one is already there."""
 
     async def run() -> None:
         slow, ahead, manifest = await open_slow(tmp_path)

@@ -1,4 +1,4 @@
-"""Embeddings of sentences are those of sentence-transformers, bit for bit, and what it does otherwise is refused."""
+"""Sentence embeddings equal those of sentence-transformers bit for bit; unsupported settings are refused."""
 
 import asyncio
 import copy
@@ -27,7 +27,7 @@ TEXTS = ["the weights arrive while a layer runs .", "who runs in berlin ?", "two
 def save(
     folder: Path, *, causal: bool = False, settings: Any = None, general: Any = None, normalise: bool = True
 ) -> Path:
-    """A small model whose modules say how it embeds sentences."""
+    """Save a small model with modules for sentence embeddings."""
     torch.manual_seed(4)
     model = LlamaForCausalLM(LlamaConfig(**PLAIN)) if causal else BertModel(BertConfig(**PLAIN))
     model.eval().save_pretrained(folder)
@@ -50,7 +50,7 @@ def save(
 
 
 def embed(folder: Path, texts: list[str], **options: Any) -> list[InferenceResult]:
-    """The embeddings of a chunked copy."""
+    """Return the embeddings of a chunked copy."""
     store = folder.with_name(f"{folder.name}-store")
     if not store.exists():
         with prepare_model(str(folder), name="model") as prepared:

@@ -1,4 +1,4 @@
-"""Sessions of one model: what they ask for at the same time runs together, and each hears its own answer."""
+"""Sessions of one model: simultaneous requests run together, and each gets its own answer."""
 
 import asyncio
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Whatever settings a model comes with, it gives an answer, or one error of surfw's."""
+"""A model with any settings gives an answer or one of surfw's errors."""
 
 import asyncio
 from dataclasses import replace
@@ -85,7 +85,7 @@ def test_no_setting_of_a_configuration_ends_in_an_error_of_another(
 
 
 def test_a_class_of_ones_own_may_choose_what_it_likes(store: Path) -> None:
-    """What the caller's own code asks for does not come from a file."""
+    """The rules apply to a file's settings, not to the caller's own code."""
 
     class OwnConfig(LlamaConfig):
         @classmethod

@@ -1,4 +1,4 @@
-"""Guesses at the next tokens: the answers are those without, what was guessed right is counted, memory is bounded."""
+"""Speculative decoding: answers stay the same, right guesses are counted, and memory is bounded."""
 
 import asyncio
 import itertools
@@ -51,7 +51,7 @@ def big(store: Path) -> Iterator[StreamingModel]:
 
 @pytest.fixture
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every pass but the first two guesses, whatever it takes."""
+    """Speculate in every pass but the first two, whatever it costs."""
     monkeypatch.setattr(Pace, "wants_guesses", property(lambda self: len(self._plain) >= 2))
 
 
@@ -101,7 +101,7 @@ def test_another_draft_changes_no_token(checkpoints: Path, big: StreamingModel) 
     found = answer(big, None, InferenceRequest(prompt_ids=PROMPT, max_new_tokens=NEW))
     assert found.token_ids == plain
     assert len(found.token_ids) == len(plain)
-    big.model.generation_config.assistant_ensemble_weight = 0.01  # has the draft's opinion count
+    big.model.generation_config.assistant_ensemble_weight = 0.01  # the draft's opinion decides
     assert generate(big) == plain
     assert answer(big, None, InferenceRequest(prompt_ids=PROMPT, max_new_tokens=NEW)).token_ids == plain
 
@@ -190,7 +190,7 @@ def test_what_was_given_back_under_pressure_is_not_taken_again_from_a_draft(stor
 
 
 class Memory:
-    """Of a draft without which the model would read half as much."""
+    """The memory of a draft without which the model would read half as much."""
 
     def __init__(self) -> None:
         self.is_given_back = False
@@ -208,9 +208,9 @@ class Memory:
 @pytest.mark.parametrize(
     ("stalled", "tokens", "pays"),
     [
-        (1.0, 2, False),  # two tokens a pass are a gain over what plain passes give now, but not without the draft
+        (1.0, 2, False),  # two tokens per pass are faster than plain passes now, but not faster than without the draft
         (1.0, 4, True),
-        (0.2, 2, True),  # the model computes for most of a pass, so that less to read would not help
+        (0.2, 2, True),  # the model is compute-bound, so reading less would not help
     ],
 )
 def test_a_draft_has_to_win_against_a_model_that_has_its_memory(

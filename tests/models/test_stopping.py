@@ -1,4 +1,4 @@
-"""Texts that end a generation: with the token with which transformers ends it, alone and among many prompts."""
+"""Stop texts end a generation at the same token as in transformers, for one prompt and for many."""
 
 import copy
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ from tests.models.test_streaming import opener
 
 
 def byte_level() -> Any:
-    """As of GPT-2, Llama 3, Qwen."""
+    """As in GPT-2, Llama 3, Qwen."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = ["</s>", *alphabet, "Ġa", "ab", "ba", "Ġ Ġ".replace(" ", ""), "ĊĊ"]
     tokenizer = Tokenizer(models.BPE(vocab={word: at for at, word in enumerate(words)}, merges=[]))
@@ -32,7 +32,7 @@ def byte_level() -> Any:
 
 
 def byte_fallback() -> Any:
-    """As of Llama 2, Mistral, Gemma."""
+    """As in Llama 2, Mistral, Gemma."""
     words = ["</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "▁a", "ab", "▁▁", "<"]
     tokenizer = Tokenizer(models.BPE(vocab={word: at for at, word in enumerate(words)}, merges=[], byte_fallback=True))
     tokenizer.decoder = decoders.Sequence(
@@ -47,7 +47,7 @@ LIKELY = {
     + made.convert_tokens_to_ids(["<0x0A>", "<0x20>", "<0xC3>", "<0xA9>"] if kind == "byte_fallback" else [])
     for kind, made in TOKENIZERS.items()
 }
-"""Tokens of the characters below: parts of characters too, and an end that is a special token."""
+"""The tokens of these characters, some of them parts of a character, and a special token that ends the answer."""
 PLACES = st.lists(st.integers(0, 999), min_size=1, max_size=10)
 STOPS = st.lists(
     st.one_of(st.text("ab \né<", min_size=1, max_size=4), st.sampled_from(["</s>", "a</s>b"])), min_size=1, max_size=3
@@ -61,7 +61,7 @@ def test_the_token_that_ends_it_is_that_of_transformers(
 ) -> None:
     tokenizer, likely = TOKENIZERS[kind], LIKELY[kind]
     tokens = [tokenizer.convert_tokens_to_ids("b"), *(likely[place % len(likely)] for place in places)]
-    assume(INCOMPLETE not in str(tokenizer.decode(tokens)))  # bytes that are no text complete none here
+    assume(INCOMPLETE not in str(tokenizer.decode(tokens)))  # in this case, single bytes complete no text
     theirs = StopStringCriteria(tokenizer, stops)
     mine = StopTexts(tokenizer, stops, TextStream(tokenizer, lambda _: None))
     for end in range(prompt_tokens + 2, len(tokens) + 1):
@@ -81,7 +81,7 @@ def llama(store: Path) -> Iterator[StreamingModel]:
 
 
 def ask(model: StreamingModel, **options: Any) -> tuple[InferenceResult, InferenceResult]:
-    """The answer of a prompt alone, and beside others."""
+    """The answers to a prompt alone, and beside others."""
     request = InferenceRequest(prompt_ids=[5, 9, 70], max_new_tokens=12, **options)
     tokenizer = model.tokenizer
     shown: list[str] = []
@@ -99,7 +99,7 @@ def ask(model: StreamingModel, **options: Any) -> tuple[InferenceResult, Inferen
 
 @pytest.mark.parametrize("is_own", [True, False])
 def test_many_prompts_end_like_one(is_own: bool, llama: StreamingModel) -> None:
-    """By the model's own texts, unless others are asked for, or its ends are to be ignored."""
+    """By the model's own stop texts, unless others are given, or its end tokens are ignored."""
     free, _ = ask(llama, ignore_eos=True)
     stop = free.text[5:8]
     llama.model.generation_config.stop_strings = [stop] if is_own else ["never"]

@@ -1,4 +1,4 @@
-"""A streaming model is the resident one, with its weights on the way; it fails cleanly and closes completely."""
+"""A streaming model equals the resident one, fails cleanly, and closes completely."""
 
 import contextlib
 import json
@@ -64,7 +64,7 @@ def test_deberta_uses_its_relative_positions_outside_of_their_module(
         expected = resident(checkpoints, "deberta-outside-weights").deberta.encoder.rel_embeddings.weight
         assert table.shape == expected.shape
         assert torch.equal(table + 0, expected)
-    assert caplog.records == []  # it is small, and would have stayed anyway
+    assert caplog.records == []  # it is small, and would stay in memory anyway
 
 
 def test_generation_is_transformers_own(store: Path, checkpoints: Path) -> None:
@@ -147,7 +147,7 @@ def test_closing_leaves_transformers_model_without_weights_and_without_hooks(sto
 
 
 class NoFiles(FilesystemBackend):
-    """Lets nobody read its files past itself."""
+    """Its files can only be read through the backend."""
 
     def local_path(self, key: str) -> None:
         return None
@@ -169,7 +169,7 @@ def test_a_source_that_fails_once_fails_one_forward_at_most(store: Path, checkpo
     expected = logits(resident(checkpoints, "llama"), "llama")
     backend = FailsOnce(store)
     with StreamingModel.open(lambda: open_storage_source(backend), "llama", cache_size=1) as model:
-        with contextlib.suppress(StorageError):  # unless what failed was fetched ahead, and is loaded again when needed
+        with contextlib.suppress(StorageError):  # unless the failed chunk was prefetched, and is loaded again
             logits(model, "llama")
         assert backend.failed
         for _ in range(2):
@@ -241,7 +241,7 @@ def test_two_forwards_never_run_at_once(store: Path) -> None:
 
 
 class Tracked(StorageSource):
-    """Notes when it is closed."""
+    """Records when it is closed."""
 
     closed = 0
 

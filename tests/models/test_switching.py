@@ -1,4 +1,4 @@
-"""From one model to another: what both have stays in memory, and every answer is that of the model asked."""
+"""Switching between models: shared weights stay in memory, and each answer comes from the requested model."""
 
 import asyncio
 import shutil
@@ -32,7 +32,7 @@ LAYERS = 8
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model and a fine-tune of it, which differs in two layers; and a stranger."""
+    """A model, a fine-tune of it, which differs in two layers, and an unrelated model."""
     folder = tmp_path_factory.mktemp("checkpoints")
     save_llama(folder / "base", layers=LAYERS, hidden=128)
     shutil.copytree(folder / "base", folder / "tuned")
@@ -59,7 +59,7 @@ def expected(checkpoints: Path, name: str) -> Any:
 
 
 def read(model: StreamingModel) -> tuple[Any, int]:
-    """The logits, and the bytes that were fetched for them."""
+    """Return the logits, and the bytes that were fetched for them."""
     before = model.metrics.count("fetched_bytes")
     return model(input_ids=IDS).logits, model.metrics.count("fetched_bytes") - before
 
@@ -95,7 +95,7 @@ def test_only_what_differs_is_fetched(checkpoints: Path, store: Path) -> None:
 def test_of_a_store_on_this_disk_only_what_differs_is_read(
     checkpoints: Path, tmp_path: Path, codec: CodecChoice
 ) -> None:
-    """Plain and packed weights are mapped there, others are in buffers."""
+    """Plain and packed weights are mapped from this disk, others are in buffers."""
     for name in ("base", "tuned"):
         ModelChunker(checkpoints / name, tmp_path, codecs=(codec,)).chunk_model_sync()
     with StreamingModel.open(tmp_path, "tuned", memory_budget="1GB", codec=codec) as model:
@@ -123,7 +123,7 @@ def test_of_a_store_on_this_disk_only_what_differs_is_read(
 
 
 def memory_of(model: StreamingModel) -> dict[str, Any]:
-    """The memory of each chunk that stays."""
+    """The memory of each pinned chunk."""
     engine = model._engine
     return {name: engine.host[name].memory for name in engine.resident() if name in engine.plan.pinned}
 
@@ -131,7 +131,7 @@ def memory_of(model: StreamingModel) -> dict[str, Any]:
 def test_models_that_are_open_together_map_equal_layers_once(
     checkpoints: Path, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A budget that nobody gave has room for what is there already."""
+    """The default budget covers what is already in memory."""
     with StreamingModel.open(store, "base") as base:
         read(base)
         common = sum(size for name, size in base.plan.sizes.items() if not name.endswith((".2", ".5")))
@@ -190,7 +190,7 @@ def test_models_that_are_open_together_hold_equal_layers_once(checkpoints: Path,
         base.clear_cache()
         assert torch.equal(read(tuned)[0], expected(checkpoints, "tuned"))
         assert torch.equal(read(base)[0], expected(checkpoints, "base"))
-        base.cache_size = 1  # its buffers may not join a ring
+        base.cache_size = 1  # its buffers cannot be added to a ring
         for model, name in ((base, "base"), (tuned, "tuned"), (base, "base"), (tuned, "tuned")):
             assert torch.equal(read(model)[0], expected(checkpoints, name))
 

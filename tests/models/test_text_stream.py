@@ -1,4 +1,4 @@
-"""Text comes as soon as it cannot change any more, and is the same in the end."""
+"""Text is delivered as soon as it cannot change any more, and is complete in the end."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from surfw.models.text_stream import TextStream, space_before
 
 
 class Bytes:
-    """A tokenizer with one token for each byte, as those of BPE and SentencePiece fall back to."""
+    """A tokenizer with one token per byte, like the byte fallback of BPE and SentencePiece."""
 
     clean_up_tokenization_spaces = False
 
@@ -20,7 +20,7 @@ class Bytes:
 
 
 class Words:
-    """One token for each word, with a mark for the space before it, which a text does not begin with."""
+    """One token per word, with a mark for the preceding space, which the first word of a text lacks."""
 
     def __init__(self, *words: str, cleans: bool = False) -> None:
         self._words = words
@@ -69,7 +69,7 @@ def test_nothing_of_a_text_that_ends_it_is_given(text: str, stops: list[str], go
         if stream.is_stopped and not goes_on:
             break
     stream.end()
-    # A generation ends with the token that completes one of them, whatever would have begun before it.
+    # A generation ends with the token that completes one of them, even if others have begun earlier.
     beginnings = (text[:end] for end in range(len(text) + 1))
     ended = next((so_far for so_far in beginnings if any(stop in so_far for stop in stops)), text)
     expected = min((ended.partition(stop)[0] for stop in stops), key=len)

@@ -1,4 +1,4 @@
-"""A model's tokenizer comes with the model, and brings no code."""
+"""A model's tokenizer is stored with the model, and runs no code."""
 
 import asyncio
 import json
@@ -19,7 +19,7 @@ from tests.models.test_streaming import opener
 
 
 def changed(checkpoints: Path, tmp_path: Path, file: str, change: Callable[[str], str]) -> Path:
-    """A store with the LLaMA, one of whose tokenizer files is another."""
+    """A store with the LLaMA and one changed tokenizer file."""
     folder = Path(shutil.copytree(checkpoints / "llama", tmp_path / "llama"))
     (folder / file).write_text(change((folder / file).read_text()))
     with prepare_model(str(folder)) as prepared:

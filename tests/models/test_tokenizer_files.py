@@ -1,4 +1,4 @@
-"""Each kind of tokenizer comes with its model: whatever its files are, it gives the ids that transformers gives."""
+"""Each kind of tokenizer is stored with its model, whatever its files, and gives the ids that transformers gives."""
 
 import ast
 import asyncio
@@ -74,7 +74,7 @@ def save_rocbert(folder: Path) -> None:
 
 
 def save_templates(folder: Path) -> None:
-    """A tokenizer with a second chat template, in the folder that transformers has for these."""
+    """A tokenizer with a second chat template, in the folder that transformers uses for them."""
     shutil.copy(Path(__file__).parents[2] / "surfw/demo/tokenizer.json", folder)
     (folder / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
     (folder / "additional_chat_templates").mkdir()
@@ -94,7 +94,7 @@ KINDS: dict[str, tuple[str, Callable[[Path], None]]] = {
 
 @pytest.fixture
 def bert(checkpoints: Path, tmp_path: Path) -> Path:
-    """The folder of a model, without a tokenizer."""
+    """A model's folder without a tokenizer."""
     folder = Path(shutil.copytree(checkpoints / "bert", tmp_path / "model"))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).unlink()
@@ -181,7 +181,7 @@ def test_a_missing_library_is_named_with_its_extra(
 
 
 class OwnTokenizer(PreTrainedTokenizer):
-    """A tokenizer class of the program's own: a token for each byte, from a file that nobody else names."""
+    """A tokenizer class of the program's own: a token for each byte, from a file with an unusual name."""
 
     vocab_files_names = {"vocab_file": "own.alphabet"}  # noqa: RUF012 - as transformers declares it
 
@@ -216,7 +216,7 @@ def test_files_of_a_registered_class_are_kept(bert: Path, monkeypatch: pytest.Mo
 
 
 def test_other_ids_are_refused(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As when transformers finds a file in place that is not kept."""
+    """As when transformers uses a file in the folder that is not stored."""
     save_templates(bert)
     (bert / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
     vocabulary = json.loads((bert / "tokenizer.json").read_text())

@@ -1,4 +1,4 @@
-"""Training over streamed weights: the losses and the bits of peft over the resident model, within the budget."""
+"""Training over streamed weights: losses and bits equal those of peft over the resident model, within the budget."""
 
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,13 @@ TARGETS = {"llama": ["q_proj", "down_proj"], "bert": ["query", "dense"], "t5": [
 
 
 def learner(model: Any, name: str) -> Any:
-    """What peft makes of a model, always the same."""
+    """Add the same LoRA to a model each time."""
     torch.manual_seed(1)
     return quietly(peft.get_peft_model, model, peft.LoraConfig(r=4, target_modules=TARGETS[name], lora_dropout=0.1))
 
 
 def learn(model: Any, steps: int) -> list[float]:
-    """The losses of some steps, with the random numbers of dropouts always the same."""
+    """Return the losses of some steps; dropout always uses the same random numbers."""
     torch.manual_seed(2)
     optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=1e-2)
     losses = []
@@ -64,7 +64,7 @@ def test_losses_and_what_is_learned_are_the_resident_models_bits(
         assert steps < 20 or expected[-1] < expected[0]
         ids = torch.tensor([[5, 9, 40, 3]])
         with torch.no_grad():
-            assert torch.equal(model(ids).logits, there.eval()(ids).logits)  # dropouts are off again
+            assert torch.equal(model(ids).logits, there.eval()(ids).logits)  # dropout is off again
 
 
 def test_an_encoders_output_gathers_gradients_layer_by_layer(checkpoints: Path, store: Path) -> None:
@@ -90,7 +90,7 @@ def test_the_backward_pass_streams_the_layers_in_reverse(store: Path, monkeypatc
             learn(here, 1)
             layers = [f"model.layers.{index}" for index in range(4)]
             assert [one for one in ran if "layers" in one] == [*layers, *reversed(layers)]
-            assert ran[-1] == layers[0]  # nothing below it learns, so nothing below it runs again
+            assert ran[-1] == layers[0]  # no layer below it is trained, so none of them runs again
             cycle = [one for one in model._engine.needs.cycle if "layers" in one]
         assert cycle == [*layers, *reversed(layers)]
 
@@ -139,7 +139,7 @@ def test_what_learns_and_activations_count_in_the_budget(store: Path) -> None:
             here(input_ids=ids, labels=ids).loss.backward()
             one_layer = (
                 ids.numel() * 64 * 4 * (6 + 5 * 2)
-            )  # about what autograd keeps of one: its widths are 64 and 128
+            )  # about as much as autograd keeps for a layer: its widths are 64 and 128
             assert model.plan.reserved_bytes - fixed > 2 * one_layer
             here.zero_grad()
             with torch.no_grad():
@@ -163,7 +163,7 @@ def test_what_would_be_wrong_is_refused(store: Path) -> None:
         with model.training():
             with pytest.raises(ModelError, match="was given a KV cache in a pass with gradients"):
                 here(input_ids=ids, labels=ids, use_cache=True)
-            learn(here, 1)  # nothing is left of that
+            learn(here, 1)  # all of it was freed
             late = here(input_ids=ids, labels=ids).loss
         with pytest.raises(ModelError, match="came after its training had ended"):
             late.backward()
