@@ -1,11 +1,11 @@
-"""From nothing to the first token over a link of 1 Gbit/s, beside its bounds; for an idle machine, and no test.
+"""Measure cold starts over a link of 1 Gbit/s, and compare them with their bounds; no test, for an idle machine.
 
-    python -m tests.bench.cold_start FOLDER     # makes a checkpoint of 1.1B and its store there first: 4 GB, a minute
+    python -m tests.bench.cold_start FOLDER     # first makes a checkpoint of 1.1B and its store: 4 GB, a minute
 
 Needs root and iproute2 (`ip`, `tc`): a server of surfw and one of plain files run in a network namespace, behind a pair
-of interfaces that are shaped in both directions. Each start is a process of its own, timed to its first byte:
+of interfaces whose rate is limited in both directions. Each start is a new process, timed until its first token:
 
-- cold: `surfw infer --disk-cache` with an empty cache, so that nothing that arrives waits for the imports;
+- cold: `surfw infer --disk-cache` with an empty cache, where no data waits for the imports;
 - cold, nothing kept: the same without a cache;
 - second run, and offline: from the cache that the cold run has filled;
 - local store: from the same store without a network;
@@ -60,7 +60,7 @@ def run(*command: str) -> None:
 
 @contextlib.contextmanager
 def link() -> Iterator[None]:
-    """A namespace with the far end of a shaped link; both go with this."""
+    """Make a namespace with the far end of a rate-limited link; both are removed afterwards."""
     run("ip", "netns", "add", SPACE)
     try:
         run("ip", "link", "add", "surfw0", "type", "veth", "peer", "name", "surfw1", "netns", SPACE)
@@ -76,7 +76,7 @@ def link() -> Iterator[None]:
 
 @contextlib.contextmanager
 def far(port: int, *command: str) -> Iterator[None]:
-    """A server at the far end, once it listens."""
+    """Run a server at the far end; it is ready when the context begins."""
     inside = ["ip", "netns", "exec", SPACE, *command]
     with subprocess.Popen(inside, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
         try:
@@ -95,13 +95,13 @@ def far(port: int, *command: str) -> Iterator[None]:
 
 
 def touch_memory() -> None:
-    """Have free memory at hand, before each start: a virtual machine may have given it away, and be slow to get it."""
+    """Touch free memory before each start: a virtual machine may have released it, and be slow to get it back."""
     fill = f"import mmap; mmap.mmap(-1, {TOUCHED_BYTES}, flags=34).madvise(23)"  # MADV_POPULATE_WRITE
     subprocess.run([sys.executable, "-c", fill], check=False)
 
 
 def raw_rate() -> float:
-    """Bytes per second over one plain TCP connection."""
+    """Return the bytes per second over one plain TCP connection."""
     buffer, got = bytearray(1 << 20), 0
     with (
         far(RAW_PORT, sys.executable, "-c", SEND, FAR, str(RAW_PORT), str(RAW_BYTES)),
@@ -114,7 +114,7 @@ def raw_rate() -> float:
 
 
 def main() -> None:
-    """Measure, and print each figure beside its bound."""
+    """Measure, and print each figure and its bound."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--only", nargs="*", help="the starts to measure; default: all")
@@ -138,12 +138,12 @@ def main() -> None:
 
 
 def make(checkpoint: Path, store: Path) -> None:
-    """The checkpoint and its store, if they are not there; all of it in memory, as the far side has it."""
+    """Make the checkpoint and its store if they are missing; keep all of it in memory, as the far side does."""
     if not (checkpoint / "config.json").exists():
         save_words(checkpoint, save_random(checkpoint).config.vocab_size)
     if not (store / "models" / "random.json").exists():
         run(sys.executable, "-m", "surfw", "chunk", str(checkpoint), "--store", str(store), "--codec", "none,lossless")
-    os.sync()  # what was just made is not written while a start is timed
+    os.sync()  # so that new files are not written to disk during a measurement
     for file in [*store.rglob("*"), *checkpoint.iterdir()]:
         if file.is_file():
             run("cp", str(file), "/dev/null")
@@ -159,7 +159,7 @@ def save_words(checkpoint: Path, count: int) -> None:
 def measure(
     checkpoint: Path, store: Path, cache: Path, only: Collection[str] | None, one_pass: float
 ) -> dict[str, float]:
-    """The seconds of each start."""
+    """Return the seconds of each start."""
     infer = [sys.executable, "-m", "surfw", "infer", "--prompt-ids", PROMPT, "--max-new-tokens", "1", "--quiet"]
     served = [*infer, "--source", f"ws://{FAR}:{WEIGHTS_PORT}"]
     kept = [*served, "--disk-cache", "20GB", "--cache-dir", str(cache)]
@@ -177,7 +177,7 @@ def measure(
     with far(WEIGHTS_PORT, *server), far(FILES_PORT, *files):
         for name in [name for name in commands if not only or name in only]:
             if name == "download":
-                shutil.rmtree(cache, ignore_errors=True)  # which would be 2 GB more of the disk
+                shutil.rmtree(cache, ignore_errors=True)  # it would need 2 GB more of the disk
             touch_memory()
             seconds[name] = _time_to_first_byte(name, commands[name])
             tell(f"{name}: {seconds[name]:.2f} s, {seconds[name] / one_pass:.2f} of one pass")

@@ -1,11 +1,11 @@
-"""What guesses at the next layer's experts are worth: how many are right, and pairs with and without them.
+"""Measure expert prediction: the share of right guesses, and pairs of runs with and without them.
 
     python examples/mixture.py MIXTURE
     python -m tests.bench.experts MIXTURE [PAIRS]     # prints one JSON object; for an idle machine
 
-Each run is a process of its own, which may have 1.2 GB and knows nothing of earlier ones; it answers once to get warm,
-and is timed the second time. Which of a pair comes first changes from pair to pair.
-Guesses are `on` as they are: acted upon while half of those at experts that are not in memory were right lately.
+Each run is a new process with 1.2 GB and without saved usage. It answers once to warm up, and is timed the second time.
+The order within a pair alternates. With `on`, guesses are used as usual: only while at least half of the recent ones,
+of those at missing experts, were right.
 """
 
 import json
@@ -27,7 +27,7 @@ CAP, WARM, NEW = 1_200_000_000, 64, 128
 
 
 def measure(store: str, how: str) -> dict[str, Any]:
-    """Answer in this process: tokens a second, and how many guesses were right, of all and of those that matter."""
+    """Answer in this process: tokens per second, and the right guesses, of all and of those at missing experts."""
     import torch
 
     from surfw import StreamingModel
@@ -65,7 +65,7 @@ def measure(store: str, how: str) -> dict[str, Any]:
 def run(store: Path, how: str) -> dict[str, Any]:
     with memory_group(CAP) as group, tempfile.TemporaryDirectory() as home:
         command = group.command([sys.executable, "-m", "tests.bench.experts", str(store), how])
-        env = os.environ | {"SURFW_HOME": home}  # where it is kept how often experts were used
+        env = os.environ | {"SURFW_HOME": home}  # the file of the experts' usage
         done = subprocess.run(command, check=False, capture_output=True, text=True, env=env)
         if done.returncode:
             raise SystemExit(f"a run ended with {done.returncode}: {done.stderr[-3000:]}")

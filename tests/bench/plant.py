@@ -1,8 +1,8 @@
-"""Does `--compare` see a slowdown of 20 %, and nothing where there is none? Run it on a machine that does nothing else:
+"""Check that `--compare` finds a slowdown of 20 % and no false ones. Run it on an idle machine:
 
     python -m tests.bench.plant wire codec
 
-Each benchmark is measured once, then five times as it is, and five times with work that takes 20 % longer.
+Each benchmark is measured once, then five times unchanged, and five times with work that takes 20 % longer.
 """
 
 import sys
@@ -62,7 +62,7 @@ def _tell(what: str, found: Comparison, row: str) -> bool:
 
 
 def main(names: list[str]) -> None:
-    """Measure, and say how often a slowdown was seen."""
+    """Measure, and print how often a slowdown was reported."""
     for name in names or list(_PLANTED):
         measure, measure_slowly, row = _PLANTED[name]
         before = measure()

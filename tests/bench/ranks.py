@@ -1,4 +1,4 @@
-"""What several ranks bring for a model of 1.1B, beside the ways there are without surfw; for an idle machine, no test.
+"""Compare several ranks with alternatives without surfw, for a model of 1.1B; no test, for an idle machine.
 
     python -m tests.bench.together make FOLDER     # the checkpoint and its store
     python -m tests.bench.ranks load FOLDER        # four ranks: FSDP2 by surfw and by dcp, all by transformers
@@ -41,7 +41,7 @@ def run(command: list[str]) -> None:
 
 
 def fill(how: str, folder: Path) -> None:
-    """On a rank: have the weights, and write the seconds from when all ranks were there, and the bytes to read."""
+    """On a rank: load the weights; write the seconds since all ranks were ready, and the bytes read."""
     import torch
     import torch.distributed as dist
     import torch.distributed.checkpoint as dcp
@@ -74,7 +74,7 @@ def fill(how: str, folder: Path) -> None:
     else:
         model = AutoModelForCausalLM.from_pretrained(folder / "random")
         read = (folder / "random/model.safetensors").stat().st_size
-        sum(float(one.sum()) for one in model.parameters())  # it is mapped, and comes when it is used
+        sum(float(one.sum()) for one in model.parameters())  # it is mapped, and read at its first use
     dist.barrier()
     seconds = time.perf_counter() - begun
     if how == "save":
@@ -92,12 +92,12 @@ def _config(folder: Path) -> Any:
 
 
 def _read_bytes() -> int:
-    """What this process has read by system calls."""
+    """The bytes that this process has read by system calls."""
     return int(dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())["rchar"])
 
 
 def load(folder: Path) -> dict[str, Any]:
-    """Each way in turn, from a cold and from a warm page cache."""
+    """Load each way in turn, with a cold and a warm page cache."""
     run(torchrun(RANKS, "tests.bench.ranks", "save", str(folder)))
     found: dict[str, list[dict[str, Any]]] = {f"{way}, {cache}": [] for way in WAYS for cache in ("cold", "warm")}
     for _ in range(ROUNDS):
@@ -118,10 +118,10 @@ def load(folder: Path) -> dict[str, Any]:
 
 
 def pipeline(folder: Path) -> dict[str, Any]:
-    """Tokens a second of 8 prompts: from two lengths of answers, so that starting does not count.
+    """Return the tokens per second for 8 prompts, from answers of two lengths, so that the start does not count.
 
-    On each rank, a prompt is computed alone, as `generate()` in one process does it, one after another. Without a
-    pipeline, `surfw infer --prompts` computes all in a batch, whose tokens may be others.
+    On each rank, prompts are computed one after another, as by `generate()` in one process. Without a pipeline,
+    `surfw infer --prompts` computes all in a batch, whose tokens may differ.
     """
     asked = folder / "prompts.jsonl"
     asked.write_text("".join(json.dumps({"prompt_ids": ids, "ignore_eos": True}) + "\n" for ids in prompts(8)))
@@ -152,7 +152,7 @@ def pipeline(folder: Path) -> dict[str, Any]:
 
 
 def answer(folder: Path, output: Path, new: int) -> None:
-    """The prompts of `pipeline` by `generate()`, one after another."""
+    """Answer the prompts of `pipeline` by `generate()`, one after another."""
     import torch
 
     from surfw import StreamingModel
@@ -165,7 +165,7 @@ def answer(folder: Path, output: Path, new: int) -> None:
 
 
 def learn(folder: Path) -> None:
-    """The example's training over resident weights."""
+    """Run the example's training over resident weights."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from examples import lora_training
@@ -176,7 +176,7 @@ def learn(folder: Path) -> None:
 
 
 def train(folder: Path) -> dict[str, Any]:
-    """What each training prints: the last loss, the seconds of a step, and the memory of the process."""
+    """Return the output of each training: the last loss, the seconds per step, and the process's memory."""
     found: dict[str, Any] = {}
     streamed = [sys.executable, "examples/lora_training.py", str(folder / "random"), "700MB", "64"]
     resident = [sys.executable, "-m", "tests.bench.ranks", "learn", str(folder)]

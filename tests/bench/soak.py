@@ -1,9 +1,9 @@
-"""A server under load for long, beside connections that do nothing; for an idle machine, and no test.
+"""Run a server under load for a long time, beside idle connections; no test, for an idle machine.
 
     python -m tests.bench.soak STORE --minutes 10 --clients 32 --idle 1000
 
-It is `surfw bench clients`, which goes on after its round. Meanwhile, the memory of the servers is printed as the
-system sees it: it has to stay below the ceiling that the result names, and must not grow from minute to minute.
+It is `surfw bench clients` with more rounds. Meanwhile, it prints the servers' memory as the system reports it: it must
+stay below the ceiling in the result, and must not grow from minute to minute.
 """
 
 import argparse
@@ -24,7 +24,7 @@ def say(text: str) -> None:
 
 
 def print_memory(over: threading.Event, seconds: float) -> None:
-    """Print the memory and the connections of each process that listens, every now and then."""
+    """Print the memory and connections of each listening process at intervals."""
     started = time.monotonic()
     while not over.wait(seconds):
         for process in psutil.Process().children():

@@ -1,4 +1,4 @@
-"""The cap is the kernel's: who wants more is killed, and the group is gone afterwards whatever happened."""
+"""The kernel enforces the cap: a process that exceeds it is killed, and the group is always removed."""
 
 import os
 import subprocess
@@ -18,7 +18,7 @@ _FILL = "import sys; held = b'x' * int(sys.argv[1]); print(len(held))"
 
 @pytest.fixture
 def _caps() -> None:
-    """Skip where memory cannot be capped."""
+    """Skip the tests if memory cannot be capped."""
     try:
         with memory_group(LEAST_BYTES):
             pass

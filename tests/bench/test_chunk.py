@@ -1,4 +1,4 @@
-"""`bench chunk` measures what it says: both sides write every byte."""
+"""`bench chunk`: both sides write every byte."""
 
 from dataclasses import asdict
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Many clients are measured beside as many raw connections, from an empty cache on."""
+"""Many clients are compared with as many raw connections, starting with an empty cache."""
 
 import json
 from dataclasses import asdict

@@ -1,4 +1,4 @@
-"""Comparing ratios of rounds: what is worse is said to be, what is the same is not; and the pages of reports."""
+"""Comparing the ratios of rounds: slower rows are reported, equal ones are not; and the pages of reports."""
 
 import io
 import json
@@ -158,7 +158,7 @@ def test_a_benchmark_is_saved_compared_and_reported(tmp_path: Path) -> None:
     earlier = json.loads(Path(saved).read_text())
     assert earlier["results"] == [first]
     for one in earlier["results"][0]["rows"]:
-        one["ratios"] = [ratio * 1e6 for ratio in one["ratios"]]  # so much that no noise hides it
+        one["ratios"] = [ratio * 1e6 for ratio in one["ratios"]]  # large enough to exceed any noise
     Path(saved).write_text(json.dumps(earlier))
     done = surfw(tmp_path, *bench, "--compare", saved, "--report", str(report))
     assert done.returncode == 3

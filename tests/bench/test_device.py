@@ -1,4 +1,4 @@
-"""`bench device` runs to its end on the simulated device; its figures mean nothing there, its facts do."""
+"""`bench device` completes on the simulated device, where its times mean nothing, but other facts are right."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A simulated fleet behaves as its caches, plans and links say, and as the one that it is measured beside."""
+"""A simulated fleet behaves like its caches, plans and links, and like the real fleet it is compared with."""
 
 import sys
 from dataclasses import replace
@@ -46,7 +46,7 @@ def test_what_clients_keep_is_read_once() -> None:
 
 
 def test_the_policy_is_the_servers_own() -> None:
-    """A cycle that is larger than the cache: LRU never hits, and what was announced does."""
+    """Cyclic reads of more than the cache holds: LRU never hits, announced schedules do."""
     alone = replace(ONE, passes=6, model_bytes=40 * 8 * MB, chunks=40, cache_bytes=160 * MB)
     assert simulate(replace(alone, policy="lru")).hits == 0
     assert simulate(alone).hit_rate > 0.3

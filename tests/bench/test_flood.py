@@ -1,4 +1,4 @@
-"""The floods are within the protocol, and what a good client keeps is measured beside each of them."""
+"""The floods follow the protocol, and what well-behaved clients get is measured beside each of them."""
 
 import asyncio
 import random
@@ -35,7 +35,7 @@ def test_it_measures_what_it_says() -> None:
 
 
 CONNECTIONS = {"come and go", "half-open connections", "plain HTTP"}
-"""The floods that open connections; the others stay on one."""
+"""The floods that open connections; the others use one connection."""
 
 
 @pytest.mark.parametrize("name", FLOODS)

@@ -1,4 +1,4 @@
-"""Peers run in processes of their own, on the same work; what cannot be compared is said."""
+"""Peers run in separate processes on the same work; comparisons that are impossible give an error."""
 
 import asyncio
 import json
@@ -43,19 +43,19 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def store(checkpoint: Path) -> Path:
-    """It in a store."""
+    """The checkpoint in a store."""
     ModelChunker(checkpoint, checkpoint.parent / "store").chunk_model_sync()
     return checkpoint.parent / "store"
 
 
 def compare(checkpoint: Path, *against: str, **options: object) -> InferResult:
-    """One round of a few tokens, with a bandwidth that is given: reads of the store, which measure it, take seconds."""
+    """Run one round of a few tokens with a given bandwidth, because measuring it takes seconds."""
     given: dict[str, object] = {"rounds": 1, "new_tokens": TOKENS, "bandwidth_bytes": 100_000_000} | options
     return bench_infer(Comparison(model_dir=str(checkpoint), against=against, **given))  # type: ignore[arg-type]
 
 
 def refused(checkpoint: Path, *against: str, **options: object) -> str:
-    """What is said of a comparison that cannot be."""
+    """Return the error of an impossible comparison."""
     with pytest.raises(ConfigurationError) as caught:
         compare(checkpoint, *against, **options)
     return str(caught.value)
@@ -194,7 +194,7 @@ def test_a_peer_that_is_not_installed_is_named(
     checkpoint: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in ("airllm", "llama_cpp", "accelerate"):
-        monkeypatch.setitem(sys.modules, module, None)  # what Python finds no module for
+        monkeypatch.setitem(sys.modules, module, None)  # a name without a module
     found = compare(checkpoint, "airllm", "accelerate", airllm_dir=str(tmp_path), store=str(store), new_tokens=2)
     assert [row.name for row in found.rows] == ["surfw"]
     assert "not compared with airllm: airllm is not installed; 'pip install airllm' does it" in found.notes

@@ -1,4 +1,4 @@
-"""From outcomes to rows: medians, ratios, ceilings of each round's own bandwidth, and who said something else."""
+"""Rows are made of outcomes: medians, ratios, ceilings from each round's bandwidth, and peers with other answers."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Each form of a model beside the unquantised one, as data and as people see it."""
+"""Each form of a model is compared with the unquantised one, as data and as printed text."""
 
 import asyncio
 import json
@@ -36,7 +36,7 @@ def text(tmp_path: Path) -> str:
 
 @pytest.fixture
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if llama.cpp were not installed."""
+    """Pretend that llama.cpp is not installed."""
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
 
 

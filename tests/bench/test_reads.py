@@ -1,4 +1,4 @@
-"""The bandwidth is that of the model's own files, every byte of them."""
+"""The bandwidth is measured by reading every byte of the model's own files."""
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor

@@ -1,4 +1,4 @@
-"""Numbers of several rounds, and the machine they come from."""
+"""Figures of several rounds, and the machine they come from."""
 
 from surfw.bench.result import describe_machine, summarise, summarise_rates
 

@@ -26,7 +26,7 @@ def _start(command: list[str], *, stdin: int, stdout: int, stderr: IO[str]) -> w
 def test_each_way_is_timed_and_compared_with_transformers(
     download: bool, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With processes that have their imports done; the next test starts one as users do."""
+    """Uses processes that have their imports done; the next test starts one as users do."""
     instead = {"Popen": _start, "PIPE": subprocess.PIPE, "DEVNULL": subprocess.DEVNULL}
     monkeypatch.setattr(start, "subprocess", SimpleNamespace(**instead))
     checkpoint = save_llama(tmp_path / "tiny")

@@ -1,4 +1,4 @@
-"""`bench storage` measures what it says: everything reads every byte of the model."""
+"""`bench storage`: every way reads every byte of the model."""
 
 import asyncio
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The benchmark runs, compares within one run, and says what it found as data."""
+"""The benchmark completes, compares within one run, and returns its results as data."""
 
 import json
 import os
@@ -40,12 +40,12 @@ def test_sizes_are_those_of_real_layers() -> None:
 
 
 async def refuse(*_: object) -> None:
-    """Stands for a fetch that fails without saying why."""
+    """Fails like a fetch without a reason."""
     raise TimeoutError
 
 
 async def end(*_: object) -> None:
-    """Stands for a client that is killed."""
+    """Ends like a killed client."""
     os._exit(1)
 
 

@@ -43,7 +43,7 @@ ADAPTERS = 20
 
 
 def save_random(folder: Path) -> Any:
-    """Save a LLaMA of 1.1B, in bf16: 2.2 GB of random weights, always the same. Returns the model."""
+    """Save a LLaMA of 1.1B in bf16: 2.2 GB of random weights, always the same. Returns the model."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -56,19 +56,19 @@ def save_random(folder: Path) -> Any:
             torch.nn.init.ones_(parameter)
         else:
             torch.nn.init.normal_(parameter, std=0.02)
-    model.model.rotary_emb.__init__(model.config)  # its buffers are not of the checkpoint
+    model.model.rotary_emb.__init__(model.config)  # its buffers are not in the checkpoint
     model.save_pretrained(folder)
     return model
 
 
 def make(folder: Path) -> None:
-    """A model of random weights; a fine-tune of it; one whose greedy decoding walks a cycle; and their store."""
+    """Make a model of random weights; a fine-tune of it; one whose greedy decoding follows a cycle; and their store."""
     from safetensors.torch import load_file, save_file
 
     from surfw import ModelChunker
 
     model = save_random(folder / "random")
-    for file in save_llama(folder / "words").glob("tokenizer*"):  # of few words: what it decodes is mostly nothing
+    for file in save_llama(folder / "words").glob("tokenizer*"):  # a small vocabulary, so most text is empty
         shutil.copy(file, folder / "random")
     make_adapters(folder, model)
     weights = load_file(folder / "random/model.safetensors")
@@ -104,11 +104,11 @@ def make_adapters(folder: Path, model: Any) -> None:
 
 
 def walk_a_cycle(weights: dict[str, Any]) -> None:
-    """Let a token of the cycle be followed by its next one: layers add next to nothing to what the head looks for."""
+    """Make the model follow each token of the cycle with the next: layers hardly change the head's input."""
     small = [name for name in weights if name.endswith(("o_proj.weight", "down_proj.weight"))]
     weights |= {name: weights[name] * 0.01 for name in small}
     embeddings, head = weights["model.embed_tokens.weight"], weights["lm_head.weight"].clone()
-    weights["lm_head.weight"] = head  # a fine-tune has the one that was
+    weights["lm_head.weight"] = head  # a fine-tune keeps the one it had
     for token in CYCLE:
         following = CYCLE[(token - CYCLE[0] + 1) % len(CYCLE)]
         head[following] = embeddings[token]
@@ -122,14 +122,14 @@ def prompts(count: int, length: int = 24) -> list[list[int]]:
 
 
 def timed(work: Callable[[], int]) -> float:
-    """Tokens a second."""
+    """Return the tokens per second."""
     start = time.perf_counter()
     tokens = work()
     return tokens / (time.perf_counter() - start)
 
 
 def many(folder: Path) -> dict[str, Any]:
-    """16 prompts: together, one after another, and by accelerate's disk offload with the same batch."""
+    """16 prompts: in a batch, one after another, and by accelerate's disk offload with the same batch."""
     import torch
     from transformers import AutoConfig, LlamaForCausalLM
 
@@ -175,17 +175,17 @@ def many(folder: Path) -> dict[str, Any]:
 
 
 def guess(folder: Path) -> dict[str, Any]:
-    """Prompt lookup against plain decoding."""
+    """Compare prompt lookup with plain decoding."""
     return speculate(folder, BUDGET, prompt_lookup=8)
 
 
 def draft(folder: Path) -> dict[str, Any]:
-    """A draft against plain decoding without one."""
+    """Compare a draft with plain decoding without a draft."""
     return speculate(folder, DRAFT_BUDGET, draft="self:int4")
 
 
 def speculate(folder: Path, budget: str, **options: Any) -> dict[str, Any]:
-    """Plain decoding, and two generations with guesses, in one model."""
+    """Run plain decoding and two generations with guesses in one model."""
     import torch
 
     from surfw import StreamingModel
@@ -225,9 +225,9 @@ with StreamingModel.open(sys.argv[1], "tuned", memory_budget=sys.argv[2]) as mod
 
 
 def switch(folder: Path) -> dict[str, Any]:
-    """A switch to a fine-tune, up to the first token, against opening it in a process of its own.
+    """Compare a switch to a fine-tune, up to the first token, with opening it in a new process.
 
-    Told besides is how long a token takes of the model that is open: no switch can be quicker than that.
+    The result includes the time per token of the open model, because no switch can be faster than that.
     """
     import torch
 
@@ -262,13 +262,13 @@ def switch(folder: Path) -> dict[str, Any]:
 
 
 def memory_now() -> dict[str, int]:
-    """What the kernel says that this process has: resident, and of that what is no file."""
+    """Return this process's memory as the kernel reports it: resident, and the part that is not backed by files."""
     lines = (line.split() for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:])
     return {name.rstrip(":"): int(size) * 1024 for name, size, *_ in lines}
 
 
 def adapters(folder: Path) -> dict[str, Any]:
-    """20 adapters: one after another in the place of each other, all in one model, and each in a model of its own."""
+    """20 adapters: one after another in one place, all in one model, and each in a model of its own."""
     import torch
 
     from surfw import StreamingModel
@@ -311,7 +311,7 @@ def adapters(folder: Path) -> dict[str, Any]:
 
 
 def thousand(folder: Path) -> dict[str, Any]:
-    """1,000 prompts of mixed lengths: peak memory beside that of a process that has answered two, and padding."""
+    """1,000 prompts of mixed lengths: peak memory compared with that of two prompts, and padding."""
     import gc
 
     import torch
@@ -339,7 +339,7 @@ def thousand(folder: Path) -> dict[str, Any]:
     answers.clear()
     gc.collect()
     computed = passes = 0
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # reset the high-water mark
     before, start = rss_bytes(), time.perf_counter()
     answer(asked)
     seconds, peak = time.perf_counter() - start, peak_rss_bytes() - before
@@ -353,7 +353,7 @@ def thousand(folder: Path) -> dict[str, Any]:
 
 
 def sessions(folder: Path) -> dict[str, Any]:
-    """Four sessions at once against one: bytes, tokens and seconds."""
+    """Compare four concurrent sessions with one: bytes, tokens and seconds."""
     from surfw import StreamingModel
 
     async def measure(count: int) -> dict[str, Any]:
@@ -374,7 +374,7 @@ def sessions(folder: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def served(folder: Path, group: Any) -> Iterator[str]:
-    """The example as a service, capped."""
+    """Run the example as a service under a memory cap."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     settings = {"SURFW_SOURCE": str(folder / "store"), "SURFW_MODEL": "random", "SURFW_MEMORY_BUDGET": BUDGET}
@@ -391,7 +391,7 @@ def served(folder: Path, group: Any) -> Iterator[str]:
 
 
 def serve_openai(folder: Path, cap: int) -> dict[str, Any]:
-    """16 streaming clients at once against one."""
+    """Compare 16 concurrent streaming clients with one."""
     import openai
 
     async def ask(client: Any, index: int) -> int:

@@ -1,4 +1,4 @@
-"""Small seeded models of many families. surfw names none of them: it finds what it needs in the model itself."""
+"""Small seeded models of many families. surfw names none of them: it finds what it needs in the model."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,13 +23,13 @@ _SEQ2SEQ = {
 
 @dataclass(frozen=True)
 class Family:
-    """A class of transformers, and the settings of a small model of it."""
+    """A class of transformers, and the settings of a small model."""
 
     class_name: str
     settings: Mapping[str, Any] = field(repr=False)
 
     def build(self) -> Any:
-        """The model, with random weights."""
+        """Build the model with random weights."""
         cls = getattr(transformers, self.class_name)
         return cls(cls.config_class(**self.settings))
 

@@ -1,4 +1,4 @@
-"""Whichever form of the weights is read, from wherever, a model computes the bits of the resident one."""
+"""In whatever form and from wherever weights are read, a model computes the bits of the resident one."""
 
 import asyncio
 import copy
@@ -20,7 +20,7 @@ from tests.exactness.test_real_bert import checkpoint
 from tests.servers import Served, serve
 
 DTYPES = {"bfloat16": 0.72, "float16": 0.90, "float32": 0.88}
-"""The part of their size that layers of random weights take at most, norms and the like included."""
+"""The largest relative size of coded layers with random weights, including norms."""
 
 IDS = torch.tensor([[1, 17, 42, 101, 7]])
 
@@ -38,7 +38,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def store(checkpoints: Path) -> Path:
-    """Both forms of each, and `coded-NAME` with the coded one alone."""
+    """A store with both forms of each, and `coded-NAME` with only the coded one."""
     path = checkpoints / "store"
     for name in DTYPES:
         for prefix, codecs in (("", ("none", "lossless")), ("coded-", ("lossless",))):
@@ -49,7 +49,7 @@ def store(checkpoints: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def server(store: Path) -> Iterator[Served]:
-    """A server over it."""
+    """A server for the store."""
     with serve(store) as served:
         yield served
 

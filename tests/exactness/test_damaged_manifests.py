@@ -1,4 +1,4 @@
-"""A damaged manifest is refused by everybody who reads it: it never gives another logit, and verifying names it."""
+"""Every reader refuses a damaged manifest, verification names it, and it never changes a logit."""
 
 import asyncio
 import copy
@@ -50,7 +50,7 @@ def store(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def flips(data: bytes, seed: str) -> Iterator[bytes]:
-    """The bytes with one bit turned, somewhere."""
+    """The bytes with one bit flipped somewhere."""
     source = random.Random(seed)
     for _ in range(FLIPS):
         at = source.randrange(8 * len(data))
@@ -58,7 +58,7 @@ def flips(data: bytes, seed: str) -> Iterator[bytes]:
 
 
 def replace(path: Path, data: bytes) -> None:
-    """As a storage does it that replaces objects whole."""
+    """Replace a file as a storage does that replaces whole objects."""
     other = path.with_name("other")
     other.write_bytes(data)
     other.replace(path)

@@ -1,6 +1,6 @@
-"""On a device, the bits are those of the resident model, whatever stays there and in host memory.
+"""On a device, the bits are those of the resident model, whatever stays on the device and in host memory.
 
-The device is simulated: what is computed before its copy has come is garbage, and copies come as late as they may.
+The device is simulated: results computed before a copy has arrived are garbage, and copies arrive as late as possible.
 """
 
 import asyncio
@@ -59,7 +59,7 @@ def test_streamed_to_a_device_equals_resident(name: str, tmp_path: Path) -> None
 
 
 def device_engine(streaming: StreamingModel) -> DeviceEngine:
-    """The engine of the device's memory."""
+    """The engine for the device's memory."""
     engine = streaming._engine
     assert isinstance(engine, DeviceEngine)
     return engine
@@ -134,7 +134,7 @@ def test_a_copy_that_fails_leaves_nothing_and_the_next_run_is_right(
                     streaming(input_ids=ids)
             tier = engine.host
             assert isinstance(tier, DeviceTier)
-            while tier._unfinished:  # what was to come ahead
+            while tier._unfinished:  # planned prefetches
                 wait(list(tier._unfinished))
             assert not any(slot.users for slot in engine.below.table), "host memory is given back"
             assert torch.equal(streaming(input_ids=ids).logits, expected)

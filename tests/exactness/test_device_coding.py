@@ -1,6 +1,6 @@
-"""On the way to a device exponents are coded, and the bits are those of the resident model; it pays, or is not used.
+"""Exponents are coded for the transfer to a device if that saves time; the bits are those of the resident model.
 
-On the simulated device, decoding comes as late as copies do, and memory is garbage until then.
+On the simulated device, decoding is as late as copies, and memory is garbage until then.
 """
 
 import logging
@@ -39,14 +39,14 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Six of a layer, so that the two stages are used again; coding takes the memory of one layer."""
+    """Split a layer into six pieces, so that the two buffers are reused; coding takes the memory of one layer."""
     monkeypatch.setattr(exponents, "PIECE_WORDS", 64 << 10)
     monkeypatch.setattr(exponents, "_STEP_WORDS", 4 << 10)
 
 
 @contextmanager
 def opened(path: Path, **options: Any) -> Iterator[tuple[StreamingModel, DeviceEngine, SimulatedDevice]]:
-    """A model on a simulated device, of which nothing is left afterwards."""
+    """A model on a simulated device, which leaves nothing behind."""
     with WeightClient(path) as client:
         with StreamingModel.open(client, device="simulated", **options) as streaming:
             engine = streaming._engine
@@ -69,7 +69,7 @@ def outcome(model: Any, rows: int) -> torch.Tensor:
 
 
 def budgets(path: Path) -> tuple[int, int, int]:
-    """The least of the device's memory and of the host's, and the size of a layer."""
+    """The smallest budgets of the device and the host, and the size of a layer."""
     with opened(path, cache_size=1) as (streaming, engine, _):
         layer = max(engine.plan.sizes[one] for one in streaming.layers)
         return engine.least_budget_bytes, engine.below.least_budget_bytes, layer

@@ -1,4 +1,4 @@
-"""Mixtures of experts give the bits of the resident model, and read the experts that their routers have chosen."""
+"""Mixtures of experts give the bits of the resident model, and read only the experts that routers choose."""
 
 import asyncio
 import copy
@@ -37,19 +37,19 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(store: Path) -> Iterator[Served]:
-    """A server over it; models chunked later become visible."""
+    """A server for the store; models chunked later become visible."""
     with serve(store) as served:
         yield served
 
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A home of each test's own: what one learns of experts does not help the next."""
+    """A home per test, so that no test uses the expert usage saved by another."""
     monkeypatch.setenv("SURFW_HOME", str(tmp_path / "home"))
 
 
 def chunked(name: str, folder: Path, store: Path) -> tuple[Any, Manifest]:
-    """A family's model in memory, and in the store, where one that is there already stays."""
+    """A family's model in memory, and in the store, unless it is there already."""
     torch.manual_seed(0)
     MIXTURES[name].build().save_pretrained(folder)
     resident = copy.deepcopy(getattr(transformers, MIXTURES[name].class_name).from_pretrained(folder))
@@ -86,7 +86,7 @@ def test_a_token_costs_what_is_shared_and_its_experts(store: Path, server: Serve
     shared = sum(chunk.payload_bytes for chunk in manifest.chunks if chunk.kind != "expert")
     experts = manifest.payload_bytes - shared
     with StreamingModel.open(server.url, "qwen3-moe") as streaming:
-        streaming(input_ids=one_token(5))  # the manifest was sent as well
+        streaming(input_ids=one_token(5))  # the manifest was sent, too
         for token in (7, 8, 9):
             streaming.clear_cache()
             before = server.stats()["bytes_sent"]
@@ -123,9 +123,9 @@ def test_what_stays_is_not_read_again(store: Path, server: Served, tmp_path: Pat
 def test_no_kernel_touches_an_expert_that_is_absent(
     name: str, implementation: str, store: Path, tmp_path: Path
 ) -> None:
-    """Absent ones are NaN here, which would spread to whatever is computed with them.
+    """Absent experts are NaN here, which would spread to all results computed with them.
 
-    Llama 4 multiplies all experts, by inputs that are zero for those that were not chosen.
+    Llama 4 multiplies all experts, with inputs that are zero for those that were not chosen.
     """
     resident, _ = chunked(name, tmp_path, store)
     resident.set_experts_implementation(implementation)
@@ -203,17 +203,17 @@ def test_guesses_change_no_bit(right: float, store: Path, tmp_path: Path) -> Non
         least = streaming.explain().least_budget_bytes
     with StreamingModel.open(str(store), "qwen3-moe", memory_budget=least + 3 * one + KV_BYTES) as streaming:
         pool = streaming._engine.experts
-        for load in list(pool._loads.values()):  # by what explaining has learned
+        for load in list(pool._loads.values()):  # from the measurements of explain()
             load.result()
         before = streaming._engine.metrics.count("expert_bytes")
         for token in range(3, 40):
-            pool._right = right  # whether they are acted upon
+            pool._right = right  # whether guesses are used
             want = resident(input_ids=one_token(token)).logits
             assert torch.equal(streaming(input_ids=one_token(token), use_cache=False).logits, want)
             assert pool.resident_bytes <= streaming.plan.expert_bytes
         experts = streaming.statistics()["experts"]
         assert experts is not None
-        tokens = 36 if right else 3  # all but the first, or every eighth: guesses that are mostly wrong rest
+        tokens = 36 if right else 3  # all but the first, or every eighth: wrong guesses are mostly not used
         assert experts["guesses"] == tokens * 2 * 2, "of the two routers that another layer runs before"
         assert 0 < experts["foreseen"] < experts["guesses"]
         loaded = (experts["fetched_bytes"] - before) // one
@@ -252,7 +252,7 @@ def test_experts_that_begin_to_come_while_a_smaller_plan_is_adopted(store: Path,
 
     class Begins(Future[None]):
         def cancel(self) -> bool:
-            pool._waiting.clear()  # all that waited have begun now
+            pool._waiting.clear()  # all waiting loads have begun now
             return super().cancel()
 
     chunked("qwen3-moe", tmp_path, store)

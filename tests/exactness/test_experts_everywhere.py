@@ -1,4 +1,4 @@
-"""Experts on demand from wherever models come: killed servers, disk caches, checkpoints in place, adapters, prompts."""
+"""Experts on demand from all places: killed servers, disk caches, checkpoints in place; with adapters and prompts."""
 
 import asyncio
 import copy
@@ -33,12 +33,12 @@ HASTY = RetryPolicy(attempts=40, first_delay_seconds=0.05, backoff=1)
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A home of each test's own: what one learns of experts does not help the next."""
+    """A home per test, so that no test uses the expert usage saved by another."""
     monkeypatch.setenv("SURFW_HOME", str(tmp_path / "home"))
 
 
 class Place:
-    """A folder of checkpoints, and a store with all of them; what is not there yet is made."""
+    """A folder of checkpoints, and a store with all of them, made when needed."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.store = folder, folder / "store"
@@ -73,7 +73,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 
 
 def before_expert(streaming: StreamingModel, number: int, act: Callable[[], object]) -> None:
-    """Act when so many experts have been asked for, and the next one is on its way."""
+    """Do something after this many requests for experts, while the next one is in progress."""
     pool = streaming._engine.experts
     load, seen = pool._loader.load, 0
 

@@ -23,7 +23,7 @@ NEW_TOKENS = 5
 
 @pytest.fixture(autouse=True, scope="module")
 def two_threads() -> Iterator[None]:
-    """Compute with two threads, which split products between them; other tests do with one."""
+    """Compute with two threads, which split products; other tests use one thread."""
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     yield
@@ -46,7 +46,7 @@ async def _create(path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def server(store: Path) -> Iterator[Served]:
-    """A server over it; models chunked later become visible."""
+    """A server for the store; models chunked later become visible."""
     with serve(store) as served:
         yield served
 
@@ -56,7 +56,7 @@ def test_streamed_equals_resident(name: str, store: Path, server: Served, tmp_pa
     torch.manual_seed(0)
     made = FAMILIES[name].build()
     for vector in (one for one in made.parameters() if one.dim() == 1):
-        torch.nn.init.normal_(vector, mean=1.0, std=0.1)  # else they are shared with any other model that is open
+        torch.nn.init.normal_(vector, mean=1.0, std=0.1)  # otherwise they are shared with other open models
     made.save_pretrained(tmp_path)
     resident = copy.deepcopy(getattr(transformers, FAMILIES[name].class_name).from_pretrained(tmp_path))
     manifest = asyncio.run(write_model(prepare_model(str(tmp_path), name=name), open_backend(store)))
@@ -108,7 +108,7 @@ def assert_equal(seen: Mapping[str, torch.Tensor], want: Mapping[str, torch.Tens
 
 
 def assert_really_streamed(manifest: Manifest, cache_layers: int | None, sent: int, cache: Mapping[str, int]) -> None:
-    """The server's own count proves that layers went over the wire again and again, or once if all are kept."""
+    """The server's counter proves that layers were sent again and again, or once if all are kept."""
     if cache_layers is None:
         assert sent == manifest.payload_bytes == cache["fetched_bytes"]
         return

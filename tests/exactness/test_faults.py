@@ -1,4 +1,4 @@
-"""Through a network that delays, cuts, damages and repeats, a model gives the resident model's bits, or one error."""
+"""With delayed, cut, damaged or repeated transfers, a model gives the resident model's bits, or one error."""
 
 import asyncio
 import contextlib
@@ -32,19 +32,19 @@ from tests.exactness.test_families import inputs
 from tests.servers import serve
 
 NAMES = ("llama", "bert-mlm", "t5", "qwen3-moe")
-"""One of them a mixture, each of whose experts is a chunk of its own."""
+"""One of them is a mixture, each of whose experts is a separate chunk."""
 TOGETHER, AT_ONCE = 10, 3
 SCHEDULES = 300
 EQUAL_AT_LEAST = 3
 HARMLESS = {"delay", "throttle", "cut"}
 DEADLINE_SECONDS = 15
 GUARD_SECONDS = 60
-"""A schedule that hangs ends here; one that does not takes a few seconds at most."""
+"""The time limit of a schedule; one that does not hang takes a few seconds at most."""
 
 
 @dataclass(frozen=True)
 class Served:
-    """A served model, what goes into it, and what comes out of the resident one."""
+    """A served model, its inputs, and the resident model's outputs."""
 
     url: str
     given: dict[str, torch.Tensor]
@@ -54,7 +54,7 @@ class Served:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Served]]:
-    """The models, behind one real server."""
+    """The models, on one real server."""
     store, made = tmp_path_factory.mktemp("faults") / "store", {}
     asyncio.run(Store(open_backend(store)).create())
     with serve(store) as server, torch.no_grad():
@@ -71,7 +71,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Serve
 
 
 def run_through(seed: int, name: str, served: Served) -> SurfwError | None:
-    """One schedule: its error, if there may be one; None if the model gave the bits that it should."""
+    """Run one schedule; return its error if it may have one, or None if the model gave the right bits."""
     schedule = Fault.draw(seed, served.payload_bytes)
     kinds = {fault.kind for faults in schedule for fault in faults}
     what = f"seed {seed}, {name}: {schedule}"
@@ -107,7 +107,7 @@ def run_through(seed: int, name: str, served: Served) -> SurfwError | None:
 
 
 def within(seconds: float, work: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """Do it in another thread, and let the test fail if it hangs."""
+    """Run this in another thread; the test fails if it hangs."""
     settled: Future[torch.Tensor] = Future()
 
     def run() -> None:
@@ -121,7 +121,7 @@ def within(seconds: float, work: Callable[[], torch.Tensor]) -> torch.Tensor:
 
 
 def is_payload(sent: bytes | bytearray, place: int) -> bool:
-    """Whether this byte of what a server sent lies in the payload of a binary frame."""
+    """Whether this byte of the server's output is in the payload of a binary frame."""
     at = sent.find(b"\r\n\r\n") + 4
     while 4 <= at <= place and at + 2 <= len(sent):
         size, head = sent[at + 1], 2
@@ -135,7 +135,7 @@ def is_payload(sent: bytes | bytearray, place: int) -> bool:
 
 
 def run_through_two(seed: int, name: str, served: Served, folder: Path) -> SurfwError | None:
-    """Two sources, each with a schedule of its own; every third seed with a disk cache, which is right afterwards."""
+    """Use two sources with their own schedules; every third seed has a disk cache, which is correct afterwards."""
     schedules = [Fault.draw(seed, served.payload_bytes), Fault.draw(seed + 1_000_000, served.payload_bytes)]
     what = f"seed {seed}, {name}: {schedules}"
     cache: dict[str, Any] = {"disk_cache": "1GB", "cache_dir": folder, "offline": False} if seed % 3 == 0 else {}
@@ -167,7 +167,7 @@ def run_through_two(seed: int, name: str, served: Served, folder: Path) -> Surfw
 
 
 def open_files() -> set[str]:
-    """What this process has open, but for what Python opens while it looks."""
+    """This process's open files, except those that Python opens to list them."""
     found = set()
     for number in Path("/proc/self/fd").iterdir():
         with contextlib.suppress(OSError):
@@ -177,7 +177,7 @@ def open_files() -> set[str]:
 
 @pytest.mark.parametrize("seed", range(20 if os.environ.get("SURFW_TEST_LONG") else 1))
 def test_through_faults_of_two_sources_the_command_line_says_the_same_or_one_error(seed: int, tmp_path: Path) -> None:
-    """As above, by `surfw infer`, with the model that comes with surfw."""
+    """As above, with `surfw infer` and the model that comes with surfw."""
     assert surfw(tmp_path, "chunk", str(demo_checkpoint()), "--name", "toy", "-q").returncode == 0
     schedules = [Fault.draw(seed, 3_500_000), Fault.draw(seed + 1_000_000, 3_500_000)]
     common = ("--prompt-ids", "1,2,3", "--max-new-tokens", "3", "--cache-layers", "2", "-q")
@@ -197,7 +197,7 @@ def test_through_faults_of_two_sources_the_command_line_says_the_same_or_one_err
 
 
 def is_left(thread: threading.Thread) -> bool:
-    """Whether a thread is one of surfw's own."""
+    """Whether a thread belongs to surfw."""
     return thread.name.startswith("surfw")
 
 
@@ -223,7 +223,7 @@ def test_through_faults_of_two_sources_a_model_is_exact_or_fails_with_one_error(
 
 @pytest.mark.parametrize("first", range(0, SCHEDULES, TOGETHER))
 def test_through_faults_a_model_is_exact_or_fails_with_one_error(first: int, models: dict[str, Served]) -> None:
-    """Ten seeds, a few at once, as they mostly wait; `run_through` runs any of them alone."""
+    """Ten seeds, a few at a time because they mostly wait; `run_through` runs any of them alone."""
 
     def run(seed: int) -> SurfwError | None:
         name = NAMES[seed % len(NAMES)]

@@ -1,4 +1,4 @@
-"""However little memory there is, and however it is used, the bits are those of the resident model."""
+"""With any memory budget and use of memory, the bits are those of the resident model."""
 
 import asyncio
 import bisect
@@ -28,7 +28,7 @@ from tests.exactness.families import Family
 from tests.servers import serve
 
 ROWS, WIDTH = 16384, 64
-"""A table takes 4.2 MB, or 2.1 in bfloat16; a layer 2 MB and more."""
+"""A table takes 4.2 MB, or 2.1 in bfloat16; a layer takes at least 2 MB."""
 PROMPT, NEW_TOKENS = 9, 8
 _PLAIN = {
     "hidden_size": WIDTH, "intermediate_size": 4096, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -72,7 +72,7 @@ class Setting:
 
 
 def settings() -> Iterator[Setting]:
-    """Eight settings, in which every two values of two things meet: an orthogonal array of strength two."""
+    """Eight settings that include all pairs of values of any two parameters: an orthogonal array of strength two."""
     for budget, bits in zip(BUDGETS, (0b0000, 0b0011, 0b0101, 0b0110), strict=True):
         for turned in (0b0000, 0b1111):
             policy, prefetch, source, dtype = (bool((bits ^ turned) >> place & 1) for place in (3, 2, 1, 0))
@@ -94,7 +94,7 @@ def test_every_two_values_meet() -> None:
 
 @dataclass
 class Place:
-    """A store with all families, and a server over it; what the resident models give is computed once."""
+    """A store with all families, and its server; the resident models' results are computed once."""
 
     store: Path
     checkpoints: Path
@@ -136,7 +136,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
 
 @pytest.fixture(autouse=True)
 def _few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Little memory for rows, so that it is worth it to read tables of a few MB row by row."""
+    """Set little memory for rows, so that tables of a few MB are read row by row."""
     monkeypatch.setattr(assembly, "ROWS_BYTES", MIB)
 
 
@@ -173,14 +173,14 @@ def assert_equal(seen: Mapping[str, torch.Tensor], want: Mapping[str, torch.Tens
 
 
 def cache_bytes(model: Any) -> int:
-    """What the KV cache of the largest generation here takes."""
+    """The bytes of the KV cache of the largest generation here."""
     if not model.can_generate():
         return 0
     return kv_cost(model.config, model.dtype).total_bytes(PROMPT, NEW_TOKENS, sequences=3)
 
 
 def runs_with(model: StreamingModel, budget: int) -> bool:
-    """Whether an open model could be planned for with so many bytes."""
+    """Whether an open model has a plan for this many bytes."""
     assert model._parts is not None
     try:
         model._parts.engine.plan_with(Limit(budget_bytes=budget))
@@ -190,7 +190,7 @@ def runs_with(model: StreamingModel, budget: int) -> bool:
 
 
 def budget_of(place: Place, name: str, setting: Setting) -> int:
-    """The budget in bytes, with the KV cache on top of what weights have."""
+    """The budget in bytes, which includes the KV cache in addition to the weights."""
     key = (name, setting.source, setting.dtype)
     if key not in place.bounds:
         with place.open(name, 10**9, setting) as model:
@@ -244,7 +244,7 @@ TIGHT = Setting("least", "auto", True, "folder", None)
 
 
 def tight_budget(place: Place, name: str, sequences: int, setting: Setting = TIGHT) -> int:
-    """The least budget, with the KV cache of so many sequences on top."""
+    """The smallest budget, with the KV cache of this many sequences."""
     model = place.resident(name, None)
     cache = kv_cost(model.config, model.dtype).total_bytes(PROMPT, NEW_TOKENS, sequences=sequences)
     return budget_of(place, name, setting) - cache_bytes(model) + cache
@@ -262,7 +262,7 @@ def test_beams_and_several_sequences_in_the_least_memory(
 ) -> None:
     wanted = GREEDY | options
     with place.open(name, tight_budget(place, name, sequences), TIGHT) as model:
-        for _ in range(2):  # the second generation finds what the first one has left
+        for _ in range(2):  # the second generation starts from the first one's state
             torch.manual_seed(1)
             expected = place.resident(name, None).generate(prompt(1), **wanted)
             torch.manual_seed(1)

@@ -1,4 +1,4 @@
-"""Packed weights: what is computed is what the quantised values give, the same from wherever they come."""
+"""Packed weights: the results are those of the quantised values, the same for all sources."""
 
 import asyncio
 import copy
@@ -24,12 +24,12 @@ from tests.servers import Served, serve
 IDS = torch.tensor([[1, 17, 42, 101, 7]])
 FORMS = ("none", "int8", "int4")
 TOLERANCE = {"bfloat16": 0.03, "float16": 0.003, "float32": 1e-5}
-"""By how much logits may differ from those of the values in ordinary matrices, as a part of the largest one."""
+"""The allowed difference from logits with these values in ordinary matrices, relative to the largest logit."""
 
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A LLaMA in each dtype, whose layers have more than a block in each form; the head of one is not tied."""
+    """A LLaMA in each dtype, whose layers have more than a block in each form; one head is not tied."""
     folder = tmp_path_factory.mktemp("packed")
     for name in TOLERANCE:
         save_llama(folder / name, layers=3, hidden=640, vocab_size=1000, tie_word_embeddings=name != "bfloat16")
@@ -40,7 +40,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def store(checkpoints: Path) -> Path:
-    """All forms of each, and `only-int4` with one alone."""
+    """A store with all forms of each, and `only-int4` with only that one."""
     path = checkpoints / "store"
     for name in TOLERANCE:
         chunk_into(path, checkpoints / name, FORMS)
@@ -50,7 +50,7 @@ def store(checkpoints: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def server(store: Path) -> Iterator[Served]:
-    """A server over it."""
+    """A server for the store."""
     with serve(store) as served:
         yield served
 
@@ -61,7 +61,7 @@ def chunk_into(store: Path, checkpoint: Path, codecs: tuple[str, ...], *, name: 
 
 
 def quantised(resident: PreTrainedModel, manifest: Manifest, store: Path, codec: str) -> int:
-    """Give a resident model the values of a packed form; returns how many of its tensors are quantised."""
+    """Give a resident model the values of a packed form; return how many of its tensors are quantised."""
     state, count = resident.state_dict(), 0
     for chunk in manifest.chunks:
         if form := chunk.form(codec):
@@ -76,7 +76,7 @@ def quantised(resident: PreTrainedModel, manifest: Manifest, store: Path, codec:
 
 
 def assert_close(seen: torch.Tensor, want: torch.Tensor) -> None:
-    """As close as products in another order are."""
+    """Check that values differ only as by products in another order."""
     most = TOLERANCE[str(want.dtype).removeprefix("torch.")] * float(want.abs().max())
     assert float((seen - want).abs().max()) <= most
 
@@ -88,7 +88,7 @@ def test_packed_weights_compute_what_their_values_give(
 ) -> None:
     resident = copy.deepcopy(transformers.LlamaForCausalLM.from_pretrained(checkpoints / name))
     with StreamingModel.open(str(store), name) as exact, torch.no_grad():
-        assert torch.equal(exact(IDS).logits, resident(IDS).logits)  # it is never read unless it is asked for
+        assert torch.equal(exact(IDS).logits, resident(IDS).logits)  # packed forms are read only on request
     full = asyncio.run(stored_manifest(store, name))
     is_tied = name != "bfloat16"
     assert quantised(resident, full, store, codec) == 3 * 7 + 2 - is_tied
@@ -133,7 +133,7 @@ def test_what_is_not_exact_says_so_where_nobody_asked_for_it(
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_another_dtype_casts_what_is_not_quantised(dtype: str, checkpoints: Path, store: Path) -> None:
-    """Matrices have no dtype of their own: their values are rounded to the one that is computed in."""
+    """Matrices have no dtype of their own: their values are rounded to the dtype of the computation."""
     name = {"float32": "bfloat16", "bfloat16": "float32"}[dtype]
     resident = copy.deepcopy(transformers.LlamaForCausalLM.from_pretrained(checkpoints / name, dtype=dtype))
     quantised(resident, asyncio.run(stored_manifest(store, name)), store, "int4")

@@ -1,4 +1,4 @@
-"""Quantised experts: packed in memory, the same bits at every budget, and the products of the values they stand for."""
+"""Quantised experts are packed in memory, give the same bits at every budget, and match the quantised values."""
 
 import asyncio
 from dataclasses import replace
@@ -28,18 +28,18 @@ from tests.exactness.test_families import assert_equal, inputs, outputs
 from tests.servers import serve
 
 WIDER = {"hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 64}
-"""Wide enough for both matrices of an expert to be quantised."""
+"""Wide enough that both matrices of an expert are quantised."""
 IDS = torch.arange(3, VOCABULARY)[None, :40]
 
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A home of each test's own: what one learns of experts does not help the next."""
+    """A home per test, so that no test uses the expert usage saved by another."""
     monkeypatch.setenv("SURFW_HOME", str(tmp_path / "home"))
 
 
 def save(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """A family's checkpoint, and the model."""
+    """Save a family's checkpoint, and return the model."""
     torch.manual_seed(0)
     model = Family(MIXTURES[name].class_name, dict(MIXTURES[name].settings) | WIDER).build().to(dtype)
     model.save_pretrained(folder)
@@ -94,7 +94,7 @@ def test_bits_are_the_same_at_every_budget_and_from_everywhere(
             with StreamingModel.open(source, codec=codec, **options) as streaming:
                 for batch, want in zip((1, 2), expected, strict=True):
                     if "device" in options and dtype is torch.bfloat16:
-                        continue  # kernels of the CPU are for its own memory
+                        continue  # the CPU's kernels need its own memory
                     assert_equal(outputs(streaming, inputs(model, batch)), want, f"{source}, {options}, batch {batch}")
 
 

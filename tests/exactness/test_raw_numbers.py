@@ -1,4 +1,4 @@
-"""Checkpoints with numbers that JSON does not have, as published Mamba-2 models: chunked, and run bit-equal."""
+"""Checkpoints with numbers that JSON lacks, like published Mamba-2 models, are chunked and run bit-equal."""
 
 import asyncio
 import copy
@@ -16,7 +16,7 @@ VOCABULARY = 64
 
 
 def save_mamba2(path: Path) -> Path:
-    """A random Mamba-2 whose files have `Infinity` as older releases of transformers wrote it."""
+    """Save a random Mamba-2 whose files have `Infinity`, as written by older releases of transformers."""
     torch.manual_seed(0)
     config = Mamba2Config(
         hidden_size=32,

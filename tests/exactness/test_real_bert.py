@@ -37,7 +37,7 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
 
 @pytest.fixture
 def served(stored: tuple[Path, Manifest]) -> Iterator[Served]:
-    """A server of its own for each test, which counts what it sends."""
+    """A server per test, which counts the bytes it sends."""
     with serve(stored[0]) as served:
         yield served
 

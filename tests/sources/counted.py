@@ -1,4 +1,4 @@
-"""A store as a source that counts what is asked of it."""
+"""A store as a source that counts requests."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -12,11 +12,11 @@ from surfw.storage.store_source import StorageSource
 
 
 class CountedSource(StorageSource):
-    """As if it were far away: it maps nothing.
+    """A source that maps nothing, as if it were remote.
 
     Attributes:
-        asked: how often each block of each chunk was asked for.
-        files: the files that were asked for.
+        asked: how often each block of each chunk was requested.
+        files: the files that were requested.
     """
 
     def __init__(self, store: Path) -> None:
@@ -39,13 +39,13 @@ class CountedSource(StorageSource):
 
 
 def whole(chunk: Chunk, form: Form | None = None) -> Read:
-    """A read of all of a chunk's form, the first one if none is named."""
+    """A read of a chunk's whole form, by default the first one."""
     form = form or chunk.forms[0]
     return Read(chunk, form, 0, form.stored_bytes, memoryview(bytearray(form.stored_bytes)))
 
 
 async def read_all(source: ChunkSource, manifest: Manifest) -> dict[str, bytes]:
-    """The stored bytes of every chunk, fetched at once."""
+    """The stored bytes of every chunk, fetched concurrently."""
     reads = [whole(chunk) for chunk in manifest.chunks]
     await source.fetch(manifest, reads)
     return {read.chunk.name: bytes(read.destination) for read in reads}

@@ -1,4 +1,4 @@
-"""A store as a source to which things happen."""
+"""A store as a source with faults."""
 
 import asyncio
 from collections.abc import Callable, Sequence
@@ -11,11 +11,11 @@ from tests.sources.counted import CountedSource
 
 
 class FaultySource(CountedSource):
-    """Delivers block by block, and does what it is told before each.
+    """Delivers block by block, with a fault of the test's choice.
 
     Attributes:
-        before: called with how many blocks came before; it may raise, or return an event that is waited for.
-        delivered: how many.
+        before: called before each block with the number of earlier blocks; it may raise, or return an event to await.
+        delivered: the number of blocks that were delivered.
     """
 
     def __init__(self, store: Path, url: str = "") -> None:
@@ -42,7 +42,7 @@ class FaultySource(CountedSource):
 
 
 def opener(source: ChunkSource) -> Callable[[], "asyncio.Future[ChunkSource]"]:
-    """What opens a source that is there already."""
+    """A function that opens a source which exists already."""
 
     async def opened() -> ChunkSource:
         return source
@@ -51,10 +51,10 @@ def opener(source: ChunkSource) -> Callable[[], "asyncio.Future[ChunkSource]"]:
 
 
 def lost(_: object = None) -> None:
-    """The link is lost."""
+    """Raise as if the connection were lost."""
     raise ConnectionFailedError("the link was lost", transient=True)
 
 
 def damaged(_: object = None) -> None:
-    """The bytes are damaged, however often they are read."""
+    """Raise as if the bytes were damaged, however often they are read."""
     raise IntegrityError("block 3 is damaged")

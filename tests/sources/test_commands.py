@@ -1,4 +1,4 @@
-"""`surfw pull`, `list --cached`, `rm --cached` and `infer --offline`, against a real server that goes away."""
+"""`surfw pull`, `list --cached`, `rm --cached` and `infer --offline`, with a real server that becomes unreachable."""
 
 import json
 from pathlib import Path

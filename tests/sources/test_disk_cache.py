@@ -1,4 +1,4 @@
-"""The disk cache: what was fetched once is read from disk, is right whatever happened to it, and keeps its budget."""
+"""The disk cache: fetched data is read from disk, is correct despite any damage, and stays within its budget."""
 
 import asyncio
 import contextlib
@@ -32,14 +32,14 @@ from tests.stores import TOKENIZER, make_store, payload
 SIZES = [1, MIB, MIB + 1, 3 * MIB + 5, 11 * MIB + 4096]
 URL = "ws://far.example:8765"
 LONG = bool(os.environ.get("SURFW_TEST_LONG"))
-"""Run as many seeds as it takes hours to be sure, instead of a few."""
+"""Run many seeds, for hours, instead of a few."""
 
 
 @asynccontextmanager
 async def cached(
     tmp_path: Path, *, source: CountedSource | None = None, budget: int | None = None, url: str = URL
 ) -> AsyncIterator[DiskCache]:
-    """A cache in the folder `cache`; offline without a source."""
+    """A cache in the folder `cache`; offline if no source is given."""
     cache = DiskCache(source, CacheFolder(tmp_path / "cache", budget), url)
     await cache.open()
     async with cache:
@@ -47,12 +47,12 @@ async def cached(
 
 
 def right(store: Path, manifest: Manifest) -> dict[str, bytes]:
-    """What the chunks hold."""
+    """The correct contents of the chunks."""
     return {chunk.name: payload(store, chunk) for chunk in manifest.chunks}
 
 
 def fill(tmp_path: Path, name: str, *, budget: int | None = None) -> CountedSource:
-    """Read a model of the store `store` through the cache, from beginning to end."""
+    """Read a whole model of the store `store` through the cache."""
     source = CountedSource(tmp_path / "store")
 
     async def main() -> None:
@@ -135,7 +135,7 @@ def test_the_disk_is_filled_ahead_of_a_run_and_while_it_goes_on(tmp_path: Path) 
             ahead = ReadAhead(cache, manifest, None, goes_on=goes_on)
             await ahead.begin(memory_bytes=0)
             first = whole(manifest.chunks[0])
-            await ahead.view(manifest, first.chunk, first.form)  # nothing is read ahead, of which that could be a part
+            await ahead.view(manifest, first.chunk, first.form)  # nothing is read ahead, so no part of it can be either
             await ahead.fetch(manifest, [first])
             assert bool(ahead._kept) is goes_on
             assert bytes(first.destination) == payload(tmp_path / "store", manifest.chunks[0])
@@ -204,7 +204,7 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path) -> None:
 
 
 def damage(folder: Path, draw: random.Random) -> str:
-    """Damage one file of a cache, in one of the ways that happen."""
+    """Damage one file of a cache in one of several realistic ways."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in {"surfw-cache", "lock"})
     path = draw.choice(files)
     size = path.stat().st_size
@@ -246,9 +246,9 @@ def test_damage_is_found_and_healed(tmp_path: Path) -> None:
         what = [damage(tmp_path / "cache", draw) for _ in range(draw.choice([1, 1, 3]))]
         try:
             with contextlib.suppress(IntegrityError, NotFoundError, UnknownModelError):
-                asyncio.run(main(None))  # what is damaged is not used
+                asyncio.run(main(None))  # damaged data is not used
             asyncio.run(main(CountedSource(tmp_path / "store")))
-            asyncio.run(main(None))  # it is healed
+            asyncio.run(main(None))  # the damage is repaired
         except BaseException as exc:
             exc.add_note(f"after {what}")
             raise
@@ -286,7 +286,7 @@ def test_offline_only_what_the_source_had_is_found(tmp_path: Path) -> None:
 
 
 def test_offline_a_manifest_of_which_nothing_was_asked_for_is_unknown(tmp_path: Path) -> None:
-    """Who looks at a manifest may refuse it: it has another pin, or no signature."""
+    """A reader of the manifest may refuse it: because of another pin, or a missing signature."""
     make_store(tmp_path / "refused", sizes=[MIB])
     made = make_store(tmp_path / "store", sizes=[3 * MIB])
 
@@ -309,7 +309,7 @@ def test_offline_a_manifest_of_which_nothing_was_asked_for_is_unknown(tmp_path: 
 
 
 def test_what_reads_a_part_of_a_model_keeps_its_manifest(tmp_path: Path) -> None:
-    """As a stage of a pipeline does; what was refused meanwhile is not kept for that."""
+    """As for a stage of a pipeline; a manifest that was refused is not kept."""
     made = make_store(tmp_path / "store", sizes=[MIB] * 3)
     forged = replace(made, signature=Signature("0" * 32, {}, bytes(64)))
 
@@ -332,7 +332,7 @@ def test_what_reads_a_part_of_a_model_keeps_its_manifest(tmp_path: Path) -> None
 
 
 def test_what_learns_the_digests_of_a_model_keeps_its_manifest(tmp_path: Path) -> None:
-    """As the ranks of a job do with a checkpoint that is where it is."""
+    """As for the ranks of a job with a checkpoint that is read in place."""
     made = make_store(tmp_path / "store", sizes=[MIB] * 2)
     chunks = [replace(one, id="0" * 64, forms=(replace(one.forms[0], digest="", blocks=b""),)) for one in made.chunks]
     unknown = replace(made, chunks=tuple(chunks))
@@ -395,7 +395,7 @@ def test_models_make_room_for_others_by_last_use_unless_they_are_pinned_or_in_us
     time.sleep(0.01)
     folder.close()
     fill(tmp_path, "c", budget=folder.budget_bytes)
-    assert held() == {"a": 4, "b": 4, "c": 4, "d": 0}  # d was used before b was let go
+    assert held() == {"a": 4, "b": 4, "c": 4, "d": 0}  # d was used before b was released
     assert folder.remove(a) == 4 * (MB + 1)
     assert held() == {"b": 4, "c": 4, "d": 0}
 
@@ -438,7 +438,7 @@ def test_another_folder_is_left_alone(tmp_path: Path) -> None:
 def test_a_folder_that_another_process_is_making_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "cache"
     path.mkdir()
-    (path / ".surfw-cache.1.2").touch()  # its marker is being written, or it was killed then
+    (path / ".surfw-cache.1.2").touch()  # the marker is being written, or its writer was killed
     CacheFolder(path, None).create()
     (path / "surfw-cache").unlink()
     iterate = Path.iterdir
@@ -490,7 +490,7 @@ asyncio.run(main(Path(sys.argv[1])))
 
 
 def start_reader(tmp_path: Path) -> subprocess.Popen[str]:
-    """A process that has the cache open, and reads the model once it is told to."""
+    """Start a process that opens the cache, and reads the model when it is told to."""
     command = [sys.executable, "-c", READER, str(tmp_path)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -531,7 +531,7 @@ def test_blocks_are_written_from_wherever_they_lie_in_memory(tmp_path: Path, mon
     except OSError:
         is_allowed = False
     os.close(probe)
-    for skipped, most in ((0, None), (0, 8192), (0, 0), (1, None)):  # a direct write may do a part, or nothing
+    for skipped, most in ((0, None), (0, 8192), (0, 0), (1, None)):  # a direct write may write only a part, or nothing
         direct.clear()
         memory = memoryview(mmap.mmap(-1, 4 * MIB))[skipped : skipped + len(data)]
         memory[:] = data

@@ -1,4 +1,4 @@
-"""Several sources as one: the order they are asked in, what is asked again after a fault, and when patience ends."""
+"""Several sources as one: their order, what is requested again after a fault, and when the source gives up."""
 
 import asyncio
 import logging
@@ -26,7 +26,7 @@ SIZES = [3 * MIB + 7, 20 * MIB]
 
 
 def table(*, retry: RetryPolicy | None = None, sources: int = 2, by_speed: bool = False) -> SourceTable:
-    """Sources of which nothing is known."""
+    """Sources without measurements."""
     standings = [Standing(f"ws://{index}") for index in range(sources)]
     return SourceTable(standings, retry or QUICK, by_speed, draw=lambda: 0)
 
@@ -44,7 +44,7 @@ def test_the_first_source_is_asked_until_it_fails_and_again_after_its_rest() -> 
     assert one.usable(24) == [1]
     assert one.usable(25) == [0, 1]
     one.begin(0, 25)
-    assert one.usable(25) == [1]  # one request tries it
+    assert one.usable(25) == [1]  # a single request tries it
     one.failed(0, 25.5, "gone")
     assert one.usable(35.5) == [0, 1]
     one.progressed(0)
@@ -80,10 +80,10 @@ def test_by_speed_all_are_tried_then_the_fastest_is_asked_and_others_now_and_the
         one.succeeded(index, MIB, seconds)
         for _ in range(asked.count(index)):
             one.end(index)
-    assert one.usable(1) == [1, 2, 0]  # a little faster is no reason to change
+    assert one.usable(1) == [1, 2, 0]  # slightly faster is no reason to switch
     one.begin(1, 9)
     assert one.usable(9.5) == [1, 2, 0]
-    assert one.usable(10) == [0, 2, 1]  # nobody has asked these for a while
+    assert one.usable(10) == [0, 2, 1]  # these were not used for a while
     one.begin(0, 10)
     assert one.usable(10) == [2, 1, 0]
     one.succeeded(0, MIB, 0.01)
@@ -103,7 +103,7 @@ def run(
     deadline: float | None = None,
     sizes: list[int] | None = None,
 ) -> tuple[Failover, FaultySource, FaultySource]:
-    """Read a model through two sources of it to which something happens; what arrives is right."""
+    """Read a model through two sources with faults, and check the bytes."""
     made = make_store(tmp_path, sizes=SIZES if sizes is None else sizes)
     one, other = FaultySource(tmp_path, "ws://one"), FaultySource(tmp_path, "ws://other")
     failover = Failover(
@@ -134,7 +134,7 @@ def test_as_long_as_nothing_happens_the_first_source_delivers_all(tmp_path: Path
 
 
 def after(blocks: int, happens: Callable[[], None]) -> Callable[[int], None]:
-    """Let something happen before each block that comes after so many."""
+    """Do something before each block after this many."""
     return lambda delivered: happens() if delivered >= blocks else None
 
 
@@ -203,7 +203,7 @@ def test_sources_that_are_opened_while_others_are_told_are_told_too(tmp_path: Pa
 
     async def main() -> None:
         async with Failover([("ws://one", opener(one)), ("ws://other", opener(other))], retry=QUICK) as failover:
-            await failover.resolve(None)  # which opens the first one only
+            await failover.resolve(None)  # opens only the first one
             manifest = await one.manifest(made.name)
             await asyncio.gather(failover.announce(manifest, manifest.chunks, ()), failover.manifest(made.name))
         assert told == ["ws://one", "ws://other"]
@@ -246,8 +246,8 @@ def test_the_first_is_back_once_it_is_up_again(tmp_path: Path) -> None:
             await read_all(failover, manifest)
             assert (one.delivered, other.delivered) == (0, 24)
             one.before = lambda _: None
-            await asyncio.sleep(0.05)  # longer than its rest
-            await read_all(failover, manifest)  # one of its ranges tries the first again
+            await asyncio.sleep(0.05)  # longer than its pause
+            await read_all(failover, manifest)  # one of its ranges tries the first source again
             assert one.delivered > 0
             before = one.delivered
             await read_all(failover, manifest)

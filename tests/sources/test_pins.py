@@ -1,4 +1,4 @@
-"""Pins: `name@b3:DIGEST` is that model and no other, wherever and in whatever forms it is stored."""
+"""Pins: `name@b3:DIGEST` names exactly one model, wherever and in whatever forms it is stored."""
 
 import asyncio
 import json
@@ -81,7 +81,7 @@ def test_infer_runs_the_pinned_model_only(tmp_path: Path) -> None:
 
 
 def forge(store: Path, manifest: Manifest, name: str) -> None:
-    """What somebody can do who may write the store: other weights, and digests of their blocks, under the old id."""
+    """Forge a model as someone who can write to the store: other weights and their digests, under the old id."""
     chunk = manifest.by_name[name]
     (form,) = chunk.forms
     (place,) = form.locations

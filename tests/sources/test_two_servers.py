@@ -1,4 +1,4 @@
-"""Two real servers of one model: whatever happens to one of them, a run goes on with the other, to the bit."""
+"""Two real servers of one model: if one of them fails, a run continues with the other, with exact results."""
 
 import asyncio
 import json
@@ -38,7 +38,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
 def read_while(
     servers: list[str], model: tuple[Path, Manifest], happens: Callable[[Failover], None], **options: Any
 ) -> Failover:
-    """Read the model through its servers; something happens once the first bytes are there. What arrives is right."""
+    """Read the model through its servers; do something once the first bytes have arrived. The result is checked."""
     store, made = model
     expected = {chunk.name: payload(store, chunk) for chunk in made.chunks}
 
@@ -93,7 +93,7 @@ def free_port() -> int:
 
 
 def start(store: Path, port: int) -> warm.Process:
-    """A server at a port that is known before."""
+    """Start a server on a port that is chosen before."""
     command = [sys.executable, "-m", "surfw", "serve", "--store", str(store), "--port", str(port)]
     process = warm.start(
         [*command, "--no-live", "--announce"], modules=warm.COMMANDS, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
@@ -114,7 +114,7 @@ def test_a_server_that_is_back_within_the_deadline_is_all_it_takes(model: tuple[
         processes[-1].wait()
         processes.append(start(model[0], port))
 
-    pause = [Fault("delay", at=20 * MIB, amount=3)]  # so that it is killed before all of it is on its way
+    pause = [Fault("delay", at=20 * MIB, amount=3)]  # so that it is killed before it has sent everything
     try:
         with FaultProxy(f"ws://127.0.0.1:{port}", [pause, pause], keeps_sent=False) as way:
             source = read_while([way.url], model, restart, deadline=60)

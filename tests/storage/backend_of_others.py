@@ -1,4 +1,4 @@
-"""A third-party package, which a dotted path or an entry point names."""
+"""A third-party package that is found by a dotted path or an entry point."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from tests.storage.dict_backend import DictBackend
 
 
 class Found(DictBackend):
-    """Keeps what it was made with."""
+    """Records its arguments."""
 
     def __init__(self, url: str, **options: Any) -> None:
         super().__init__()

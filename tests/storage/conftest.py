@@ -1,4 +1,4 @@
-"""A custom backend over a dictionary with one object, as it is and as surfw sees it."""
+"""A custom backend over a dictionary with one object, plain and wrapped by surfw."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The least that a custom backend is, written from the documentation alone."""
+"""A minimal custom backend, written from the documentation alone."""
 
 import asyncio
 from typing import BinaryIO
@@ -7,7 +7,7 @@ from surfw.storage import StorageBackend
 
 
 class DictBackend(StorageBackend):
-    """Objects in a dictionary; it counts how often each is loaded, and waits for the gate if there is one."""
+    """Objects in a dictionary; it counts the loads of each, and waits for the gate if one is set."""
 
     url = "a dictionary"
 

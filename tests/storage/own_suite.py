@@ -1,4 +1,4 @@
-"""What surfw's own backends do beyond the public suite: they check keys themselves, and name what is missing."""
+"""Additional checks for surfw's own backends: they validate keys themselves, and name missing objects."""
 
 import asyncio
 import itertools
@@ -15,7 +15,7 @@ from surfw.testing import KEY, StorageBackendSuite
 
 
 def check_pieces(backend: RangedBackend, key: str, data: bytes) -> None:
-    """Check that an object from its fourth byte on comes in pieces of memory, and that what is there is told."""
+    """Check that an object is read from its fourth byte on, in pieces of memory, with its progress reported."""
     sizes, heard = (BLOCK_BYTES - 5, 17, len(data) - 3 - BLOCK_BYTES - 12), list[int]()
     memory = [memoryview(bytearray(size)) for size in sizes]
     asyncio.run(backend.read_pieces(key, 3, iter(memory), heard.append))
@@ -25,7 +25,7 @@ def check_pieces(backend: RangedBackend, key: str, data: bytes) -> None:
 
 
 class OwnBackendSuite(StorageBackendSuite):
-    """One behaviour for each test; the backend is not adapted."""
+    """One behaviour per test; the backend is not wrapped."""
 
     @pytest.fixture
     def storage(self, backend: StorageBackend) -> StorageBackend:

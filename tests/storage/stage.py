@@ -1,6 +1,6 @@
-"""A stage on which actors use one storage, one operation at a time, in the order that a schedule says.
+"""Actors that use one storage, one operation at a time, in the order of a schedule.
 
-Each actor is a machine of its own: it has its own spool, and a backend of its own over the objects that all share.
+Each actor is a machine of its own: it has its own spool, and its own backend for the shared objects.
 """
 
 import asyncio
@@ -26,24 +26,24 @@ class Stage:
         self._news = asyncio.Event()
 
     def machine(self, actor: str) -> "Machine":
-        """The actor's backend."""
+        """Return the actor's backend."""
         self._waiting[actor] = deque()
         return Machine(self, actor)
 
     def enter(self, actor: str, work: Coroutine[Any, Any, Any]) -> None:
-        """The actor begins, up to its first operation."""
+        """Start the actor, up to its first operation."""
         self._killed.discard(actor)
         self._tasks[actor] = asyncio.create_task(work)
         self._tasks[actor].add_done_callback(lambda _: self._news.set())
 
     def kill(self, actor: str) -> None:
-        """Nothing that the actor does from now on reaches the storage."""
+        """Kill the actor: none of its later operations reaches the storage."""
         self._killed.add(actor)
         while self._waiting[actor]:
             self._waiting[actor].popleft().set_result(None)
 
     async def turn(self, actor: str) -> None:
-        """Wait until this operation may happen."""
+        """Wait until this operation may run."""
         if actor not in self._killed:
             mine = asyncio.get_running_loop().create_future()
             self._waiting[actor].append(mine)
@@ -53,23 +53,23 @@ class Stage:
             raise StorageError(f"{actor} was killed")
 
     async def step(self, actor: str) -> bool:
-        """One operation of the actor; False if it has ended."""
+        """Run one operation of the actor; return False if it has ended."""
         while not self._waiting[actor]:
             if self._tasks[actor].done():
                 return False
             self._news.clear()
             await self._news.wait()
         self._waiting[actor].popleft().set_result(None)
-        await asyncio.sleep(0)  # it happens now
+        await asyncio.sleep(0)  # now the operation runs
         return True
 
     async def play(self, schedule: Iterable[str]) -> None:
-        """Operations in this order; those who have ended are passed over."""
+        """Run operations in this order, skipping actors that have ended."""
         for actor in schedule:
             await self.step(actor)
 
     async def finish(self) -> dict[str, Any]:
-        """Everybody in turn until all have ended; what came of each, or the error."""
+        """Run all actors in turn until they have ended; return the result or error of each."""
         while [await self.step(actor) for actor in self._tasks].count(True):
             pass
         outcomes = await asyncio.gather(*self._tasks.values(), return_exceptions=True)
@@ -77,7 +77,7 @@ class Stage:
 
 
 class Machine(RemovingBackend):
-    """The shared objects, as one actor reaches them."""
+    """The shared objects, as one actor accesses them."""
 
     def __init__(self, stage: Stage, actor: str) -> None:
         super().__init__(stage.objects)

@@ -1,4 +1,4 @@
-"""The backends there are, and one with nothing but the four methods, prove themselves by the same suite."""
+"""All backends, and one with just the four methods, pass the same suite."""
 
 import asyncio
 import uuid
@@ -51,7 +51,7 @@ class TestLocalThroughFsspec(OwnBackendSuite):
     def backend(self, tmp_path: Path) -> StorageBackend:
         return FsspecBackend(f"file://{tmp_path}/store", auto_mkdir=True)
 
-    test_a_reader_sees_whole_objects_only = None  # fsspec writes local files in place: FilesystemBackend is for them
+    test_a_reader_sees_whole_objects_only = None  # fsspec writes local files in place
 
 
 @pytest.mark.parametrize("key", ["a", "surfw.json", "models/org/x-1.json", "blobs/ab/" + "f" * 64, "_x", "a" * 512])

@@ -1,4 +1,4 @@
-"""Sizes are not believed: what is too large is refused before it is read, and only regular files are opened."""
+"""Sizes are checked: objects that are too large are refused before they are read, and only regular files are opened."""
 
 import asyncio
 import json
@@ -29,7 +29,7 @@ HUGE = 2 << 30
 
 @contextmanager
 def announcing(size: int) -> Iterator[tuple[str, list[int]]]:
-    """A server whose every object has this size, if one believes it; and how many bytes it could send of each."""
+    """A server that reports this size for every object; yields how many bytes of each it could send."""
     sent: list[int] = []
 
     class Announcing(BaseHTTPRequestHandler):
@@ -49,7 +49,7 @@ def announcing(size: int) -> Iterator[tuple[str, list[int]]]:
             self.close_connection = True
 
         def log_message(self, *args: object) -> None:
-            """Say nothing."""
+            """Log nothing."""
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Announcing) as server:
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
@@ -83,7 +83,7 @@ def test_a_web_server_that_announces_two_gigabytes_costs_next_to_nothing() -> No
         f"the manifest of model a cannot be read: models/a.json in {url} has {HUGE} bytes, "
         f"expected at most {MANIFEST_BYTES}; it is not loaded"
     )
-    assert int(lines[3]) < 48 * 1024  # KiB; the first look also loads modules
+    assert int(lines[3]) < 48 * 1024  # KiB; the first call also loads modules
 
 
 def test_a_listing_without_end_is_given_up() -> None:
@@ -122,7 +122,7 @@ STRANGE = [put_sparse, put_zeros, put_fifo, put_folder]
 
 @contextmanager
 def little_memory() -> Iterator[None]:
-    """Half a gigabyte more than there is in use, so that a test which fails does no harm."""
+    """Limit the memory to half a gigabyte more than is in use, so that a failing test does no harm."""
     before = resource.getrlimit(resource.RLIMIT_AS)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + (512 << 20), before[1]))
@@ -148,7 +148,7 @@ def test_only_regular_files_of_a_sensible_size_are_loaded(
         await store.check()
         await store.manifest("toy/model")
         await read_leases(store.backend)
-        await store.backend.load_capped(key, 1000)  # a folder is in no listing
+        await store.backend.load_capped(key, 1000)  # no listing contains the folder
 
     with little_memory(), pytest.raises(StorageError, match=f"{key}.*(regular file|expected at most|directory)"):
         asyncio.run(look())
@@ -191,7 +191,7 @@ def test_a_link_to_a_regular_file_is_one(tmp_path: Path) -> None:
 
 
 class Sized(DictBackend):
-    """Tells sizes of its own, and notes what is loaded."""
+    """Reports its own sizes, and records which objects are loaded."""
 
     def __init__(self) -> None:
         super().__init__({"small": b"12345", "large": b"123456"})

@@ -1,4 +1,4 @@
-"""Custom backends: at the boundary every key, every exception and every type is checked."""
+"""Custom backends: every key, exception and type is checked."""
 
 import asyncio
 import errno
@@ -21,7 +21,7 @@ from tests.storage.dict_backend import DictBackend
 
 def test_own_backends_and_adapted_ones_pass_as_they_are(tmp_path: Path, adapted: StorageBackend) -> None:
     class Watched(FilesystemBackend):
-        """A subclass of an own backend is one."""
+        """A subclass of one of surfw's backends."""
 
     for backend in (FilesystemBackend(tmp_path), Watched(tmp_path), FsspecBackend("memory://x"), adapted):
         assert adapt_backend(backend) is backend
@@ -43,7 +43,7 @@ def test_what_is_no_backend_is_refused(given: Any, seen: str) -> None:
 
 
 class RangedBackend(DictBackend):
-    """A backend with a way of its own for ranges, which it writes down."""
+    """A backend with its own range reads, which it records."""
 
     def __init__(self, method: str) -> None:
         super().__init__({KEY: DATA})

@@ -1,4 +1,4 @@
-"""Damage is read again before it is an error: what comes damaged on its way does no harm, what stays is told."""
+"""Damaged data is read again: transient damage is harmless, permanent damage is reported."""
 
 import asyncio
 import threading
@@ -24,7 +24,7 @@ SIZE = 3 * BLOCK_BYTES + 77
 BLOCK = 2
 
 Flip = Callable[[int], bytes]
-"""From how often an object's damaged place was read, beginning with 0, to what its bits are flipped with there."""
+"""Maps how often the damaged place of an object was read before to the bits that are flipped there."""
 
 
 def once(time: int) -> bytes:
@@ -46,7 +46,7 @@ def every_retry_but_one(time: int) -> bytes:
 
 @dataclass
 class Line:
-    """What lies between a store and who reads it."""
+    """The connection between a store and its reader."""
 
     folder: Path
     flip: Flip = always
@@ -63,7 +63,7 @@ class Line:
 
 @contextmanager
 def served(line: Line) -> Iterator[str]:
-    """A web server for the folder, which is also one of S3 that only reads."""
+    """A web server for the folder, which is also a read-only S3 server."""
 
     class Serving(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -95,7 +95,7 @@ def served(line: Line) -> Iterator[str]:
             self.end_headers()
 
         def log_message(self, *args: object) -> None:
-            """Say nothing."""
+            """Log nothing."""
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Serving) as server:
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
@@ -116,7 +116,7 @@ def over_s3(url: str, line: Line) -> StorageBackend:
 
 
 def custom(url: str, line: Line) -> StorageBackend:
-    """One that can only load whole objects."""
+    """A backend that can only load whole objects."""
     del url
 
     class Spoiling(DictBackend):
@@ -143,7 +143,7 @@ def manifest(tmp_path: Path) -> Manifest:
 
 @pytest.fixture
 def line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Line:
-    """Local files are read through it too."""
+    """local files are read through it too"""
     line, fill = Line(tmp_path), local_reader._File._fill
 
     def spoiled(self: local_reader._File, flag: int, start: int, destination: memoryview) -> int:
@@ -157,13 +157,13 @@ def line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Line:
 
 
 def damage(line: Line, chunk: Chunk) -> None:
-    """A byte in the middle of a block."""
+    """Damage a byte in the middle of a block."""
     at = chunk.forms[0].locations[0]
     line.at[at.object] = at.start + BLOCK * BLOCK_BYTES + 700_000
 
 
 def fetch(backend: StorageBackend, manifest: Manifest) -> tuple[list[bytearray], int]:
-    """All payloads, and how many blocks were read again for them."""
+    """Return all payloads, and how many blocks were read again."""
 
     async def main() -> tuple[list[bytearray], int]:
         async with StorageSource(backend) as source:

@@ -1,4 +1,4 @@
-"""What is kept of experts is what was written, or nothing."""
+"""The saved expert usage is read back as it was written, or not at all."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ USAGE = ExpertUsage(7, {"layers.0.experts": (6.5, 0.5)})
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home of the test's own."""
+    """A temporary home."""
     monkeypatch.setenv("SURFW_HOME", str(tmp_path))
     return tmp_path
 

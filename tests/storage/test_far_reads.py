@@ -1,4 +1,4 @@
-"""What all range readers share: one revision for all of a read, whatever single answers say."""
+"""All range readers use one revision for all of a read, whatever single answers say."""
 
 import asyncio
 
@@ -14,7 +14,7 @@ SIZE = 100
 
 
 class Told(RangeReader):
-    """Zeros, of a revision that is told or not, and as an object whose length is told or not."""
+    """Zeros, with or without a revision, as an object with or without a known length."""
 
     def __init__(self, revision: str | None, size: int | None = SIZE) -> None:
         super().__init__(connections=4)
@@ -53,7 +53,7 @@ def test_an_object_that_comes_in_part_is_not_taken_for_all_of_it() -> None:
 
 
 class Failing(RangeReader):
-    """Counts bytes up, a few at a time, and fails once after so many."""
+    """Returns counting bytes, a few at a time, and fails once after this many."""
 
     def __init__(self, fails_after: int) -> None:
         super().__init__(connections=4)
@@ -85,7 +85,7 @@ def test_pieces_are_filled_by_one_range_and_let_go_of_when_they_are_full(fails_a
         while len(full) < 4 and count >= sum(map(len, kept[: len(full) + 1])):
             one = kept[len(full)]
             full.append(bytes(one))
-            one.append(0)  # a buffer that anything refers to cannot grow
+            one.append(0)  # a buffer with references cannot grow
             one.pop()
             one[:] = b"\xff" * len(one)
 

@@ -1,4 +1,4 @@
-"""Files: there whole or not at all, on a full disk too, whatever the folder is called."""
+"""Files are written completely or not at all, even on a full disk, whatever the folder is called."""
 
 import asyncio
 import errno
@@ -144,7 +144,7 @@ def test_a_reader_sees_the_old_object_until_the_new_one_is_whole(
 
     monkeypatch.setattr(os, "fsync", look_and_sync)
     asyncio.run(backend.save("x", b"new"))
-    assert seen == [b"old", b"new"]  # when the bytes are made durable, and when the name is
+    assert seen == [b"old", b"new"]  # when the bytes become durable, and when the name does
     assert asyncio.run(backend.load("x")) == b"new"
 
 
@@ -212,14 +212,14 @@ def test_a_folder_that_never_stays_ends_in_an_error(tmp_path: Path, monkeypatch:
 
 
 def test_a_folder_that_cannot_be_written_is_told_before_anything_is() -> None:
-    with tempfile.TemporaryDirectory() as made:  # others may look into it, once it is opened; not so pytest's folders
+    with tempfile.TemporaryDirectory() as made:  # others may read it once it is open, unlike pytest's folders
         top = Path(made)
         top.chmod(0o755)
         backend = FilesystemBackend(top / "closed" / "store", create=False)
         backend.check_rights()
         (top / "closed").mkdir(mode=0o555)
         user = os.geteuid()
-        if user == 0:  # who may write anywhere
+        if user == 0:  # anyone may write there
             os.seteuid(65534)
         try:
             with pytest.raises(StorageError, match=r"/closed cannot be written: user .* lacks the rights; give"):
@@ -306,7 +306,7 @@ def test_foreign_errors_are_translated_once(foreign: Exception, ours: type[Excep
 
 def test_what_a_library_behind_a_file_system_raises_becomes_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     class NoCredentialsError(Exception):
-        """As botocore's, which is no OSError."""
+        """Like botocore's, which is no OSError."""
 
     def fail(*_: Any, **__: Any) -> None:
         raise NoCredentialsError("Unable to locate credentials")

@@ -1,4 +1,4 @@
-"""A store that a web server offers: read-only, in ranges, from a real server."""
+"""A store on a web server: read-only, in ranges, from a real server."""
 
 import asyncio
 import contextlib
@@ -29,7 +29,7 @@ from tests.storage.own_suite import check_pieces
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the server offers."""
+    """The folder that the server offers."""
     return tmp_path_factory.mktemp("offered")
 
 
@@ -51,7 +51,7 @@ class TestHttp(ReadOnlyStorageBackendSuite):
 
 
 class TestDict(ReadOnlyStorageBackendSuite):
-    """The suite for those who only read, over a backend with the four methods, of which one refuses."""
+    """The suite for read-only backends, with a backend that has the four methods, one of which refuses."""
 
     @pytest.fixture
     def backend(self) -> StorageBackend:
@@ -88,14 +88,14 @@ def test_removing_says_that_it_can_only_be_read(folder: Path, url: str) -> None:
 
 
 class Ignoring(SimpleHTTPRequestHandler):
-    """Python's own server, which takes no notice of ranges."""
+    """Python's own server, which ignores ranges."""
 
     def log_message(self, *args: object) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
 
 class TaggingRanges(Ignoring):
-    """Answers ranges, and tells an ETag only there; of the whole it may not tell the length with them."""
+    """Answers ranges, and sends an ETag only with them, optionally without the total length."""
 
     protocol_version = "HTTP/1.1"
     size = "*"
@@ -231,7 +231,7 @@ def test_a_model_is_run_from_a_web_server(folder: Path, url: str) -> None:
 
 
 def sending_to(target: str, *headers: str) -> type[Ignoring]:
-    """A server that has everything elsewhere, and says so in these headers."""
+    """A server that redirects all requests, with these headers."""
 
     class Sending(Ignoring):
         def do_GET(self) -> None:

@@ -1,4 +1,4 @@
-"""Local files straight into memory: the right bytes by every way, and nothing written once a read has ended."""
+"""Local files are read into memory: the right bytes by every method, and no writes after a read has ended."""
 
 import asyncio
 import gc
@@ -35,7 +35,7 @@ FILL = 0xA5
 
 @pytest.fixture(autouse=True)
 def _no_thread_is_left() -> Iterator[None]:
-    """Whatever a test does, every thread of surfw has ended after it."""
+    """Every thread of surfw has ended after a test."""
     yield
     assert [thread.name for thread in threading.enumerate() if thread.name.startswith("surfw-")] == []
 
@@ -47,7 +47,7 @@ def data() -> bytes:
 
 @pytest.fixture(scope="module")
 def file(data: bytes, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file with these bytes, of more than three pieces, whose end is in the middle of a page."""
+    """A file with these bytes: more than three pieces, with an end in the middle of a page."""
     path = tmp_path_factory.mktemp("reader") / "file"
     path.write_bytes(data)
     return path
@@ -55,21 +55,21 @@ def file(data: bytes, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def reader() -> Iterator[LocalReader]:
-    """A reader, closed afterwards."""
+    """A reader that is closed afterwards."""
     made = LocalReader()
     yield made
     made.close()
 
 
 def memory(size: int, *, skip: int = 0) -> memoryview:
-    """So many bytes that begin `skip` bytes after a page does, filled with what no test expects."""
+    """This much memory, starting `skip` bytes after a page boundary, filled with a byte that no test expects."""
     view = memoryview(mmap.mmap(-1, skip + size))[skip:]
     view[:] = bytes([FILL]) * size
     return view
 
 
 def accept(at: int, piece: memoryview) -> None:
-    """Whatever it is."""
+    """Accept any bytes."""
 
 
 async def read_all(
@@ -81,7 +81,7 @@ async def read_all(
 
 
 def expect_verified(reader: LocalReader, ranges: list[FileRange], want: bytes, *, skip: int = 0, urgent: bool) -> None:
-    """Read the ranges, which have to be these bytes, with every piece verified once."""
+    """Read the ranges; check that they equal these bytes, and that every piece is verified once."""
     into, seen = memory(len(want), skip=skip) if want else memoryview(bytearray()), dict[int, bytes]()
 
     def check(at: int, piece: memoryview) -> None:
@@ -95,7 +95,7 @@ def expect_verified(reader: LocalReader, ranges: list[FileRange], want: bytes, *
 
 
 def near(*places: int) -> st.SearchStrategy[int]:
-    """A place, or one close to it."""
+    """An offset, or one close to it."""
     return st.builds(lambda place, by: max(0, place + by), st.sampled_from(places), st.integers(-2, 2))
 
 
@@ -135,7 +135,7 @@ def test_any_range_has_its_bytes_and_every_piece_is_verified_once(
 def test_large_reads_are_direct_and_what_remains_is_not(
     start: int, size: int, skip: int, flags: set[int], file: Path, data: bytes
 ) -> None:
-    """The last case reads into memory that begins between pages, which the file system refuses."""
+    """The last case reads into memory that is not aligned to a page, which the file system refuses."""
     opened, into = _File(file, None, _Bounces()), memory(size, skip=skip)
     opened.read_into(start, into, in_place=True)
     used = set(opened._descriptors)
@@ -156,7 +156,7 @@ def test_large_reads_are_direct_and_what_remains_is_not(
 def test_ranges_from_anywhere_lie_one_behind_the_other(
     places: list[tuple[int, int]], urgent: bool, file: Path, data: bytes, reader: LocalReader
 ) -> None:
-    """As the tensors of a chunk lie in the shards of a checkpoint."""
+    """Like the tensors of a chunk in the shards of a checkpoint."""
     ranges = [FileRange(file, start, min(start + size, SIZE)) for start, size in places]
     want = b"".join(data[one.start : one.stop] for one in ranges)
     expect_verified(reader, ranges, want, urgent=urgent)
@@ -204,7 +204,7 @@ def test_a_file_that_ends_early_is_one_error(size: int, file: Path, reader: Loca
     stop = 2 * PIECE_BYTES
     with pytest.raises(StorageError) as caught:
         asyncio.run(read_all(reader, short, 0, stop))
-    expected = PIECE_BYTES if size < PIECE_BYTES else stop  # of the first piece that is not there
+    expected = PIECE_BYTES if size < PIECE_BYTES else stop  # of the first missing piece
     assert str(caught.value) == f"{short} ends at byte {size}, expected {expected} bytes"
 
 
@@ -231,14 +231,14 @@ def test_a_piece_that_is_not_right_fails_the_read_and_nothing_is_written_afterwa
         with pytest.raises(IntegrityError, match=f"piece {bad} is damaged"):
             await reader.read([FileRange(file, 0, SIZE)], into, check, urgent=urgent)
         into[:] = bytes(SIZE)
-        await read_all(reader, file, 0, SIZE, urgent=urgent)  # behind whatever might still be queued
+        await read_all(reader, file, 0, SIZE, urgent=urgent)  # after anything that may still be queued
 
     asyncio.run(main())
     assert bytes(into) == bytes(SIZE)
 
 
 class Held:
-    """Reads of one file wait until the test lets them go on."""
+    """Reads of one file wait until the test releases them."""
 
     def __init__(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.began: list[int] = []
@@ -261,12 +261,12 @@ class Held:
             self.ended.append(start)
 
     async def arrived(self, count: int = 1) -> None:
-        """Until so many more reads have begun."""
+        """Wait until this many more reads have begun."""
         for _ in range(count):
             assert await asyncio.to_thread(self._arrived.acquire, timeout=60)
 
     def go_on(self) -> None:
-        """Let all reads end."""
+        """Release all reads."""
         self._go_on.set()
 
 
@@ -324,7 +324,7 @@ def test_a_cancelled_read_ends_when_nothing_is_written_any_more_and_begins_no_ot
         read = reader.read([FileRange(held._path, 0, SIZE)], into, accept, urgent=urgent)
         work = asyncio.create_task(read)
         await held.arrived(readers)
-        for _ in range(2):  # however often
+        for _ in range(2):  # as often as it is called
             work.cancel()
             done, _ = await asyncio.wait([work], timeout=0)
             assert not done
@@ -340,7 +340,7 @@ def test_a_cancelled_read_ends_when_nothing_is_written_any_more_and_begins_no_ot
 
 
 def begin_to_close(reader: LocalReader) -> threading.Thread:
-    """Close it in a thread; that waits for what is being read, and nothing else is begun any more."""
+    """Close it in a thread; this waits for the reads in progress, and no other read starts any more."""
     closing = threading.Thread(target=reader.close)
     closing.start()
     while not reader._urgent._shutdown:
@@ -381,7 +381,7 @@ def test_a_reader_that_is_closed_reads_no_more(urgent: bool, file: Path, reader:
 def test_a_reader_that_is_closed_between_two_pieces_leaves_nothing_that_writes(
     held: Held, reader: LocalReader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second piece is refused while the first one is being read: the read waits for that before it fails."""
+    """The second piece is refused during the read of the first one, and the call fails only after that read."""
     submit, closing = reader._urgent.submit, list[threading.Thread]()
 
     def close_before_the_second(*args: Any) -> Any:
@@ -419,7 +419,7 @@ def test_a_mapping_has_the_bytes_and_its_changes_stay_its_own(start: int, file: 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="only Linux says what a mapping shares")
 def test_a_mapping_is_no_copy(file: Path, data: bytes) -> None:
-    file.read_bytes()  # so that its pages are there to be shared
+    file.read_bytes()  # so that its pages can be shared
     view = MappedFile(FileRange(file, PAGE, SIZE)).memory
     assert bytes(view) == data[PAGE:]
     lines = Path("/proc/self/smaps").read_text().splitlines()
@@ -447,7 +447,7 @@ def manifest(tmp_path: Path) -> Manifest:
 
 
 def flip(file: Path, at: int) -> None:
-    """Change a bit of a file, or change it back."""
+    """Flip a bit of a file, or flip it back."""
     with file.open("r+b") as opened:
         opened.seek(at)
         old = opened.read(1)[0]
@@ -534,7 +534,7 @@ def test_a_file_that_is_cut_off_while_it_is_in_use_is_an_error(manifest: Manifes
 
 
 def test_what_does_not_change_the_bytes_in_use_is_none(manifest: Manifest, tmp_path: Path) -> None:
-    """Touched, replaced by another file, removed: what is mapped is what it was."""
+    """If the file is touched, replaced or removed, the mapped bytes stay the same."""
     _, view, file = changing(manifest, tmp_path)
     seen = bytes(view.memory)
     file.touch()

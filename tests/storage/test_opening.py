@@ -1,4 +1,4 @@
-"""Which backend an address gives, with which options; and one clear line for whatever cannot be opened."""
+"""The backend for an address, its options, and a clear line for addresses that cannot be opened."""
 
 import asyncio
 import os

@@ -1,4 +1,4 @@
-"""Places that are told apart, and origins that are mounted while others read."""
+"""Places are told apart, and origins are mounted while others read."""
 
 import asyncio
 import threading
@@ -53,7 +53,7 @@ def test_the_environment_may_say_where_a_place_is(monkeypatch: pytest.MonkeyPatc
 def test_one_bucket_name_at_two_endpoints_is_two_private_stores(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Asked for by the way that makes them, up to where the checkpoint is read."""
+    """The origins are made the usual way, up to the read of the checkpoint."""
     monkeypatch.setenv("SURFW_HOME", str(tmp_path))
     found = []
     make = in_place.private_store
@@ -112,7 +112,7 @@ def test_an_origin_is_mounted_while_another_thread_goes_through_them(
 
 
 class Noting(RangedBackend):
-    """Zeros, read at so many places at a time; it notes the sizes of its ranges."""
+    """Zeros, with this many concurrent reads; it records the sizes of its ranges."""
 
     def __init__(self, parallel_reads: int, *, in_place: bool) -> None:
         self.url = "noting"
@@ -138,7 +138,7 @@ class Noting(RangedBackend):
 def test_ranges_are_as_large_as_the_storage_wants_that_they_are_read_from(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Memory is bounded by that: what one storage streams, another one holds as a whole."""
+    """This bounds memory: some storages stream a range, others hold it as a whole."""
     manifest, size = make_store(tmp_path, sizes=(10,)), 60 * MIB
     near, far = Noting(1, in_place=False), Noting(4, in_place=True)
     monkeypatch.setattr(origins, "open_backend", lambda *given, **options: far)

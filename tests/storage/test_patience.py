@@ -1,4 +1,4 @@
-"""A storage that does not get on is given up after `silence_timeout`, however it goes about that."""
+"""A storage without progress is given up after `silence_timeout`, whatever it does instead."""
 
 import asyncio
 import contextlib
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.timeout(60)
 
 SILENCE = 0.4
 HANG = 20.0
-"""No test takes so long unless something hangs."""
+"""No test takes this long unless something hangs."""
 
 SIZE = 4 * MIB
 HEAD = (
@@ -60,7 +60,7 @@ BAD = [say_nothing, drip_head, drip_body, stop_in_the_middle]
 
 @contextlib.contextmanager
 def served(behaviour: Behaviour) -> Iterator[str]:
-    """A server that reads requests and then behaves so."""
+    """A server that reads requests and then behaves in this way."""
     end = threading.Event()
 
     def answer(line: socket.socket) -> None:
@@ -151,7 +151,7 @@ def test_a_client_gives_its_patience_to_a_store(behaviour: Behaviour) -> None:
 
 
 def test_a_storage_that_gets_on_slowly_is_read_to_its_end() -> None:
-    """The answer takes longer than the patience, of which each step takes a part."""
+    """The whole answer takes longer than the timeout, but each step takes only a part of it."""
     pieces = 8
 
     def slowly(line: socket.socket, end: threading.Event) -> None:
@@ -165,7 +165,7 @@ def test_a_storage_that_gets_on_slowly_is_read_to_its_end() -> None:
 
 
 class Clock:
-    """Time that passes when a test says so."""
+    """Time that only a test advances."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0

@@ -1,4 +1,4 @@
-"""Pruning removes exactly what nobody needs, in whatever order its steps and those of writers meet."""
+"""Pruning removes exactly the unneeded blobs, in whatever order its steps and those of writers run."""
 
 import asyncio
 import itertools
@@ -28,11 +28,11 @@ from tests.stores import make_store
 from tests.toys import toy_chunk, toy_manifest
 
 POOL = [toy_chunk(f"layers.{index}", [("U8", (10 + index,))], seed=index) for index in range(5)]
-"""Chunks that models are made of; models share some of them."""
+"""The chunks of models; models share some of them."""
 
 
 class Pool:
-    """Where writers get the bytes from."""
+    """The writers' source of bytes."""
 
     def __init__(self) -> None:
         self.read: list[str] = []
@@ -76,7 +76,7 @@ def needs(layers: Sequence[int]) -> set[str]:
 
 
 async def check_whole(objects: dict[str, bytes], models: dict[str, Sequence[int]]) -> None:
-    """These models are there, every byte of them; and a last prune leaves exactly what they need."""
+    """Check that these models are complete, and that a last prune leaves exactly what they need."""
     async with Housekeeping(RemovingBackend(objects)) as house:
         verified = await house.verify()
         assert (verified.models, verified.damage) == (tuple(sorted(models)), ())
@@ -91,7 +91,7 @@ def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_place_where_a_pruner_can_come_between(tmp_path: Path) -> None:
-    """One goes so far, then the other so far, then both in turn. The blob is there before, of no model."""
+    """One actor runs this far, then the other, then both in turn. The blob exists before, without a model."""
     before: dict[str, bytes] = {}
     asyncio.run(write(RemovingBackend(before), "gone", [0, 1]))
     del before[manifest_key("gone")]
@@ -188,13 +188,13 @@ def _held(item: tuple[str, bytes]) -> set[str]:
 
 
 def _journal(spool: Path) -> set[str]:
-    """The chunks that a killed run had noted as done."""
+    """The chunks that a killed run had recorded as done."""
     lines = [line for file in spool.glob("*/journal.jsonl") for line in file.read_bytes().splitlines() if line]
     return {decode_line(line)["chunk"] for line in lines}
 
 
 def orphaned() -> dict[str, bytes]:
-    """A store with a blob that nobody needs."""
+    """A store with a blob that no model needs."""
     objects: dict[str, bytes] = {}
     for name, layers in (("gone", [0, 1]), ("kept", [1, 2])):
         asyncio.run(write(RemovingBackend(objects), name, layers))
@@ -362,7 +362,7 @@ def test_removing_a_model_leaves_blobs_and_gives_unfinished_work_up(monkeypatch:
 
 
 def test_a_writer_whose_lease_was_given_up_does_not_publish_what_is_gone(tmp_path: Path) -> None:
-    """As after a sleep of a week: the lease is gone, the blobs are pruned, and then it goes on."""
+    """As after a week of sleep: the lease was removed, the blobs were pruned, and then the writer continues."""
     objects: dict[str, bytes] = {}
 
     async def play() -> None:

@@ -1,4 +1,4 @@
-"""How reads are cut into ranges, by properties."""
+"""Properties of how reads are cut into ranges."""
 
 from itertools import pairwise
 
@@ -13,7 +13,7 @@ MOST = st.integers(8, 64).map(lambda blocks: blocks * MIB)
 
 
 class Memory:
-    """So many bytes, of which only the size is asked, and parts of it."""
+    """An object whose size and parts are requested."""
 
     def __init__(self, start: int, stop: int) -> None:
         self.start, self.stop = start, stop

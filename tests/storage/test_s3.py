@@ -1,4 +1,4 @@
-"""S3 on a real server: the same behaviour as every storage, nothing shared, and a clear error for everything usual."""
+"""S3 on a real server: behaves like every storage, isolates its buckets, and gives clear errors for usual mistakes."""
 
 import asyncio
 import contextlib
@@ -28,7 +28,7 @@ from tests.storage.own_suite import OwnBackendSuite
 
 
 def connect(s3: S3Service, bucket: str, prefix: str = "", **options: Any) -> S3Backend:
-    """A backend with the server's address and its owner's keys, unless told otherwise."""
+    """A backend with the server's address and its owner's keys by default."""
     known = {"endpoint_url": s3.endpoint, "aws_access_key_id": s3.key, "aws_secret_access_key": s3.secret}
     return S3Backend(bucket, prefix, **known | options)
 
@@ -85,7 +85,7 @@ OPERATIONS = {
 
 @pytest.fixture(params=OPERATIONS)
 def operation(request: pytest.FixtureRequest) -> Any:
-    """Each of the things that may fail."""
+    """Each operation that may fail."""
     return OPERATIONS[request.param]
 
 
@@ -98,7 +98,7 @@ def bucket(s3: S3Service) -> str:
 
 
 def failure(backend: S3Backend, operation: Any) -> str:
-    """What the operation's error says: one line, with the place and without secrets; it is no 'not found'."""
+    """Check the operation's error: one line, with the place and without secrets, and no 'not found'."""
     with pytest.raises(SurfwError) as caught:
         asyncio.run(operation(backend))
     text = str(caught.value)
@@ -183,7 +183,7 @@ def test_encryption_and_who_pays_are_asked_for(s3: S3Service) -> None:
     with proxy_to(s3.endpoint) as proxy:
         given = {"sse": "aws:kms", "sse_kms_key_id": "my-key", "requester_pays": True}
         backend = connect(s3, name, endpoint_url=proxy.endpoint, **given)
-        with contextlib.suppress(SurfwError):  # this gateway has no such key
+        with contextlib.suppress(SurfwError):  # the gateway does not know this key
             asyncio.run(backend.save("x", b"1"))
         with pytest.raises(NotFoundError):
             asyncio.run(backend.load("y"))

@@ -1,4 +1,4 @@
-"""Parallel ranges from a real gateway, behind a proxy that cuts answers off, holds them back, and notes requests."""
+"""Parallel ranges from a real gateway, through a proxy that cuts or delays answers, and records requests."""
 
 import asyncio
 import itertools
@@ -22,10 +22,10 @@ from tests.storage.test_s3 import connect
 
 SIZE = 33 * MIB + 5
 HALVES = [(0, 17 * MIB), (17 * MIB, SIZE)]
-"""The ranges of a read of all of it."""
+"""The ranges of a read of the whole object."""
 
 ONE_BY_ONE = 1
-"""No two ranges at a time, so that a test knows which is the next one."""
+"""Without concurrency, so that a test knows the next range."""
 
 DATA = array("I", range(SIZE // 4 + 1)).tobytes()[:SIZE]
 
@@ -63,7 +63,7 @@ def read(backend: S3Backend, start: int = 0, stop: int = SIZE, **options: Any) -
 
 
 def ranges(proxy: Proxy) -> list[str]:
-    """The ranges that were asked for."""
+    """The ranges that were requested."""
     lines = [line for head in proxy.asked("GET ") for line in head.split("\r\n")]
     return sorted(line.partition("=")[2] for line in lines if line.lower().startswith("range:"))
 
@@ -72,7 +72,7 @@ def test_a_large_read_is_several_ranges_at_a_time(backend: S3Backend, proxy: Pro
     together = threading.Barrier(2)
 
     def judge(head: str) -> int:
-        together.wait(30)  # each waits for the others: it would never end if they were asked for in turn
+        together.wait(30)  # each waits for the others, so sequential requests would never end
         return PASS
 
     proxy.judge = judge
@@ -116,7 +116,7 @@ def test_what_was_verified_before_a_cut_is_not_asked_for_again(backend: S3Backen
 
 def test_a_gateway_that_never_answers_whole_is_one_clear_error(backend: S3Backend, proxy: Proxy) -> None:
     proxy.judge = lambda head: 5
-    for tries in (2, 2 + 1 + 3):  # few for a storage that was never reached, then one that is answered, then as many
+    for tries in (2, 2 + 1 + 3):  # 2 for a storage that was never reached; then one is answered, and 3 more fail
         with pytest.raises(StorageError, match=rf"^{backend.url}: {proxy.endpoint} cannot be reached \(ConnectionClos"):
             read(backend, 0, 100)
         assert len(ranges(proxy)) == tries
@@ -126,7 +126,7 @@ def test_a_gateway_that_never_answers_whole_is_one_clear_error(backend: S3Backen
 
 
 def replaced_meanwhile(s3: S3Service, proxy: Proxy) -> str:
-    """A bucket whose object `x` is replaced when the second range of it is asked for."""
+    """A bucket whose object `x` is replaced when its second range is requested."""
     bucket = s3.bucket()
     s3.client.put_object(Bucket=bucket, Key="x", Body=DATA)
 
@@ -272,7 +272,7 @@ def test_an_upload_goes_in_parts_few_at_a_time(s3: S3Service, proxy: Proxy, tmp_
 
     def judge(head: str) -> int:
         if "partNumber" in head and next(first) < 4:
-            together.wait(30)  # it would never end if they came in turn
+            together.wait(30)  # sequential requests would never end
         return PASS
 
     proxy.judge = judge

@@ -1,4 +1,4 @@
-"""Ranges of objects that can only be loaded whole: one load for all of them, bounded memory, loops that come and go."""
+"""Objects that can only be loaded whole: one load for all ranges, bounded memory, and several event loops."""
 
 import asyncio
 import contextlib
@@ -78,7 +78,7 @@ def test_what_is_kept_stays_within_the_budget_or_is_the_latest_object() -> None:
         return kept
 
     assert asyncio.run(read("a", "b", "a", "c", "a")) == [40, 80, 80, 80, 80]
-    assert plain.loads == ["a", "b", "c"]  # `b` went: it was used less recently than `a`
+    assert plain.loads == ["a", "b", "c"]  # `b` was evicted: it was used less recently than `a`
     assert asyncio.run(read("huge", "huge", "b")) == [500, 500, 40]
     assert plain.loads == ["a", "b", "c", "huge", "b"]
 
@@ -140,7 +140,7 @@ def test_loops_may_follow_one_another(plain: DictBackend, adapted: StorageBacken
         await until(lambda: bool(plain.loads))
         return reading
 
-    left = first.run_until_complete(start())  # a loop that stopped in the middle of a load
+    left = first.run_until_complete(start())  # a loop that stopped during a load
     plain.gate = None
     assert asyncio.run(adapted.load_range(KEY, 0, 2)) == DATA[:2]
     assert asyncio.run(adapted.load_range(KEY, 2, 4)) == DATA[2:4]

@@ -1,4 +1,4 @@
-"""A store read directly: verified, in pieces, and nothing written after a failure."""
+"""A store that is read directly: in pieces, verified, and with no writes after a failure."""
 
 import asyncio
 import os
@@ -23,7 +23,7 @@ from tests.stores import TOKENIZER, make_store, payload
 
 SIZE = 9 * BLOCK_BYTES + 77  # more than one piece of 8 MiB
 FAR_PIECE = most_range_bytes(2, streamed=True)
-FAR = FAR_PIECE + BLOCK_BYTES + 77  # more than one of those that are read from far away
+FAR = FAR_PIECE + BLOCK_BYTES + 77  # more than one piece of a remote read
 
 
 @pytest.fixture
@@ -133,14 +133,14 @@ def test_files_are_verified(source: StorageSource, manifest: Manifest, tmp_path:
 
 
 class PathlessBackend(FilesystemBackend):
-    """A folder whose files are not known as such, as if it were far away."""
+    """A folder whose files look remote."""
 
     def local_path(self, key: str) -> None:
         return None
 
 
 class SlowBackend(PathlessBackend):
-    """Reads only when the test says so, as a disk that takes its time."""
+    """A backend that reads only when the test says so, like a slow disk."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
@@ -179,7 +179,7 @@ def test_a_cancelled_fetch_ends_when_nothing_is_written_any_more(manifest: Manif
 
 
 class FarBackend(PathlessBackend):
-    """Far away: several reads at a time are worth it. Each waits until there are as many as may be."""
+    """A remote backend with two concurrent reads. Each read waits until both have begun."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
@@ -211,7 +211,7 @@ def test_pieces_from_far_away_are_read_at_the_same_time(tmp_path: Path) -> None:
 
 
 class JoinedBackend(PathlessBackend):
-    """Far away; while its first bytes are read, it is joined by one that is best read in smaller pieces."""
+    """A remote backend whose best piece size becomes smaller during its first read, as if another had joined."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
@@ -240,7 +240,7 @@ def test_a_piece_that_fails_ends_the_others(tmp_path: Path) -> None:
 
 
 class ManyBackend(FarBackend):
-    """Four reads at a time are worth it; it notes how many rounds of four there were."""
+    """A backend with four concurrent reads, which counts the rounds of four."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
@@ -261,7 +261,7 @@ class ManyBackend(FarBackend):
 
 
 def test_reads_of_one_call_are_under_way_together(tmp_path: Path) -> None:
-    """Sixteen reads are four round trips, where four reads at a time are worth it."""
+    """Sixteen reads take four round trips with four concurrent reads."""
     manifest = make_store(tmp_path / "store", sizes=(32 * BLOCK_BYTES,))
     (chunk,) = manifest.chunks
     backend = ManyBackend(tmp_path / "store")
@@ -278,7 +278,7 @@ def test_reads_of_one_call_are_under_way_together(tmp_path: Path) -> None:
 
 
 def test_rows_far_apart_cost_few_round_trips(tmp_path: Path) -> None:
-    """Rows in 24 places, of which a group of 16 is read at a time: 6 round trips, and not 24."""
+    """Rows in 24 places, read in groups of up to 16, take 6 round trips instead of 24."""
     made = make_store(tmp_path / "store", sizes=(48 * BLOCK_BYTES,))
     table = replace(made.chunks[0].tensors[0], shape=(48, BLOCK_BYTES))
     manifest = replace(made, chunks=(replace(made.chunks[0], tensors=(table,)),))

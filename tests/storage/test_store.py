@@ -1,4 +1,4 @@
-"""The layout of a store: what is one, what is visible in it, and where the bytes of a form lie."""
+"""The layout of a store: what counts as one, which objects are visible, and where the bytes of a form are."""
 
 import asyncio
 import json
@@ -160,7 +160,7 @@ def test_keys() -> None:
 
 @st.composite
 def placed(draw: st.DrawFn) -> tuple[list[Location], bytes, dict[str, bytes]]:
-    """Stored bytes spread over ranges of objects: the locations, the bytes, and the objects."""
+    """Stored bytes in ranges of several objects: the locations, the bytes, and the objects."""
     objects = {name: draw(st.binary(min_size=20, max_size=40)) for name in "abc"}
     locations = []
     for _ in range(draw(st.integers(1, 5))):

@@ -1,4 +1,4 @@
-"""Verifying reads every byte that a manifest promises, and names what is not as it should be."""
+"""Verification reads every byte that a manifest lists, and names whatever is missing or damaged."""
 
 import asyncio
 import os
