@@ -1,4 +1,4 @@
-"""A server on loopback that answers the few requests with which the hub library lists and downloads a model."""
+"""A local server that answers the few requests with which the hub library lists and downloads a model."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ MODEL = "org/tiny"
 
 
 class FakeHub(ThreadingHTTPServer):
-    """Holds one model, `org/tiny` at revision `main`; `served` are the files that were downloaded."""
+    """Has one model, `org/tiny` at revision `main`; `served` lists the files that were downloaded."""
 
     def __init__(self, files: Mapping[str, bytes], *, gated: bool = False) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -84,7 +84,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def serve(files: Mapping[str, bytes], *, gated: bool = False) -> Iterator[FakeHub]:
-    """The server, running."""
+    """Run the server."""
     with FakeHub(files, gated=gated) as hub:
         thread = threading.Thread(target=hub.serve_forever, args=(0.01,))
         thread.start()

@@ -12,30 +12,30 @@ CONFIG = {"model_type": "llama", "hidden_size": 8}
 
 
 def pack(header: object, payload: bytes = b"") -> bytes:
-    """A safetensors file from its header, which may be anything, and its payload."""
+    """Make a safetensors file from any header and payload."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return len(text).to_bytes(8, "little") + text + payload
 
 
 def entry(dtype: object, shape: object, begin: object, end: object) -> dict[str, object]:
-    """One tensor of a header."""
+    """The header's entry for one tensor."""
     return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
 
 
 def arrays(*names: str) -> dict[str, np.ndarray]:
-    """Tensors of different sizes with bytes that tell them apart."""
+    """Tensors of different sizes with distinguishable bytes."""
     return {name: np.arange(1, 5 * (i + 2) + 1, dtype=np.float32).reshape(5, -1) + i for i, name in enumerate(names)}
 
 
 def write_config(folder: Path, **more: object) -> Path:
-    """A folder with a configuration and nothing else."""
+    """Make a folder with just a configuration."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(CONFIG | more))
     return folder
 
 
 def write_single(folder: Path) -> dict[str, np.ndarray]:
-    """A checkpoint in one safetensors file; its tensors."""
+    """Write a checkpoint of one safetensors file; return its tensors."""
     write_config(folder)
     tensors = arrays("b", "a", "c")
     save_file(tensors, folder / "model.safetensors")
@@ -43,7 +43,7 @@ def write_single(folder: Path) -> dict[str, np.ndarray]:
 
 
 def write_sharded(folder: Path) -> dict[str, np.ndarray]:
-    """A checkpoint in two shards with an index; its tensors."""
+    """Write a checkpoint of two shards with an index; return its tensors."""
     write_config(folder)
     tensors = arrays("z.weight", "a.weight", "m.weight")
     shards = {
@@ -57,12 +57,12 @@ def write_sharded(folder: Path) -> dict[str, np.ndarray]:
 
 
 def write_index(folder: Path, weight_map: object, name: str = "model.safetensors.index.json") -> None:
-    """An index of shards."""
+    """Write an index of shards."""
     (folder / name).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 def read(checkpoint: Checkpoint, name: str, start: int = 0, stop: int | None = None) -> bytes:
-    """Bytes of a tensor, the whole of it by default."""
+    """Return bytes of a tensor, by default all."""
     stop = checkpoint.tensors[name].nbytes if stop is None else stop
     data = bytearray(stop - start)
     checkpoint.read_into(name, memoryview(data), start, stop)

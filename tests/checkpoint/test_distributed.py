@@ -1,4 +1,4 @@
-"""Folders of `torch.distributed.checkpoint`: whatever they hold, it is read as it was saved, or refused in one line."""
+"""Folders of `torch.distributed.checkpoint` are read exactly as saved, or refused in one line."""
 
 import io
 import os
@@ -43,14 +43,14 @@ def some_tensors() -> dict[str, torch.Tensor]:
 
 
 def save(folder: Path, state: dict[str, Any]) -> Path:
-    """What torch writes, without other ranks."""
+    """Save as torch does, with a single rank."""
     write_config(folder)
     dcp.save(state, checkpoint_id=folder, no_dist=True)
     return folder
 
 
 def save_parts(folder: Path, whole: torch.Tensor, boxes: Sequence[Box], **changes: Any) -> Path:
-    """A checkpoint with one tensor, `w`, in these parts, as several ranks write it."""
+    """Save a checkpoint with one tensor, `w`, in these parts, as several ranks do."""
     write_config(folder)
     chunks, places = [], {}
     with (folder / "__0_0.distcp").open("wb") as file:
@@ -71,7 +71,7 @@ def write_metadata(folder: Path, table: Any) -> None:
 
 
 def change(folder: Path, work: Callable[[Any], object]) -> Path:
-    """The checkpoint with another table."""
+    """Replace the checkpoint's table."""
     table = pickle.loads((folder / ".metadata").read_bytes())
     work(table)
     write_metadata(folder, table)
@@ -184,7 +184,7 @@ def test_tables_that_cannot_be_are_refused(tmp_path: Path, work: Callable[[Any],
 
 
 class Evil:
-    """Runs a command where it is unpickled."""
+    """Runs a command when it is unpickled."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
@@ -218,14 +218,14 @@ def test_no_code_runs_of_a_part(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "data",
     [
-        b"cos\nsystem\n(S'true'\ntR.",  # another protocol's operations
+        b"cos\nsystem\n(S'true'\ntR.",  # operations of another protocol version
         b"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x04true\x85R.",
         b"(\x8c\x02os\x8c\x06system\x93i.",
         pickle.dumps(bytearray(8)),
         b"\x80\x04\x96" + (1 << 60).to_bytes(8, "little") + b".",  # a bytearray of an exabyte
         b"\x80\x02r\xff\xff\xff\x7f.",
         b"}(" + b")" * 40 + b"N" * 40 + b"u.",
-        b"\x80\x04}(K\x01K\x02u.",  # keys that are no texts
+        b"\x80\x04}(K\x01K\x02u.",  # keys that are not strings
         b"",
         b".",
         pickle.dumps({"a": 1})[:-3],
@@ -256,7 +256,7 @@ def test_what_holds_too_much_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize("file", [".metadata", "__0_0.distcp"])
 def test_damage_anywhere_is_an_error_or_does_not_matter(tmp_path: Path, file: str) -> None:
-    """Of the weights themselves nothing is known that they could be compared with, as in all checkpoints."""
+    """Damage in the weights themselves cannot be detected, as in all checkpoints."""
     save_parts(tmp_path, GRID, TILINGS["both"])
     path, chance = tmp_path / file, random.Random(0)
     sound = path.read_bytes()
@@ -393,7 +393,7 @@ def test_a_configuration_is_taken_from_elsewhere(tmp_path: Path) -> None:
         said = rf"\(config_from=\) is '{nowhere[:200]}', and there is no config\.json that can be read"
         with pytest.raises(CheckpointError, match=said):
             open_checkpoint(str(tmp_path / "weights"), config_from=nowhere)
-    (tmp_path / "weights" / ".metadata").unlink()  # nobody else knows what the ranks' files hold
+    (tmp_path / "weights" / ".metadata").unlink()  # no other file tells what the ranks' files contain
     for other in (str(tmp_path / "other"), str(tmp_path / "weights"), "org/name"):
         said = r"no folder here that torch\.distributed\.checkpoint saved \(with \.metadata.*config_from=\) out"
         with pytest.raises(ConfigurationError, match=said):

@@ -1,4 +1,4 @@
-"""The safetensors header: what the library writes is read alike; what breaks a rule is refused by name."""
+"""The safetensors header: headers of the library are read alike, and invalid ones are refused by name."""
 
 import json
 import math
@@ -28,7 +28,7 @@ _DTYPES = {
 
 
 def parse(file: bytes) -> Header:
-    """The file's header, refused as a shard of a checkpoint is."""
+    """Parse the file's header, with errors like those of a checkpoint's shard."""
 
     def read(start: int, destination: memoryview) -> None:
         destination[:] = file[start : start + len(destination)]
@@ -81,7 +81,7 @@ def test_a_mutated_header_is_refused_or_means_to_us_what_it_means_to_the_library
         header = parse(file)
     except (CheckpointError, UnsupportedModelError):
         return
-    assume(b"-0" not in file[:end])  # an integer to Python, a fraction to the library
+    assume(b"-0" not in file[:end])  # an integer for Python, a fraction for the library
     theirs = {name: (tensor["dtype"], tensor["shape"], bytes(tensor["data"])) for name, tensor in deserialize(file)}
     ours = {
         tensor.name: (tensor.dtype, list(tensor.shape), file[tensor.start : tensor.stop]) for tensor in header.tensors

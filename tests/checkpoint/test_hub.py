@@ -1,7 +1,6 @@
-"""Models from the hub: only what is needed is fetched, the cache serves without a network, refusals are one line.
+"""Models from the hub: only needed files are fetched, the cache works offline, and errors are one line.
 
-Each case runs in a process of its own, with an empty home, so that the hub library reads its settings as users
-give them.
+Each case runs in a new process with an empty home, so that the hub library reads its settings as for users.
 """
 
 import json
@@ -67,7 +66,7 @@ def open_in_process(
 
 @pytest.fixture
 def nowhere():
-    """An endpoint at which nobody listens."""
+    """An endpoint without a server."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         yield f"http://127.0.0.1:{taken.getsockname()[1]}"

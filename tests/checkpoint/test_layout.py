@@ -1,4 +1,4 @@
-"""Which files are a checkpoint: precedence, the index, the configuration, and what is turned down by name."""
+"""Which files form a checkpoint: precedence, the index, the configuration, and layouts that are refused by name."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Layouts that people have: read as transformers reads them, or refused with what to do."""
+"""Common layouts are read as in transformers, or refused with advice."""
 
 import json
 import logging
@@ -23,7 +23,7 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize
 def test_a_tensor_that_is_not_where_the_index_says_draws_a_warning(
     there: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As in transformers: whether it is missing, the model's class tells."""
+    """As in transformers: the model's class determines whether it is missing."""
     tensors = write_sharded(tmp_path)
     first, second = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
     astray = {"z.weight": second} if there else {"lost.weight": first}

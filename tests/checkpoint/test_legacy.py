@@ -86,7 +86,7 @@ def test_the_mapping_is_made_anew_and_the_bytes_stay_the_same(tmp_path, monkeypa
     with open_directory(tmp_path) as checkpoint:
         seen = {name: read(checkpoint, name, 0, 200) + read(checkpoint, name, 200, 400) for name in state}
     assert seen == {name: plain_bytes(tensor) for name, tensor in state.items()}
-    assert len(loads) == 1 + 2  # 400 bytes each: given up after 1200 and after 2400 of 3600
+    assert len(loads) == 1 + 2  # 400 bytes each: stopped after 1200 and after 2400 of 3600
 
 
 def test_only_the_old_format_is_held_in_memory_and_says_so(tmp_path, caplog):

@@ -1,4 +1,4 @@
-"""Checkpoints in a directory: what is found, which bytes are read, and what is said of damaged ones."""
+"""Checkpoints in a directory: which are found, which bytes are read, and the errors of damaged ones."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Adapters on their way into a store: what is refused, with the file, what was seen, and what to do."""
+"""Chunking adapters: errors name the file, what was found, and what to do."""
 
 import asyncio
 import json
@@ -35,7 +35,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def adapter(home: Path, tmp_path: Path) -> Path:
-    """The adapter, to be changed."""
+    """A copy of the adapter, to be changed."""
     folder = tmp_path / "changed"
     folder.mkdir()
     for file in (home / "lora").iterdir():

@@ -1,4 +1,4 @@
-"""A real checkpoint on its way into a store: prepared, written, published, and gone on with after the worst."""
+"""Chunking a real checkpoint: preparing, writing, publishing, and resuming after failures."""
 
 import asyncio
 import json
@@ -46,7 +46,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def checkpoint(saved: Path, tmp_path: Path) -> Path:
-    """A copy of it, to be changed."""
+    """A copy of the checkpoint, to be changed."""
     return Path(shutil.copytree(saved, tmp_path / "tiny"))
 
 
@@ -74,7 +74,7 @@ def tensors(backend: FilesystemBackend, manifest: Manifest) -> dict[str, torch.T
 
 
 def open_files() -> list[str]:
-    """What the file descriptors of this process are."""
+    """The targets of this process's file descriptors."""
     return sorted(str(link.readlink()) for link in Path("/proc/self/fd").iterdir() if link.is_symlink())
 
 
@@ -257,7 +257,7 @@ def test_a_tokenizer_file_that_cannot_be_read(backend: FilesystemBackend, checkp
 
 
 class StoppedError(Exception):
-    """Raised by a progress callback, as if the machine had stopped there."""
+    """Raised by a progress callback, as if the machine had stopped."""
 
 
 def test_nothing_is_visible_before_everything_is_there(backend: FilesystemBackend, saved: Path) -> None:
@@ -303,7 +303,7 @@ def test_a_killed_run_leaves_nothing_visible_and_a_second_one_completes(
         with prepare_model(str(saved)) as prepared, pytest.raises(StorageError, match="another surfw is chunking this"):
             asyncio.run(write_model(prepared, backend))
         (journal,) = backend.base.rglob("journal.jsonl")
-        while journal.read_bytes().count(b"\n") < 4:  # the embeddings, and the layers before the one that is written
+        while journal.read_bytes().count(b"\n") < 4:  # the embeddings, and the layers before the one in progress
             assert process.poll() is None
         process.send_signal(signal.SIGKILL)
         assert process.wait(60) == -signal.SIGKILL

@@ -1,4 +1,4 @@
-"""Coded forms in a store: written beside the plain ones, resumed, verified, and copied to other stores."""
+"""Coded forms in a store: written with the plain ones, resumed, verified, and copied to other stores."""
 
 import asyncio
 import json
@@ -222,7 +222,7 @@ def test_a_copy_that_is_cancelled_gives_its_fetch_up(checkpoint: Path, tmp_path:
 
 
 def republish(store: Path, manifest: Manifest, **changes: object) -> None:
-    """Write a manifest again, its first layer's form `lossless` with other facts."""
+    """Publish the manifest again with changes to the form `lossless` of its first layer."""
     document = json.loads(manifest.encode())
     layers = [one for one in document["chunks"] if one["kind"] == "layer"]
     chunk, other = layers if changes.pop("first", True) else reversed(layers)

@@ -1,4 +1,4 @@
-"""Quantised checkpoints into dense chunks: other libraries write them, and transformers says what their weights are."""
+"""Quantised checkpoints, written by other libraries, become dense chunks with the values that transformers computes."""
 
 import asyncio
 import importlib.util
@@ -56,7 +56,7 @@ def gpt_oss() -> Any:
 
 
 def rewrite(folder: Path, quantisation: dict[str, Any], work: Callable[[str, torch.Tensor], dict[str, Any]]) -> None:
-    """Put other tensors in the places of a checkpoint's, and say so in its configuration."""
+    """Replace a checkpoint's tensors, and change its configuration accordingly."""
     found = load_file(folder / "model.safetensors")
     tensors = {name: one for old, tensor in found.items() for name, one in work(old, tensor).items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -65,7 +65,7 @@ def rewrite(folder: Path, quantisation: dict[str, Any], work: Callable[[str, tor
 
 
 def save_fp8(folder: Path, make: Callable[[], Any] = llama) -> None:
-    """FP8 by blocks, quantised by transformers."""
+    """FP8 in blocks, quantised by transformers."""
     make().save_pretrained(folder)
     settings = FineGrainedFP8Config(weight_block_size=(32, 32))
     quantise = Fp8Quantize(FineGrainedFP8HfQuantizer(settings, pre_quantized=False))
@@ -80,7 +80,7 @@ def save_fp8(folder: Path, make: Callable[[], Any] = llama) -> None:
 
 
 def save_mxfp4(folder: Path) -> None:
-    """MXFP4: any bytes are blocks and scales of it."""
+    """MXFP4, in which any bytes are valid blocks and scales."""
     gpt_oss().save_pretrained(folder)
 
     def work(name: str, tensor: torch.Tensor) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def save_mxfp4(folder: Path) -> None:
 
 
 def save_compressed(folder: Path, **weights: Any) -> None:
-    """What the package compressed-tensors compresses and saves."""
+    """A model compressed and saved by the package compressed-tensors."""
     model, wanted = llama(), QuantizationArgs(**weights)
     scheme = QuantizationScheme(targets=["Linear"], weights=wanted)
     apply_quantization_config(model, QuantizationConfig(config_groups={"all": scheme}, ignore=["lm_head"]))

@@ -1,4 +1,4 @@
-"""The guide's table of formats says what surfw does with each of them."""
+"""The guide's table of formats equals what surfw does with each of them."""
 
 from tests import pages, regenerate
 

@@ -1,4 +1,4 @@
-"""GGUF files that the package gguf writes: their dense weights have the bits that transformers makes of them."""
+"""GGUF files written by the package gguf: their dense weights have the bits that transformers makes of them."""
 
 import asyncio
 import importlib.util
@@ -28,7 +28,7 @@ SIZES = {
     "num_attention_heads": 4, "num_key_value_heads": 2,
 }  # fmt: skip
 EXPERTS = {"moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632, "num_experts": 4}
-"""Transformers reads only the last of these from a file, and takes the others for granted."""
+"""Transformers reads only the last of these from a file, and assumes the others."""
 
 
 def write(file: Path, name: str, model: Any, kind: GGMLQuantizationType, *, parts: int = 0) -> Path:
@@ -42,10 +42,10 @@ def write(file: Path, name: str, model: Any, kind: GGMLQuantizationType, *, part
             add_experts(writer, path, leaf, tensor.shape, kind, values)
             continue
         shape = tuple(tensor.shape)
-        is_turned = name == "gpt2" and tensor.ndim == 2 and ".h." in own  # as llama.cpp turns its Conv1D
+        is_turned = name == "gpt2" and tensor.ndim == 2 and ".h." in own  # as llama.cpp transposes its Conv1D
         weights = values.standard_normal(shape[::-1] if is_turned else shape).astype(np.float32) * 0.1
         if path.endswith("shared_expert_gate"):
-            weights = weights[0]  # of one row, which llama.cpp stores as a vector
+            weights = weights[0]  # llama.cpp stores matrices of one row as vectors
         add_tensor(writer, f"{names.get_name(path)}.{leaf}", weights, kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -85,7 +85,7 @@ def add_settings(writer: GGUFWriter, parts: int) -> None:
 def add_experts(
     writer: GGUFWriter, path: str, leaf: str, shape: torch.Size, kind: GGMLQuantizationType, values: Any
 ) -> None:
-    """The experts of a layer, as llama.cpp stores them: gate and up apart."""
+    """A layer's experts as llama.cpp stores them, with gate and up separate."""
     block, (experts, outer, inner) = path.split(".")[2], shape
     wanted = {"gate": outer // 2, "up": outer // 2} if leaf == "gate_up_proj" else {"down": outer}
     for role, rows in wanted.items():
@@ -143,7 +143,7 @@ def test_dense_weights_have_transformers_own_bits(
     loaded = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path, gguf_file="toy.gguf", dtype=getattr(torch, manifest.dtype)
     ).eval()
-    for parameter in loaded.parameters():  # GPT-2's lie transposed in memory, which gives other sums
+    for parameter in loaded.parameters():  # GPT-2's matrices are transposed in memory, which gives other sums
         parameter.data = parameter.data.contiguous()
     text = "hello, weights"
     with StreamingModel.open(tmp_path / "store") as model:
@@ -192,7 +192,7 @@ def test_a_file_that_ends_too_soon_is_refused(tmp_path: Path) -> None:
 
 def test_a_model_whose_tokenizer_cannot_be_made_takes_ids(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     file = tmp_path / "mute.gguf"
-    TOKENS.append(TOKENS.pop()[::-1])  # the merge is of no token then
+    TOKENS.append(TOKENS.pop()[::-1])  # then the merge creates no token
     try:
         write(file, "llama", llama(), GGMLQuantizationType.Q8_0)
     finally:

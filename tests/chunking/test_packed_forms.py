@@ -1,4 +1,4 @@
-"""Packed forms in a store: written, resumed, verified, and copied; and what is refused of them."""
+"""Packed forms in a store: written, resumed, verified and copied; invalid ones are refused."""
 
 import asyncio
 import json
@@ -32,7 +32,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def store(checkpoint: Path) -> Path:
-    """A store that has it in all forms."""
+    """A store with the model in all forms."""
     chunk_into(checkpoint.parent / "all", checkpoint, ALL)
     return checkpoint.parent / "all"
 
@@ -117,7 +117,7 @@ def test_forms_that_will_be_stored_no_more_are_said_before_the_work(
 def test_a_copy_has_the_forms_that_chunking_gives(
     codecs: tuple[str, ...] | None, store: Path, checkpoint: Path, tmp_path: Path
 ) -> None:
-    """Whether they are there already, or are made of what is there."""
+    """Whether the forms exist already, or are made from existing ones."""
     expected = chunk_into(tmp_path / "expected", checkpoint, codecs or ("none", "lossless"))
     chunk_into(tmp_path / "plain", checkpoint, ("lossless",))
     for source in (store, tmp_path / "plain"):

@@ -1,4 +1,4 @@
-"""A plan holds every tensor once, in order and without gaps, and a chunk's file is plain safetensors."""
+"""A plan contains every tensor once, in order and without gaps, and a chunk's file is plain safetensors."""
 
 import json
 import random
@@ -18,12 +18,12 @@ from surfw.skeleton.dtypes import torch_dtype
 
 shapes = st.lists(st.integers(0, 40), max_size=3).map(tuple)
 dtypes = st.sampled_from(sorted(set(DTYPE_BITS) - {"F8_E8M0"}))
-"""All but those that safetensors itself does not make tensors of."""
+"""All except those that safetensors cannot represent."""
 
 
 @st.composite
 def models(draw: st.DrawFn) -> tuple[list[UnitFacts], dict[str, PlannedTensor], dict[str, str]]:
-    """Units, the tensors to store, and ties between them."""
+    """Units, the tensors to store, and the ties between them."""
     units, tensors, ties = [], {}, {}
     for index in range(draw(st.integers(1, 5))):
         names = []

@@ -1,4 +1,4 @@
-"""Pruning beside real processes: one that chunks and is killed and resumed, and a server; in a folder and in S3."""
+"""Pruning beside real processes: a chunk command that is killed and resumed, and a server; in a folder and in S3."""
 
 import asyncio
 import os
@@ -48,7 +48,7 @@ Place = tuple[str, Callable[[], StorageBackend], dict[str, str]]
 
 @pytest.fixture(params=["folder", "s3"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
-    """A place's URL, how this process reaches it, and what the environment of others has to say."""
+    """A place's URL, how this process opens it, and the environment for other processes."""
     if request.param == "folder":
         return str(tmp_path / "store"), lambda: FilesystemBackend(tmp_path / "store"), {}
     s3: S3Service = request.getfixturevalue("s3")
@@ -130,7 +130,7 @@ def test_work_that_was_given_up_is_pruned(saved: Path, place: Place, tmp_path: P
 
 
 def test_a_server_goes_on_beside(tmp_path: Path) -> None:
-    """The client of a model that was removed is told so; the model that shares a chunk with it stays whole."""
+    """The client of a removed model gets an error; the model that shares a chunk with it stays complete."""
     gone = make_store(tmp_path, "gone", (3_000_000, 40_000), files={})
     stays = replace(gone, name="stays", chunks=gone.chunks[:1], order=gone.order[:1])
     asyncio.run(Store(FilesystemBackend(tmp_path)).publish(stays))

@@ -1,4 +1,4 @@
-"""Writing a plan: the bytes are right, an interruption costs what was not finished, and two writers do not meet."""
+"""Writing a plan: the bytes are right, interruptions lose only unfinished chunks, and writers do not conflict."""
 
 import asyncio
 import os
@@ -84,7 +84,7 @@ def backend(tmp_path: Path) -> FilesystemBackend:
 
 
 def stored(backend: StorageBackend, chunk: Chunk) -> bytes:
-    """A chunk's payload, read from where the writer says that it lies."""
+    """A chunk's payload, read from the location that the writer returned."""
     (form,) = chunk.forms
     (at,) = form.locations
     return asyncio.run(backend.load_range(at.object, at.start, at.stop))
@@ -114,7 +114,7 @@ def test_chunks_are_written_as_they_are_described(kind: str, tmp_path: Path) -> 
 def test_a_buffer_is_filled_again_only_when_its_bytes_have_been_digested(
     backend: FilesystemBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Reading runs ahead of digesting, but never by more buffers than there are."""
+    """Reads run ahead of digests, limited by the number of buffers."""
     chunks = toys((5 * BLOCK_BYTES,))
     source, reads = Payloads(chunks), threading.Semaphore(0)
     read_into, update = source.read_into, Digester.update
@@ -125,7 +125,7 @@ def test_a_buffer_is_filled_again_only_when_its_bytes_have_been_digested(
 
     def after_four_reads(digester: Digester, piece: memoryview) -> None:
         if len(source.reads) < 4:
-            for _ in range(4):  # three buffers can be read; the fourth read has to wait for this digest
+            for _ in range(4):  # three buffers can be read; the fourth read waits for this digest
                 reads.acquire(timeout=0.3)
         update(digester, piece)
 
@@ -239,13 +239,13 @@ def test_two_writers_of_the_same_plan_do_not_meet(backend: FilesystemBackend) ->
     source.go_on.set()
     first.join()
     run(make(backend, second), planned(chunks))
-    assert second.reads == []  # all is there
+    assert second.reads == []  # all chunks exist
 
 
 def test_a_lock_that_a_finished_writer_removed_locks_nobody_out(
     backend: FilesystemBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The lock file is opened, then the one who held it finishes and removes it, then it is locked: no lock at all."""
+    """A writer opens the file, its holder removes it, and only then it is locked: such a lock protects nothing."""
     first = make(backend, Payloads([]))
     holding = first.locked()
     holding.__enter__()
@@ -281,11 +281,11 @@ def test_equal_payloads_behind_headers_of_other_lengths_are_stored_once(backend:
     assert stored(backend, long) == stored(backend, short) == payload
     again = Payloads([(renamed, payload)])
     assert run(make(backend, again, key="other"), planned([(renamed, payload)])) == [long]
-    assert again.reads == []  # it was noted as done
+    assert again.reads == []  # it was recorded as done
 
 
 def test_two_models_with_equal_payloads_written_at_once_both_stay_readable(backend: FilesystemBackend) -> None:
-    """Of two headers of other lengths one wins, and both models know which: a blob never changes under a manifest."""
+    """If two headers differ in length, one is kept, and both models refer to it: a published blob never changes."""
     start, found = threading.Barrier(2), {}
 
     class Together(Payloads):
@@ -309,7 +309,7 @@ def test_two_models_with_equal_payloads_written_at_once_both_stay_readable(backe
 
 
 class Far(DictBackend):
-    """Elsewhere, under an address of its own. Its uploads begin, and end when the test says so."""
+    """Another storage with its own address. Its uploads begin, and end when the test says so."""
 
     def __init__(self, url: str) -> None:
         super().__init__()
@@ -329,7 +329,7 @@ class Far(DictBackend):
 
 
 def writing(backend: StorageBackend, name: str, key: str) -> threading.Thread:
-    """Write a chunk of this name, whose payload is always the same, in a thread."""
+    """Write a chunk of this name, always with the same payload, in a thread."""
     chunk, _ = toy_chunk(name, [("U8", (6000,))])
     writer = make(adapt_backend(backend), Payloads([(chunk, PAYLOAD)]), key=key)
     thread = threading.Thread(target=run, args=(writer, planned([(chunk, PAYLOAD)])), daemon=True)
@@ -371,7 +371,7 @@ def test_equal_payloads_wait_for_each_other_and_ctrl_c_does_not(home: Path) -> N
 
     async def give_up() -> None:
         work = asyncio.create_task(writer.write(planned([(chunk, PAYLOAD)])))
-        await asyncio.to_thread(backend.two_rely_on_it.wait, 60)  # which is just before it waits for its turn
+        await asyncio.to_thread(backend.two_rely_on_it.wait, 60)  # just before it waits for its turn
         done, _ = await asyncio.wait([work], timeout=0.2)
         assert not done
         work.cancel()
@@ -459,7 +459,7 @@ def test_space_is_compared_before_anything_is_written(tmp_path: Path, monkeypatc
     chunks = toys((5000, 6000, 7000))
     make_store(tmp_path, "other", (6000, 9000))
     expect(18_000)
-    expect(12_000)  # of 18,000 bytes, 6,000 may be those of the other model
+    expect(12_000)  # 6,000 of the 18,000 bytes may be shared with the other model
     text = (
         r"/.* has no space for toy: 12\.0 kB \(12000 bytes\) are to be written, and 12\.0 kB \(11999 bytes\) are free;"
     )

@@ -1,4 +1,4 @@
-"""Connecting: transient failures are tried again, and redirects are followed where that is safe."""
+"""Connecting: transient failures are retried, and redirects are followed if that is safe."""
 
 import asyncio
 import json

@@ -1,4 +1,4 @@
-"""Whatever a server sends, and however it arrives, a message that is refused ends the connection with one error."""
+"""Whatever a server sends, in whatever pieces, an invalid message ends the connection with one error."""
 
 import asyncio
 import json
@@ -29,11 +29,11 @@ from surfw.retry import RetryPolicy
 from surfw.wire import PROTOCOL, Begin, Get, ListModels, ServerSession
 from tests.peers import tcp_server
 
-pytestmark = pytest.mark.timeout(60)  # a refused message once made the client spin for ever
+pytestmark = pytest.mark.timeout(60)  # an invalid message once made the client loop forever
 
 
 def frame(opcode: int, payload: bytes = b"", *, first: int = 0x80, mask: int = 0) -> bytes:
-    """A frame as a server would write it, or not: `first` has FIN and the reserved bits."""
+    """A valid or invalid frame; `first` has FIN and the reserved bits."""
     size = len(payload)
     if size < 126:
         length = bytes([mask | size])
@@ -114,7 +114,7 @@ BEHIND = {
 
 
 class Wire(asyncio.Transport):
-    """A transport to nowhere, of a socket if there is one."""
+    """A transport without a peer, with a socket if one is given."""
 
     def __init__(self, near: socket.socket | None = None) -> None:
         super().__init__({"socket": near})
@@ -160,7 +160,7 @@ class Memory:
 
 
 def linked(wire: Wire) -> tuple[Link, WireConnection]:
-    """A link whose hellos are exchanged."""
+    """A link after the exchange of hellos."""
     link = Link("ws://raw", WireLimits(), 60)
     protocol = ClientProtocol(parse_uri("ws://raw"), subprotocols=[Subprotocol(PROTOCOL)], max_size=MAX_FRAME_BYTES)
     connection = link.attach(protocol)
@@ -173,7 +173,7 @@ def linked(wire: Wire) -> tuple[Link, WireConnection]:
 
 
 async def ask_for_a_mib(link: Link) -> tuple[Memory, asyncio.Task[Any]]:
-    """Where the bytes of a form will be, and the task that has just asked for it."""
+    """The memory for a form's bytes, and the task that has just requested it."""
     transfer = Memory()
     asking = asyncio.create_task(link.receive(lambda number: Get(number, "model", "chunk", "none", 0, MIB), transfer))
     await asyncio.sleep(0)
@@ -181,7 +181,7 @@ async def ask_for_a_mib(link: Link) -> tuple[Memory, asyncio.Task[Any]]:
 
 
 def receive(connection: WireConnection, sent: bytes, cuts: Sequence[int] = ()) -> None:
-    """Hand over bytes as a transport does, in pieces that end at the cuts at the latest."""
+    """Pass on bytes as a transport does, in pieces that end at the cuts at the latest."""
     rest, ends = memoryview(sent), sorted(cut for cut in cuts if cut < len(sent))
     at = 0
     while at < len(rest):
@@ -193,9 +193,9 @@ def receive(connection: WireConnection, sent: bytes, cuts: Sequence[int] = ()) -
 
 
 def receive_from(near: socket.socket, far: socket.socket, connection: WireConnection, sent: bytes) -> int:
-    """Have bytes arrive at a socket, as many as it has room for, and hand over what the transport reads.
+    """Let bytes arrive at a socket, as many as fit, and pass on what the transport reads.
 
-    The rest is read on. Returns how often the transport has read.
+    Then read the rest. Returns how often the transport has read.
     """
     rest, turns = memoryview(sent), 0
     while rest or select.select([near], [], [], 0)[0]:
@@ -208,7 +208,7 @@ def receive_from(near: socket.socket, far: socket.socket, connection: WireConnec
 
 @contextmanager
 def ends() -> Iterator[tuple[socket.socket, socket.socket]]:
-    """Two sockets that are connected, and never waited for."""
+    """Two connected sockets that never block."""
     near, far = socket.socketpair()
     with near, far:
         near.setblocking(False)
@@ -246,7 +246,7 @@ def test_a_refused_message_ends_in_one_error_whatever_follows(
         receive(connection, RUN + frame(Opcode.BINARY, b"!" * 300_000))
         connection.connection_lost(None)
         assert memory == seen
-        memory.clear()  # fails if anything else still holds on to it
+        memory.clear()  # fails if another reference exists
         with pytest.raises(ConnectionFailedError, match="broke the protocol"):
             await link.receive(ListModels)
 
@@ -296,7 +296,7 @@ def test_frames_that_have_arrived_are_read_in_one_turn() -> None:
 
 
 async def upgrade(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """The server's part of a handshake and of hellos."""
+    """The server's part of a handshake and of the hellos."""
     head = (await reader.readuntil(b"\r\n\r\n")).decode()
     key = next(line.partition(": ")[2] for line in head.split("\r\n") if line.startswith("Sec-WebSocket-Key"))
     accepted = f"Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Accept: {accept_key(key)}\r\n"

@@ -1,4 +1,4 @@
-"""Servers that are not there, are something else, go away, fall silent or break the protocol."""
+"""Servers that are missing, are something else, disappear, stall or break the protocol."""
 
 import asyncio
 import contextlib
@@ -160,11 +160,11 @@ def test_a_server_that_is_killed_during_a_fetch(tmp_path: Path) -> None:
             text = str(caught.value)
             assert text.startswith(f"the server at {served.url} went away, after ")
             last = f"; the last attempt: no surfw server at {served.url}: connection refused"
-            said = text.replace(last, "")  # unless it went away during that attempt, too
+            said = text.replace(last, "")  # unless it disappeared during that attempt, too
             advice = "see what became of the server, and run it again"
             assert said.endswith(f" of {60 * MIB} bytes of chunk layers.0; {advice}")
             seen = bytes(memory)
-            await asyncio.to_thread(served.process.wait)  # until then, it may still listen
+            await asyncio.to_thread(served.process.wait)  # until then, it may still be listening
             with pytest.raises(ConnectionFailedError, match="connection refused"):
                 await source.models()
             await source.close()

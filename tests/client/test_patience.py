@@ -1,4 +1,4 @@
-"""Only progress counts: a server that sends anything else, for however long, is left with one error."""
+"""Only progress counts: if a server sends anything else, the client gives up with one error."""
 
 import asyncio
 import contextlib
@@ -28,7 +28,7 @@ Answer = Callable[[ServerConnection, "Clock"], Awaitable[None]]
 
 
 class Clock:
-    """The loop's clock, advanced by hand: no test waits, and a slow machine changes nothing."""
+    """The loop's clock, advanced by hand, so that no test waits or depends on the machine's speed."""
 
     def __init__(self) -> None:
         self.ahead = 0.0
@@ -44,7 +44,7 @@ async def others_go_on() -> None:
 
 
 async def drips(websocket: ServerConnection, clock: Clock) -> None:
-    """Sends a byte now and then, in a frame each, and then within a large frame."""
+    """Sends a byte at intervals: first as separate frames, then within a large frame."""
     await websocket.send(json.dumps({"type": "data", "id": 0, "start": 0, "stop": MIB}))
     for _ in range(10):
         await websocket.send(b"?")
@@ -64,7 +64,7 @@ async def pings(websocket: ServerConnection, clock: Clock) -> None:
 
 
 def reads(counts: Iterator[int]) -> Answer:
-    """Reports again and again that it reads, and sends nothing."""
+    """Reports again and again that it is reading, and sends nothing."""
 
     async def answer(websocket: ServerConnection, clock: Clock) -> None:
         for count in counts:
@@ -91,7 +91,7 @@ async def _open(url: str, limits: WireLimits | None = None, retry: RetryPolicy =
 
 @contextlib.asynccontextmanager
 async def asked(answer: Answer, clock: Clock) -> AsyncIterator[WireSource]:
-    """A source whose server does what `answer` does once it was asked for something."""
+    """A source whose server runs `answer` after the first request."""
 
     async def when_asked(websocket: ServerConnection) -> None:
         await websocket.recv()
@@ -183,7 +183,7 @@ def _ask(source: WireSource, manifest: Any, index: int, priority: int) -> "async
 def test_a_request_may_wait_for_more_urgent_ones_and_not_for_later_ones(
     tmp_path: Path, priority: int, waits: bool
 ) -> None:
-    """Twenty seconds go by with every answer; the first request, of priority 3, is answered last or never."""
+    """Each answer takes twenty seconds; the first request, of priority 3, is answered last or never."""
     manifest = make_store(tmp_path, sizes=[1000, 1000])
     data = [payload(tmp_path, chunk) for chunk in manifest.chunks]
     clocks: list[Clock] = []
@@ -302,7 +302,7 @@ def test_arrived_and_read_bytes_put_the_end_of_patience_off() -> None:
     patience.read(0, 100 * MIB)
     assert patience.stalls(4) == (15, [])
     decisions.now = 9
-    patience.read(0, 101 * MIB)  # more than there can be to read
+    patience.read(0, 101 * MIB)  # more than can be left to read
     assert patience.stalls(4) == (15, [])
     decisions.ask(1)
     patience.given_up(0)
@@ -327,7 +327,7 @@ def test_a_request_that_is_overtaken_too_often_is_stalled_alone() -> None:
         decisions.ask(number, priority)
         decisions.now += 4
         patience.answered(number)
-    assert patience.stalls(3) == (22, [])  # the more urgent one did not count
+    assert patience.stalls(3) == (22, [])  # the more urgent request did not count
     assert patience.stalls(2) == (22, [0])
     decisions.now = 9
     assert patience.stalls(2) == (10, [])

@@ -1,4 +1,4 @@
-"""A lost connection is made again, and a chunk continues after what was verified."""
+"""A lost connection is reopened, and a chunk continues after its verified part."""
 
 import asyncio
 import json
@@ -28,9 +28,9 @@ Talk = Callable[[ServerConnection], Awaitable[None]]
 
 
 def sends(data: bytes, *lengths: int, flips: Sequence[int] = ()) -> tuple[list[dict[str, Any]], Talk]:
-    """A server that hangs up after so many bytes of its first, second, … answers; and what it was asked for.
+    """A server that hangs up after this many bytes of its first, second, … answer; it records the requests.
 
-    At each of the places `flips`, it damages a byte in its first, second, … answer that has it.
+    At each of the offsets `flips`, it damages a byte of the first, second, … answer that includes it.
     """
     asked: list[dict[str, Any]] = []
     left, damage = list(lengths), list(flips)
@@ -165,7 +165,7 @@ def test_attempts_without_progress_end(tmp_path: Path) -> None:
 def test_a_server_that_says_that_it_stops_is_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """For longer than one that is just gone, whose attempts are over at once here."""
+    """It gets more time than a server that just disappeared, for which no attempts are left here."""
     manifest = make_store(tmp_path, sizes=[MIB])
     monkeypatch.setattr("surfw.client.wire_source.RESTART_DELAY_SECONDS", 0.005)
     patient = RetryPolicy(attempts=2, first_delay_seconds=0, restart_seconds=60)

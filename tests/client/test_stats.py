@@ -123,7 +123,7 @@ def test_other_answers_are_refused(tmp_path: Path, change: Callable[[Any], None]
 
 
 def drip(*parts: bytes) -> Talk:
-    """A server that sends the first part at once, and of the others a byte now and then, over and over."""
+    """A server that sends the first part at once, and then single bytes of the others at intervals, endlessly."""
 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")

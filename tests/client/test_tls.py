@@ -1,4 +1,4 @@
-"""`wss://` works: bytes are received in place over TLS as over plain TCP."""
+"""`wss://` works: bytes are received in place over TLS, as over plain TCP."""
 
 import asyncio
 from functools import partial

@@ -63,7 +63,7 @@ def test_without_it_there_is_no_websocket(tmp_path: Path) -> None:
             assert server.stats()["requests"]["total"] == 0
             ready = await asyncio.to_thread(urlopen, server.url.replace("ws", "http", 1) + "/readyz", timeout=10)
             with ready:
-                assert ready.status == 200  # whether it is ready is no secret
+                assert ready.status == 200  # readiness needs no token
 
     asyncio.run(main())
 

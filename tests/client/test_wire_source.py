@@ -1,4 +1,4 @@
-"""A server as a source: what it fetches is right, verified, and written nowhere else."""
+"""A server as a source: fetched bytes are right and verified, and nothing else is written."""
 
 import asyncio
 import json
@@ -178,9 +178,9 @@ def test_after_a_cancelled_fetch_nothing_is_written_and_others_go_on(tmp_path: P
                 assert bytes(arrived) == payload(tmp_path, manifest.chunks[1])
                 assert bytes(memory) == seen
                 read.destination.release()
-                memory.clear()  # fails if anything else still holds on to it
+                memory.clear()  # fails if another reference exists
                 await until(lambda: server.stats()["requests"]["in_flight"] == 0)
-                assert server.stats()["bytes_sent"] - sent < 40 * MIB  # both, and the first of them not to its end
+                assert server.stats()["bytes_sent"] - sent < 40 * MIB  # both are read, the first one not completely
 
     asyncio.run(main())
 
@@ -211,7 +211,7 @@ def test_a_fetch_that_is_cancelled_within_a_frame_is_cancelled_there_too(tmp_pat
             assert await source.models() == ["a"]
             assert memory == b"!" * 100_000 + bytes(MIB - 100_000)
             read.destination.release()
-            memory.clear()  # fails if anything else still holds on to it
+            memory.clear()  # fails if another reference exists
 
     asyncio.run(main())
     assert [message["type"] for message in heard] == ["cancel", "models"]

@@ -1,4 +1,4 @@
-"""Of a chunk's forms, the one that is read."""
+"""Which of a chunk's forms is read."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Frames of the codec `lossless`: bit for bit what went in, and one clear error for anything else."""
+"""Frames of the codec `lossless`: exact round trips, and one clear error for anything else."""
 
 import threading
 from contextlib import suppress
@@ -17,7 +17,7 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.flo
 
 
 def weights(count: int, dtype: "torch.dtype" = torch.bfloat16, seed: int = 0) -> bytes:
-    """Normal values as a model has them."""
+    """Normally distributed values, like a model's."""
     values = torch.randn(count, generator=torch.Generator().manual_seed(seed)) * 0.02
     return values.to(dtype).view(torch.uint8).numpy().tobytes()
 
@@ -30,7 +30,7 @@ def encode(payload: bytes, item_bytes: int = 2) -> list[bytes]:
 def decode(
     frames: list[bytes], size: int, *, in_place: bool, threads: int = 2, step: int = 2 * FRAME_BYTES, extra: int = 0
 ) -> bytes:
-    """As the loader does: the frames arrive in parts, several threads decode each."""
+    """Decode as the loader does: the frames arrive in parts, and several threads decode each."""
     stored, place = b"".join(frames), bytearray(size + extra)
     into, lead = memoryview(place)[:size], size - len(stored) + extra
     coded = memoryview(place)[lead:] if in_place else memoryview(bytearray(len(stored)))

@@ -1,4 +1,4 @@
-"""int8 and int4: what is stored, to the byte; how far a weight may be from what it was; what is refused."""
+"""int8 and int4: the exact stored bytes, the largest error of a weight, and what is refused."""
 
 import random
 import re
@@ -20,7 +20,7 @@ KINDS: list[Kind] = ["int8", "int4"]
 
 
 def infos_of(*tensors: tuple[str, tuple[int, ...]]) -> list[TensorInfo]:
-    """Tensors of these dtypes and shapes, one behind the other."""
+    """Tensors of these dtypes and shapes, one after another."""
     infos, offset = [], 0
     for index, (dtype, shape) in enumerate(tensors):
         infos.append(TensorInfo(f"t{index}", dtype, shape, offset))
@@ -29,7 +29,7 @@ def infos_of(*tensors: tuple[str, tuple[int, ...]]) -> list[TensorInfo]:
 
 
 def encode(parts: Sequence[Part], payload: bytes, *, piece: int = 1 << 30) -> bytes:
-    """The stored bytes of a payload that comes in pieces of that size."""
+    """The stored bytes of a payload that comes in pieces of this size."""
     stored = bytearray()
     encoder = PackedEncoder(parts, stored.extend)
     for start in range(0, len(payload), piece):
@@ -40,14 +40,14 @@ def encode(parts: Sequence[Part], payload: bytes, *, piece: int = 1 << 30) -> by
 
 
 def encode_matrix(kind: Kind, weights: np.ndarray, dtype: str = "F32", *, piece: int = 1 << 30) -> tuple[Part, bytes]:
-    """One matrix, which must be quantised."""
+    """Encode one matrix, which must be quantised."""
     (part,) = plan_parts(infos_of((dtype, weights.shape)), [kind])
     assert part.kind == kind
     return part, encode([part], in_dtype(weights, dtype).tobytes(), piece=piece)
 
 
 def in_dtype(weights: np.ndarray, dtype: str) -> np.ndarray:
-    """As the payload has them; for bfloat16, cut off."""
+    """Convert to the payload's dtype; bfloat16 is truncated."""
     if dtype == "BF16":
         return (weights.astype("<f4").view("<u4") >> 16).astype("<u2")
     return weights.astype({"F32": "<f4", "F16": "<f2"}[dtype])
@@ -58,7 +58,7 @@ def as_floats(stored: np.ndarray) -> np.ndarray:
 
 
 def scales_of(part: Part, stored: bytes) -> np.ndarray:
-    """The scale of each weight, in the matrix's shape, as the format's description has it."""
+    """The scale of each weight, in the matrix's shape, as the format's description defines it."""
     rows, columns = part.shape
     scales = np.frombuffer(stored[part.scales : part.stop], "<f4" if part.kind == "int8" else "<u2")
     if part.kind == "int8":

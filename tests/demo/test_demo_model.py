@@ -1,4 +1,4 @@
-"""The model that the package carries: small enough to be shipped, and fluent enough to show that streaming works.
+"""The model in the package: small, and fluent enough to show that streaming works.
 
 Everything is read from `surfw/demo` with plain transformers. No exact text is expected: bf16 products may round
 differently on another CPU.
@@ -36,7 +36,7 @@ def model() -> Any:
 
 @pytest.fixture(scope="module")
 def answers(model: Any, tokenizer: Any) -> dict[str, torch.Tensor]:
-    """What follows each prompt: the new tokens only, at most 120, int64 [new tokens]."""
+    """The new tokens after each prompt, at most 120: int64 [new tokens]."""
     return {prompt: continued(model, tokenizer, prompt, 120) for prompt in PROMPTS}
 
 

@@ -42,7 +42,7 @@ def prose() -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up by its name
+    sys.modules[spec.name] = module  # dataclasses look up their module by its name
     spec.loader.exec_module(module)
     return module
 

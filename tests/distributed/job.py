@@ -1,7 +1,8 @@
-"""Jobs of several ranks, for tests: `python -m tests.distributed.job JOBS CHECKPOINTS OUT`.
+"""Run jobs of several ranks for tests: `python -m tests.distributed.job JOBS CHECKPOINTS OUT`.
 
-Torch is imported once, and each rank is a fork: a job of four costs a tenth of a second instead of twenty of computing.
-Each job has `ranks` and `cases`; each rank writes what it saw to `OUT/JOB-RANK.json`, one object for each case.
+Torch is imported once, and each rank is a fork: a job of four ranks takes 0.1 s of a CPU instead of 20 s.
+
+Each job has `ranks` and `cases`; each rank writes its results to `OUT/JOB-RANK.json`, one object per case.
 """
 
 import asyncio
@@ -39,7 +40,7 @@ IDS = torch.arange(1, 13).view(1, 12)
 def run_jobs(
     jobs: Sequence[Mapping[str, Any]], folder: Path, out: Path, *, with_killed: int | None = None
 ) -> list[list[list[dict[str, Any]]]]:
-    """What the ranks of each job see, case by case; a rank that is killed, in one of the jobs, sees nothing."""
+    """Return the results of the ranks of each job, case by case; a rank that was killed has none."""
     command = [sys.executable, "-m", "tests.distributed.job", json.dumps(jobs), str(folder), str(out)]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -53,7 +54,7 @@ def run_jobs(
 
 
 def logits(model: Any) -> torch.Tensor:
-    """What a model says to a prompt."""
+    """A model's logits for a prompt."""
     decoder = {"decoder_input_ids": IDS[:, :5]} if model.config.is_encoder_decoder else {}
     with torch.no_grad():
         found: torch.Tensor = model(input_ids=IDS, use_cache=False, **decoder).logits
@@ -61,7 +62,7 @@ def logits(model: Any) -> torch.Tensor:
 
 
 def tensor_parallel_t5(model: Any, mesh: Any) -> None:
-    """Heads and inner columns apart, with torch's own styles; the bias of positions has a column for each head."""
+    """Split heads and inner columns with torch's own styles; the position bias has a column for each head."""
     styles: dict[str, Any] = {}
     for stack in ("encoder", "decoder"):
         attentions = ["layer.0.SelfAttention"] + ["layer.1.EncDecAttention"] * (stack == "decoder")
@@ -78,7 +79,7 @@ def tensor_parallel_t5(model: Any, mesh: Any) -> None:
 
 
 def tensor_parallel_gpt2(model: Any, mesh: Any) -> None:
-    """Its layers are `Conv1D`, and one of them has the columns of queries, keys and values: a third of each is cut."""
+    """Its layers are `Conv1D`; one of them has the columns of queries, keys and values, each of which is split."""
 
     def cut(module: Any, weight: Any, bias: Any) -> None:
         for name, placement in (("weight", weight), ("bias", bias)):
@@ -108,7 +109,7 @@ def tensor_parallel_gpt2(model: Any, mesh: Any) -> None:
 
 
 def place(model: Any, placement: str) -> dict[str, Any]:
-    """Place a model by hand, or say what `load_sharded` is to be told."""
+    """Place a model by hand, or return the arguments for `load_sharded`."""
     count = dist.get_world_size()
     mesh = init_device_mesh("cpu", (count,))
     if placement == "fsdp":
@@ -133,7 +134,7 @@ def place(model: Any, placement: str) -> dict[str, Any]:
 
 
 def whole_of(parameter: torch.Tensor) -> torch.Tensor:
-    """All of a parameter, on every rank."""
+    """The complete parameter, on every rank."""
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
@@ -156,7 +157,7 @@ def placed(case: Mapping[str, Any], folder: Path, wholes: Mapping[str, Any]) -> 
 
 
 class Faulty(StorageBackend):
-    """A folder that is far away, and does on one rank what the case says, as soon as it reads."""
+    """A remote folder that causes the case's fault on one rank, as soon as it is read."""
 
     url = "far://folder"
 
@@ -191,7 +192,7 @@ class Faulty(StorageBackend):
 
 
 def failing(case: Mapping[str, Any], folder: Path, wholes: Mapping[str, Any]) -> dict[str, Any]:
-    """Load behind a disk cache, with a fault on the last rank, or none."""
+    """Load through a disk cache, with or without a fault on the last rank."""
     store = folder / "stores" / case["model"]
     is_victim = dist.get_rank() == dist.get_world_size() - 1
     backend = Faulty(store, case["fault"] if is_victim else "")
@@ -205,7 +206,7 @@ def failing(case: Mapping[str, Any], folder: Path, wholes: Mapping[str, Any]) ->
 
 
 def staged(case: Mapping[str, Any], folder: Path, wholes: Mapping[str, Any]) -> dict[str, Any]:
-    """Load a stage of a pipeline on each rank; every unit runs where its weights are, and the others hear of it."""
+    """Load a stage of a pipeline on each rank; each unit runs where its weights are, and all ranks get its result."""
     whole, store = wholes[case["model"]], folder / "stores" / case["model"]
     rank, count = dist.get_rank(), dist.get_world_size()
     with WeightClient(store) as client:
@@ -228,7 +229,7 @@ def staged(case: Mapping[str, Any], folder: Path, wholes: Mapping[str, Any]) -> 
 
 
 def relay(model: Any, unit: Any, owner: int) -> None:
-    """Run a unit on its owner only, and let all have what it returns."""
+    """Run a unit on its owner only, and send its result to all ranks."""
 
     def share(output: Any) -> Any:
         box = [output]
@@ -245,7 +246,7 @@ def relay(model: Any, unit: Any, owner: int) -> None:
 
 
 def pipelined(case: Mapping[str, Any], folder: Path, wholes: Mapping[str, Any]) -> dict[str, Any]:
-    """Answer prompts by the stages of a pipeline, and one by one by the resident model."""
+    """Answer prompts with the stages of a pipeline, and one by one with the resident model."""
     prompts = [[1, 2, 3], [4, 5, 6, 7, 8], [9], [10, 11, 12, 13]]
     answers: list[Any] = [None] * len(prompts)
 
@@ -272,11 +273,11 @@ STEPS = 20
 
 
 def train(model: Any, ids: torch.Tensor) -> list[float]:
-    """Learn some sequences by heart with AdamW; the mean loss over all ranks of each step."""
+    """Train on some sequences with AdamW; return the mean loss over all ranks of each step."""
     model.train()
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0  # or one process would drop other elements than two
+            module.p = 0.0  # otherwise one process would drop other elements than two
     learning = [one for one in model.parameters() if one.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr=2e-3)
     losses = []
@@ -291,7 +292,7 @@ def train(model: Any, ids: torch.Tensor) -> list[float]:
 
 
 def trained(case: Mapping[str, Any], folder: Path, wholes: Mapping[str, Any]) -> dict[str, Any]:
-    """Train a streamed model, the resident one placed as it is, and the resident one in one process."""
+    """Train a streamed model, the resident one placed in the same way, and the resident one in one process."""
     whole, store = wholes[case["model"]], folder / "stores" / case["model"]
     rank, count = dist.get_rank(), dist.get_world_size()
     mesh = init_device_mesh("cpu", (count,))
@@ -332,7 +333,7 @@ def trained(case: Mapping[str, Any], folder: Path, wholes: Mapping[str, Any]) ->
 
 
 def saved(case: Mapping[str, Any], folder: Path, wholes: Mapping[str, Any]) -> dict[str, Any]:
-    """Change a placed model by a step of AdamW, save it with its optimizer, and by `save_pretrained` as well."""
+    """Train a placed model for a step of AdamW, and save it with its optimizer, and with `save_pretrained`."""
     store, place_to = folder / "stores" / case["model"], folder / "saved" / case["name"]
     model: Any = build_model(store)
     load_sharded(model, store, **place(model, case["placement"]))
@@ -360,7 +361,7 @@ KINDS = {
 
 
 def run_rank(job: int, rank: int, count: int, cases: list[Any], folder: Path, out: Path, wholes: Any) -> None:
-    """All cases of a job, on one rank."""
+    """Run all cases of a job on one rank."""
     dist.init_process_group("gloo", init_method=f"file://{out}/meet-{job}", rank=rank, world_size=count)
     results = []
     for case in cases:

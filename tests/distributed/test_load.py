@@ -1,4 +1,4 @@
-"""Models that are placed over several ranks and streamed: the weights and results of the resident model."""
+"""Streamed models placed over several ranks have the weights and results of the resident model."""
 
 import json
 import re
@@ -52,7 +52,7 @@ KILLED, AGAIN, DAMAGED, HANGS, TWO_STAGES, THREE_STAGES, FIVE_STAGES = range(2, 
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Small models, and stores of each."""
+    """Small models, and a store of each."""
     folder = tmp_path_factory.mktemp("distributed")
     for name in (*MODELS, "gemma2"):
         torch.manual_seed(0)
@@ -65,7 +65,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def results(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> list[list[list[dict[str, Any]]]]:
-    """What the ranks of each job saw, case by case; a rank that was killed has seen nothing."""
+    """The results of the ranks of each job, case by case; a rank that was killed has none."""
     out = tmp_path_factory.mktemp("results")
     return run_jobs(JOBS, checkpoints, out, with_killed=KILLED)
 
@@ -88,7 +88,7 @@ def test_weights_are_those_of_the_resident_model(results: Any, case: Case) -> No
 
 @pytest.mark.parametrize("case", ALL)
 def test_logits_are_equal_or_differ_by_a_sum_in_another_order(results: Any, case: Case) -> None:
-    """FSDP computes what one process does; with tensor parallelism, ranks add up what each has of a product."""
+    """FSDP computes as one process does; with tensor parallelism, ranks add up partial products."""
     for seen in results[case[0]][case[1]]:
         if "tp" in seen["placement"]:
             assert seen["difference"] <= 1e-5 * seen["scale"]
@@ -108,7 +108,7 @@ def test_ranks_read_together_what_they_hold_and_no_block_twice(results: Any, cas
     for seen, report in zip(results[case[0]][case[1]], reports, strict=True):
         assert abs(report["read_bytes"] - report["share_bytes"]) <= max(
             sizes
-        )  # smaller than a block, each is read whole
+        )  # each is smaller than a block, so it is read whole
         assert report["staging_bytes"] <= 3 * BLOCK_BYTES
         assert (report["rank"], report["ranks"]) == (reports.index(report), len(reports))
         if "stages" not in seen["placement"]:
@@ -130,7 +130,7 @@ def test_a_restart_goes_on_from_the_disk_cache(results: Any, checkpoints: Path) 
     with WeightClient(checkpoints / "stores" / "large") as client:
         total = client.run(lambda source: source.manifest("large")).payload_bytes
     loaded = sum(seen["loaded_bytes"] for seen in again)
-    assert 0 < loaded < total  # the others had kept some, before they heard of it
+    assert 0 < loaded < total  # the other ranks had kept some, before they heard of the failure
 
 
 def test_a_rank_whose_bytes_are_damaged_says_so_and_the_others_say_which_rank(results: Any) -> None:
@@ -180,7 +180,7 @@ def test_the_command_answers_on_one_rank_and_serves_stages_on_the_others(
     assert [one["token_ids"] for one in answers] == results[THREE_STAGES][0][0]["right"]
     assert wrong["error"] == 'prompt_ids is "wrong", expected a list of token ids'
     assert "surfw: 4 prompts answered, 1 failed, 24 tokens in" in done.stderr
-    assert done.returncode == 1  # of rank 0, as without a pipeline
+    assert done.returncode == 1  # rank 0's, as without a pipeline
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The plan of reads: every byte of every slice comes once, no block is read twice, and ranks read what they hold."""
+"""The plan of reads: every byte of every slice is read, no block is read twice, and ranks read what they hold."""
 
 import math
 from collections.abc import Sequence
@@ -28,14 +28,14 @@ def chunk_of(name: str, shapes: Sequence[tuple[int, ...]]) -> Chunk:
 
 
 def halves(size: int, ranks: int, rank: int) -> list[Run]:
-    """What of a dimension a rank holds, as torch cuts one: ceiling first."""
+    """The part of a dimension that a rank holds; torch gives larger parts to the first ranks."""
     step = -(-size // ranks)
     low, high = min(size, rank * step), min(size, (rank + 1) * step)
     return [(low, high)] if low < high else []
 
 
 def check_whole(plan: LoadPlan) -> None:
-    """Every byte of every slice is in one piece, in a unit that the rank is named in; pieces are right about where."""
+    """Check that every byte of every slice is in one piece, in a unit that names the rank, with the right offsets."""
     got: list[dict[int, list[Run]]] = [{} for _ in plan.needs]
     for units in plan.units:
         for unit in units:
@@ -69,7 +69,7 @@ def read_once(plan: LoadPlan) -> bool:
 @pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize("ranks", [2, 4, 7])
 def test_rows_or_columns_of_a_large_model_are_read_once_and_by_those_who_hold_them(dim: int, ranks: int) -> None:
-    """A LLaMA of 1.1 thousand million weights: what a rank reads is within 2 % of what it holds."""
+    """A LLaMA of 1.1 billion weights: a rank reads at most 2 % more than it holds."""
     layer = [(2048,), (2048, 2048), (256, 2048), (256, 2048), (2048, 2048), (2048,), *[(5632, 2048)] * 2, (2048, 5632)]
     chunks = [chunk_of("embed", [(32000, 2048)]), *(chunk_of(f"layer{at}", layer) for at in range(22))]
     needs: list[list[Need]] = []
@@ -141,7 +141,7 @@ SHAPES = st.lists(st.integers(1, 5), min_size=1, max_size=4).map(tuple)
 
 @given(shape=SHAPES, data=st.data())
 def test_a_slice_is_what_indexing_gives_wherever_blocks_cut_it(shape: tuple[int, ...], data: st.DataObject) -> None:
-    """Any indices of any dimensions; a cut anywhere, also within an element."""
+    """Any indices of any dimensions; blocks may end anywhere, even within an element."""
     tensor = TensorInfo("t", "BF16", shape, 0)
     values = np.arange(math.prod(shape), dtype=np.uint16).reshape(shape)
     indices = [

@@ -1,4 +1,4 @@
-"""What of a model can be filled: places whose values the ranks would add up are refused."""
+"""Which parts of a model can be filled: placements whose values the ranks would add up are refused."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +17,7 @@ from tests.stores import make_store
 
 @pytest.fixture
 def alone() -> Iterator[None]:
-    """A job of one rank, in this process."""
+    """A job with a single rank in this process."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()

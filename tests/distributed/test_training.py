@@ -1,4 +1,4 @@
-"""A model that is streamed into FSDP2 trains as the resident one, and what ranks save of it is chunked as it is."""
+"""A model streamed into FSDP2 trains like the resident one, and what ranks save of it can be chunked directly."""
 
 import json
 import logging
@@ -16,7 +16,7 @@ from tests.exactness.families import FAMILIES
 
 MODELS = ("llama", "llama-tied", "gpt2")
 TRAINED = [("llama", "fsdp"), ("llama-tied", "fsdp"), ("gpt2", "fsdp"), ("llama", "mixed"), ("gpt2", "frozen")]
-"""Models by how they are placed: with a policy of mixed precision, and with embeddings that do not learn."""
+"""Models by placement: with a policy of mixed precision, and with frozen embeddings."""
 SAVED = {
     2: [
         ("llama", "fsdp", "model"), ("llama-tied", "fsdp", "app"), ("llama", "tp", "model"),
@@ -27,7 +27,7 @@ SAVED = {
         ("llama", "fsdp by columns", "safetensors"),
     ],
 }  # fmt: skip
-"""Models, placements, and what they are saved as: the tables in a checkpoint, or safetensors files; by ranks."""
+"""Models, placements, and how they are saved: the tables in a checkpoint, or safetensors files; by ranks."""
 NAMES = [
     "-".join((*case, str(ranks))).replace(" ", "-") for ranks, cases in SAVED.items() for case in cases
 ]  # fmt: skip
@@ -44,7 +44,7 @@ JOBS: list[dict[str, Any]] = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Small models, and stores of each."""
+    """Small models, and a store of each."""
     made = tmp_path_factory.mktemp("training")
     for name in MODELS:
         torch.manual_seed(0)
@@ -55,7 +55,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def results(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[list[list[dict[str, Any]]]]:
-    """What the ranks of each job saw, case by case."""
+    """The results of the ranks of each job, case by case."""
     return run_jobs(JOBS, folder, tmp_path_factory.mktemp("results"))
 
 
@@ -69,7 +69,7 @@ def test_losses_fall_and_are_those_of_the_resident_model(results: Any, at: int) 
         assert seen["wrong"] == []
         assert seen["unchanged"] == (["transformer.wte.weight"] if seen["placement"] == "frozen" else [])
         assert seen["losses"][-1] < 0.8 * seen["losses"][0]
-        tolerance = 5e-3 if seen["placement"] == "mixed" else 1e-5  # it computes in bfloat16, one process does not
+        tolerance = 5e-3 if seen["placement"] == "mixed" else 1e-5  # it computes in bfloat16, a single process does not
         assert seen["losses"] == pytest.approx(seen["alone"], rel=tolerance)
 
 

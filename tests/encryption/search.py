@@ -1,4 +1,4 @@
-"""Windows of plaintext, searched for at every offset of files and of the memory of processes."""
+"""Search windows of plaintext at every offset of files and of processes' memory."""
 
 import contextlib
 import re
@@ -11,7 +11,7 @@ import numpy.typing as npt
 WINDOW, STEP = 64, 4096
 _PIECE_BYTES = 32 << 20
 _LEAST_VALUES = 16
-"""Windows of fewer different bytes, such as those of a norm of ones, may be anywhere by chance."""
+"""Windows with fewer different bytes, such as those of a norm of ones, may occur anywhere by chance."""
 
 Words = npt.NDArray[np.uint64]
 
@@ -23,12 +23,12 @@ class Windows:
         taken = (one[at : at + WINDOW] for one in payloads for at in range(0, len(one) - WINDOW, STEP))
         self.all = frozenset(window for window in taken if len(set(window)) >= _LEAST_VALUES)
         self._begins = np.unique(np.frombuffer(b"".join(window[:8] for window in self.all), np.uint64))
-        self._shift = np.uint64(44 if len(self._begins) < 1 << 16 else 40)  # small tables stay in the processor's cache
+        self._shift = np.uint64(44 if len(self._begins) < 1 << 16 else 40)  # small tables fit into the CPU's cache
         self._marked = np.zeros(1 << 64 - int(self._shift), bool)
         self._marked[self._mark(self._begins)] = True
 
     def find_in(self, pieces: Iterable[bytes], *, enough: int | None = None) -> set[bytes]:
-        """Those that are in pieces of data, at whatever offset; the search ends where `enough` were found."""
+        """Return the windows in pieces of data, at any offset; the search stops after `enough`."""
         found = set[bytes]()
         for piece in pieces:
             found.update(self._find(piece))
@@ -50,14 +50,14 @@ class Windows:
 
 
 def pieces_of_files(folder: Path) -> Iterator[bytes]:
-    """All that is in the files of a folder."""
+    """The contents of all files in a folder."""
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             yield path.read_bytes()
 
 
 def pieces_of_memory(pid: int) -> Iterator[bytes]:
-    """All memory of a process but the code of libraries; pieces overlap, so that no window is cut."""
+    """A process's memory without the code of libraries, in overlapping pieces, so that no window is cut."""
     maps = Path(f"/proc/{pid}/maps").read_text()
     with Path(f"/proc/{pid}/mem").open("rb", buffering=0) as memory:
         for low, high, path in re.findall(r"^([0-9a-f]+)-([0-9a-f]+) r\S+ \S+ \S+ \S+ *(.*)$", maps, re.MULTILINE):

@@ -1,4 +1,4 @@
-"""Keys and sealed blocks: what a key file may hold, and that no key of a block ever covers two plaintexts."""
+"""Keys and sealed blocks: the valid contents of a key file, and no key and nonce is used for two plaintexts."""
 
 import base64
 import os
@@ -77,7 +77,7 @@ def test_a_missing_file_is_answered_with_how_to_make_one(tmp_path: Path) -> None
     with pytest.raises(ConfigurationError, match="does not exist; make a key") as seen:
         read_key(path)
     command = str(seen.value)[str(seen.value).index("(umask") :]
-    assert os.system(command) == 0  # a shell is what it is for
+    assert os.system(command) == 0  # a shell is part of what is tested
     assert len(read_key(path).id) == 32
 
 
@@ -97,7 +97,7 @@ def test_without_the_package_it_is_named(tmp_path: Path) -> None:
 
 
 def test_the_format_is_what_its_page_says() -> None:
-    """Computed anew from the words of FORMAT.md, with another interface of the library."""
+    """Computed independently from the text of FORMAT.md, with another interface of the library."""
 
     def derive(purpose: str) -> bytes:
         return blake3(SECRET, derive_key_context=f"surfw 2026 encryption of stored bytes: {purpose}").digest()
@@ -128,7 +128,7 @@ def test_parts_of_any_length_are_sealed_as_the_whole(data: bytes, cuts: list[int
 
 @given(st.lists(st.binary(max_size=3), max_size=20))
 def test_no_key_and_nonce_cover_two_plaintexts(blocks: list[bytes]) -> None:
-    """Short blocks, so that equal ones and those that begin alike are among them; two keys."""
+    """With two keys, and blocks so short that some are equal or begin alike."""
     seen, made = defaultdict[tuple[bytes, bytes], set[bytes]](set), EncryptionKey._cipher
     other = EncryptionKey(bytes(32))
     for plain in blocks:

@@ -1,4 +1,4 @@
-"""Encrypted models as their users have them: the same tokens, and no plaintext anywhere but in the client."""
+"""Encrypted models in use: the same tokens, and plaintext only in the client's memory."""
 
 import asyncio
 import contextlib
@@ -32,13 +32,13 @@ from tests.services.redis import redis_server, require_redis
 
 ALL = ("none", "lossless", "int8")
 ENOUGH = 1000
-"""Windows that show that a search finds what is there."""
+"""Windows that show that a search finds existing plaintext."""
 PROMPT = [1, 17, 42, 101, 7]
 
 
 @dataclass(frozen=True)
 class Made:
-    """A checkpoint, chunked with a key and without, and the key."""
+    """A checkpoint, its encrypted and its plain store, and the key."""
 
     folder: Path
     plain: Manifest
@@ -83,7 +83,7 @@ def tokens(source: str | WeightClient, **options: Any) -> list[int]:
 @pytest.mark.parametrize(
     ("codec", "options"),
     [
-        ("none", {}),  # all in memory, which is mapped where it is not encrypted
+        ("none", {}),  # everything is in memory; unencrypted chunks are mapped
         ("none", {"cache_size": 1}),
         ("lossless", {}),
         ("lossless", {"cache_size": 1}),
@@ -130,7 +130,7 @@ def payloads(made: Made) -> Iterator[bytes]:
 
 
 def test_plaintext_is_in_no_storage_server_or_redis(made: Made, tmp_path: Path) -> None:
-    """The same search finds it where the model is not encrypted."""
+    """The same search finds the plaintext of a model that is not encrypted."""
     require_redis()
     windows, found, answers = Windows(payloads(made)), {}, {}
     assert len(windows.all) > 3000
@@ -154,11 +154,11 @@ def test_plaintext_is_in_no_storage_server_or_redis(made: Made, tmp_path: Path) 
     assert found["encrypted"] == [0, 0, 0, 0]
     storage, *others = found["plain"]
     assert storage == len(windows.all)
-    assert min(others) >= ENOUGH, found  # a Redis that is slower than the storage is left alone now and then
+    assert min(others) >= ENOUGH, found  # a Redis that is slower than the storage is sometimes bypassed
 
 
 def test_a_disk_cache_has_ciphertext_however_it_is_filled(made: Made, tmp_path: Path) -> None:
-    """By a run, and by `pull`, which takes no key; offline, who has the key has the same tokens. Plain, it is found."""
+    """By a run, and by `pull`, which takes no key; offline, the key gives the same tokens. A plain model is found."""
     windows, found, answers = Windows(payloads(made)), {}, {}
     for kind, key in (("plain", None), ("encrypted", made.key_file)):
         cached: dict[str, Any] = {"cache_dir": str(tmp_path / kind), "disk_cache": "1GB", "encryption_key_file": key}

@@ -48,7 +48,7 @@ class Encrypted:
         return self.manifest.chunks
 
     def stored(self, chunk: Chunk) -> bytes:
-        """The ciphertext of a chunk, which is all that its blob holds."""
+        """A chunk's ciphertext, the only content of its blob."""
         (place,) = chunk.forms[0].locations
         return (self.path / place.object).read_bytes()
 
@@ -57,7 +57,7 @@ class Encrypted:
 
 
 class FlippingBackend(FilesystemBackend):
-    """Flips one bit, the first time that the large chunk is read."""
+    """Flips one bit at the first read of the large chunk."""
 
     flipped = False
 
@@ -81,7 +81,7 @@ KINDS: list[Kind] = ["store", "server", "toy"]
 
 @asynccontextmanager
 async def opened(kind: Kind, encrypted: Encrypted) -> AsyncIterator[ChunkSource]:
-    """A source of ciphertext: one that tells what it has verified, as surfw's own do, or one that does not."""
+    """A source of ciphertext that reports verified bytes, as surfw's own do, or does not."""
     if kind == "store":
         async with await open_storage_source(FilesystemBackend(encrypted.path)) as source:
             yield source
@@ -116,7 +116,7 @@ def test_whole_chunks_and_ranges_are_decrypted(encrypted: Encrypted, kind: Kind)
                 assert await read(source, manifest, name) == payload
                 assert await read(stored, manifest, name) == encrypted.stored(
                     encrypted.manifest.by_name[name]
-                )  # as it lies
+                )  # as it is stored
                 assert await source.view(manifest, manifest.by_name[name], manifest.by_name[name].forms[0]) is None
             part = await read(source, manifest, "a", 8 * BLOCK_BYTES)
             assert part == encrypted.payloads["a"][8 * BLOCK_BYTES :]
@@ -174,7 +174,7 @@ def test_without_the_key_or_with_another_one_nothing_is_read(encrypted: Encrypte
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_another_key_has_written_is_an_error_and_no_weight(tmp_path: Path, kind: Kind) -> None:
-    """Digests and the key's id are right, so only the tags tell."""
+    """The digests and the key's id are right, so only the tags show it."""
     encrypted = Encrypted(tmp_path / "store", OTHER)
     encrypted.manifest = replace(encrypted.manifest, key_id=KEY.id)
     asyncio.run(encrypted.publish(encrypted.manifest))

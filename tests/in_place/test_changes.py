@@ -1,4 +1,4 @@
-"""A checkpoint that was changed after its model was opened or chunked is noticed before a weight of it is used."""
+"""If a checkpoint changes after its model was opened or chunked, this is noticed before a weight is used."""
 
 import asyncio
 import os
@@ -29,7 +29,7 @@ def llama(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def store(llama: Path, tmp_path: Path) -> Path:
-    """A store that points at it."""
+    """A store that refers to the checkpoint."""
     with prepare_model(str(llama)) as prepared:
         asyncio.run(write_in_place(prepared, open_backend(tmp_path / "store")))
     return tmp_path / "store"

@@ -1,4 +1,4 @@
-"""A model that was not copied gives the bits of the resident one, of every family whose weights are stored as used."""
+"""A model in place gives the bits of the resident one, for every family whose weights are stored as used."""
 
 import asyncio
 import copy
@@ -70,13 +70,13 @@ def copied(checkpoint: Path, store: Path) -> Manifest:
 
 
 def assert_same_chunks(manifest: Manifest, copy: Manifest) -> None:
-    """Identities and digests are those of the copy, and so is the whole manifest but for where things lie."""
+    """Check that identities, digests and the rest of the manifest equal those of the copy, except for locations."""
     assert manifest.public().encode() == copy.public().encode()
     assert manifest.digest == copy.digest
 
 
 def run(source: str, **options: Any) -> torch.Tensor:
-    """Logits of a few tokens, streamed with little memory."""
+    """Return the logits of a few tokens, streamed with little memory."""
     with StreamingModel.open(source, **options) as streaming, torch.no_grad():
         return torch.as_tensor(streaming(input_ids=torch.arange(3, 12)[None]).logits)
 
@@ -100,7 +100,7 @@ def test_served_from_a_folder_by_two_servers_one_of_which_is_killed(
         assert "libtorch" not in Path(f"/proc/{first.process.pid}/maps").read_text()  # a child process read the model
         os.kill(first.process.pid, signal.SIGKILL)
         with StreamingModel.open(second.url) as known:
-            assert known.manifest.is_known  # another process found them out, which was killed
+            assert known.manifest.is_known  # another process computed them, and was killed
             assert known.manifest.digest == copied(path, tmp_path / "copy").digest
         assert torch.equal(run(second.url, cache_size=1), want)
     assert written(home) < 100_000
@@ -132,7 +132,7 @@ def test_a_store_that_points_at_the_checkpoint_holds_its_digests_and_no_weights(
 
 
 def save_mixed(path: Path, name: str) -> None:
-    """A model in bfloat16, of which some tensors are saved in float32, as by who kept norms exact."""
+    """A model in bfloat16 with some tensors saved in float32, as is common for norms."""
     torch.manual_seed(0)
     FAMILIES[name].build().to(torch.bfloat16).save_pretrained(path)
     tensors = load_file(path / "model.safetensors")

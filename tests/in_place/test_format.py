@@ -1,4 +1,4 @@
-"""Manifests of models in place, and late digests: what is written is read back, and what is wrong is refused."""
+"""Manifests of models in place, and late digests: they are read back as written, and invalid ones are refused."""
 
 import json
 from dataclasses import replace

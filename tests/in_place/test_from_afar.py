@@ -1,4 +1,4 @@
-"""Checkpoints in S3 and behind a web server: of the weights, nothing but headers is read before they are used."""
+"""Checkpoints in S3 and on a web server: only headers are read before the weights are used."""
 
 import asyncio
 import copy

@@ -1,4 +1,4 @@
-"""A store with small models of each family, and a real server of it in a process of its own."""
+"""A store with small models of each family, and a real server for it in a separate process."""
 
 import asyncio
 import gc
@@ -32,7 +32,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def store(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store that holds them all."""
+    """A store with all of them."""
     path = tmp_path_factory.mktemp("library") / "store"
     for folder in sorted(checkpoints.iterdir()):
         ModelChunker(folder, path).chunk_model_sync()
@@ -41,13 +41,13 @@ def store(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def server(store: Path) -> Iterator[Served]:
-    """A server of the store, in a process of its own."""
+    """A server of the store in a separate process."""
     with serve(store) as served:
         yield served
 
 
 def leftovers() -> list[str]:
-    """Threads, sockets, and buffers of surfw that are still there; of buffers, those made since `gc.freeze`."""
+    """Threads, sockets, and buffers of surfw that still exist; only buffers made since `gc.freeze`."""
     gc.collect()
     threads = [thread.name for thread in threading.enumerate() if thread.name.startswith("surfw")]
     sockets = [link for fd in Path("/proc/self/fd").iterdir() if (link := _target(fd)).startswith("socket:")]
@@ -64,7 +64,7 @@ def _target(link: Path) -> str:
 
 @pytest.fixture(scope="module", autouse=True)
 def _thaw() -> Iterator[None]:
-    """What `_nothing_is_left` has frozen can be collected again."""
+    """Undo the `gc.freeze` of `_nothing_is_left`."""
     yield
     gc.unfreeze()
     gc.collect()
@@ -72,17 +72,17 @@ def _thaw() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Whatever a test does, no thread, socket or buffer of surfw is left after it that was not there before."""
+    """A test leaves no new thread, socket or buffer of surfw behind."""
     before = leftovers()
-    gc.freeze()  # what is there already, millions of objects of torch, is not looked at again: a second per test
+    gc.freeze()  # existing objects, millions of torch's, are not searched again, which would take a second per test
     yield
 
     def left() -> list[str]:
         new = sorted(set(leftovers()) - set(before))
-        # the client of S3 keeps its connections
+        # the S3 client keeps its connections
         return [one for one in new if not (one.startswith("socket:") and "s3" in request.fixturenames)]
 
-    # a model that was closed from one of its own threads could not wait for that thread's end
+    # a model closed from one of its own threads could not wait for that thread
     until = time.monotonic() + 5
     while left() and time.monotonic() < until:
         time.sleep(0.01)
@@ -91,7 +91,7 @@ def _nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture
 def here(tmp_path: Path) -> Iterator[Path]:
-    """A working directory of its own."""
+    """A working directory for the test."""
     before = Path.cwd()
     os.chdir(tmp_path)
     yield tmp_path
@@ -99,7 +99,7 @@ def here(tmp_path: Path) -> Iterator[Path]:
 
 
 def run(work: object) -> None:
-    """Run a coroutine function, and see that no task of it stays behind."""
+    """Run a coroutine function, and check that none of its tasks is left."""
 
     async def main() -> None:
         await work()  # type: ignore[operator]

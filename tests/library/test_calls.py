@@ -1,4 +1,4 @@
-"""Every call that the documentation promises, as it is written there, against a real server in another process."""
+"""Every call in the documentation works as written there, with a real server in another process."""
 
 import asyncio
 from pathlib import Path
@@ -280,7 +280,7 @@ def test_opening_never_blocks_a_running_loop(server: Served) -> None:
             with pytest.raises(ConfigurationError, match=r"use 'await StreamingLlamaModel\.open_async"):
                 use()
         model = await StreamingModel.open_async(server.url, model="llama")
-        assert model(input_ids=IDS).logits.shape[:2] == IDS.shape  # open, a call is the caller's own decision
+        assert model(input_ids=IDS).logits.shape[:2] == IDS.shape  # an open model leaves such calls to the caller
         await model.close_async()
 
     run(main)

@@ -1,4 +1,4 @@
-"""Models run alongside the event loop and each other, can be stopped at any time, and leave nothing behind."""
+"""Models run beside the event loop and each other, can be stopped at any time, and leave nothing behind."""
 
 import asyncio
 import contextlib
@@ -37,7 +37,7 @@ def is_as_it_was(model: Any) -> bool:
 
 
 def run_once(model: StreamingModel, *, asynchronous: bool) -> Any:
-    """One forward, in the one way or the other."""
+    """Run one forward, synchronously or not."""
     return asyncio.run(model.forward_async(input_ids=IDS)) if asynchronous else model(input_ids=IDS)
 
 
@@ -52,7 +52,7 @@ def test_forwards_of_two_models_overlap(server: Served, checkpoints: Path) -> No
     async def main() -> None:
         async with StreamingModel(server.url, "llama") as one, StreamingModel(server.url, "llama") as other:
             for model in (one, other):
-                at_layer(model, 2, lambda: meeting.wait(60))  # passed only if both are within their forward
+                at_layer(model, 2, lambda: meeting.wait(60))  # passed only if both are in their forward
             outputs = await asyncio.gather(one.forward_async(input_ids=IDS), other.forward_async(input_ids=IDS))
             assert all(torch.equal(output.logits, logits(checkpoints, "llama")) for output in outputs)
 
@@ -86,7 +86,7 @@ def test_forwards_of_one_model_run_one_after_another(server: Served, checkpoints
 
 
 async def longest_silence(work: Callable[[], Awaitable[object]]) -> float:
-    """The longest time, in seconds, that the loop did not go round while the work was done."""
+    """The longest time in seconds for which the loop was blocked during the work."""
     longest, last, done = 0.0, time.perf_counter(), False
 
     async def beat() -> None:
@@ -104,7 +104,7 @@ async def longest_silence(work: Callable[[], Awaitable[object]]) -> float:
 
 
 def test_the_loop_goes_on_while_a_model_computes(server: Served) -> None:
-    """Another program may hold the loop up, so the best of several rounds counts: surfw itself would in every one."""
+    """The best of several rounds counts: other programs may block the loop, but surfw would block it in each round."""
 
     async def main() -> None:
         async with StreamingModel(server.url, "llama", cache_size=1) as model:
@@ -196,7 +196,7 @@ def test_closing_while_a_forward_waits_for_its_weights(store: Path) -> None:
             never.set()
 
     async def main() -> None:
-        model = await StreamingModel.open_async(Slow(store), "llama", prefetch=False)  # the forward alone reads
+        model = await StreamingModel.open_async(Slow(store), "llama", prefetch=False)  # only the forward reads
         forward = asyncio.create_task(model.forward_async(input_ids=IDS))
         assert await asyncio.to_thread(reading.wait, 60)
         await model.close_async()
@@ -334,7 +334,7 @@ def test_the_cache_may_change_its_size_while_a_model_generates(
         stop = threading.Event()
 
         def shake() -> None:
-            while not stop.wait(0.002):  # else it would hold the lock most of the time
+            while not stop.wait(0.002):  # otherwise it would hold the lock most of the time
                 for size in sizes:
                     model.cache_size = size
                 model.clear_cache()
@@ -390,7 +390,7 @@ def test_closing_a_shared_client_stops_its_models(store: Path) -> None:
 
 
 class Held(FilesystemBackend):
-    """Reads of weights wait until they are let go, and end only then, as those of a thread do."""
+    """Reads of weights wait until the test releases them, and end only then, like reads of a thread."""
 
     def __init__(self, store: Path) -> None:
         super().__init__(store)
@@ -475,7 +475,7 @@ def test_clearing_and_closing_while_layers_are_fetched(store: Path) -> None:
         await asyncio.to_thread(backend.gate.wait_for, "any")
         model.clear_cache()
         backend.gate.open("any")
-        assert await warming == []  # what was cleared is not there
+        assert await warming == []  # the cleared chunks are gone
         assert await model.warmup([0, 1]) == model.layers[:2]
         await model.close_async()
 

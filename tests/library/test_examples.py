@@ -1,4 +1,4 @@
-"""Every example runs as its first lines say, in a process of its own, with no hub."""
+"""Every example runs as its first lines say, in a separate process without a hub."""
 
 import asyncio
 import os
@@ -37,19 +37,19 @@ transformers.logging.set_verbosity_warning()
 del sys.argv[0]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-"""Does with an example what Python does with a script, and has transformers say what it says to everybody."""
+"""Runs an example as Python runs a script, with transformers' usual messages."""
 SENTENCE = "Weight streaming is a way to run a model whose weights do not fit into memory."
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _started() -> None:
-    """What starts them is there before the first one, and is nothing that it leaves behind."""
+    """Start the process that starts them before the first test, so that it does not count as left behind."""
     for modules in (warm.MODELS, warm.COMMANDS):
         warm.run([sys.executable, "-c", ""], modules=modules)
 
 
 def run(tmp_path: Path, name: str, *arguments: str, **environment: str) -> str:
-    """What an example prints; whoever runs one sees no notice of a library about calls that are surfw's."""
+    """Return an example's output; libraries must not print notices about surfw's calls."""
     environment = {"TRANSFORMERS_VERBOSITY": "warning"} | environment
     command = [sys.executable, "-W", "error::ResourceWarning", "-c", START, str(EXAMPLES / f"{name}.py"), *arguments]
     done = warm.run(command, cwd=tmp_path, env=os.environ | environment)
@@ -144,7 +144,7 @@ def test_a_model_class_of_ones_own(tmp_path: Path) -> None:
 
 @contextmanager
 def service(tmp_path: Path, name: str) -> Iterator[str]:
-    """An example that serves HTTP, as its first lines say; what it writes to stderr has no traceback."""
+    """An example that serves HTTP, as its first lines say; its stderr has no traceback."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     command = [sys.executable, "-m", "uvicorn", f"{name}:app", "--app-dir", str(EXAMPLES), "--port", str(port)]
@@ -172,7 +172,7 @@ def test_a_web_service(tmp_path: Path) -> None:
         with urllib.request.urlopen(f"{url}/stats", timeout=60) as answer:
             assert b'"total_inferences":1' in answer.read()
         address = (urlsplit(url).hostname, urlsplit(url).port)
-        with socket.create_connection(address) as caller:  # and hang up in the middle
+        with socket.create_connection(address) as caller:  # hang up during the answer
             caller.sendall(b"GET /generate?prompt=A&max_new_tokens=200 HTTP/1.1\r\nHost: x\r\n\r\n")
             caller.recv(1)
         with urllib.request.urlopen(f"{url}/stats", timeout=60) as answer:
@@ -186,7 +186,7 @@ def _contents(folder: Path) -> dict[str, bytes]:
 def test_a_container_starts_from_weights_that_it_only_reads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What times cold starts runs, once; with processes that have their imports done."""
+    """The measurement of cold starts runs once, with processes that have their imports done."""
     here = EXAMPLES / "serverless"
     cold_start = runpy.run_path(str(here / "cold_start.py"))["main"].__globals__
     checkpoint, caches = str(demo_checkpoint()), list[tuple[dict[str, bytes], dict[str, bytes]]]()
@@ -236,7 +236,7 @@ def test_a_container_starts_from_weights_that_it_only_reads(
 
 
 def test_clients_of_openai(tmp_path: Path) -> None:
-    """Their own client, sixteen of them at once, streaming; one hangs up, others ask for what there is not."""
+    """OpenAI's client: sixteen concurrent streams, one that hangs up, and requests for things that do not exist."""
 
     async def ask(client: openai.AsyncOpenAI, index: int) -> str:
         pieces = await client.completions.create(

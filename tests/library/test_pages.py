@@ -1,4 +1,4 @@
-"""The pages' Python runs as it stands there, from the first snippet of a page to the last."""
+"""The pages' Python code runs as written, from the first snippet of a page to the last."""
 
 import ast
 import asyncio
@@ -40,7 +40,7 @@ def example(name: str) -> Any:
 
 
 def save_models(folder: Path) -> Any:
-    """What the snippets call my-model, my-adapter, my-bert and so on; the class of the mixer."""
+    """Save the models that the snippets call my-model, my-adapter, my-bert and so on; return the mixer's class."""
     save_adapter(save_llama(folder / "my-model"), folder / "my-adapter", target_modules=["q_proj", "v_proj"])
     save_llama(folder / "small-model", layers=1)
     save_bert(folder / "my-bert")
@@ -58,7 +58,7 @@ def save_models(folder: Path) -> Any:
 
 
 def places(request: pytest.FixtureRequest) -> dict[str, str]:
-    """This machine's places for those in the snippets; none for a service that is not installed here."""
+    """This machine's replacements for places in the snippets; None for a service that is not installed."""
     found: dict[str, str] = {}
     with contextlib.suppress(pytest.skip.Exception):
         found["redis://127.0.0.1:6379"] = request.getfixturevalue("redis_url")
@@ -71,7 +71,7 @@ def places(request: pytest.FixtureRequest) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
-    """What the snippets of each page have defined, after they ran one after another in one folder."""
+    """The variables of each page's snippets, which ran one after another in one folder."""
     folder = tmp_path_factory.mktemp("pages")
     mixer = save_models(folder)
     names: dict[str, Any] = {one.page: {"__name__": "page", "TinyMixer": mixer} for one in SNIPPETS}
@@ -119,7 +119,7 @@ def test_the_snippets_did_what_they_say(told: dict[str, Any]) -> None:
     assert missing.startswith("my-headless: 2 weights of BertForSequenceClassification are UNINITIALIZED")
     assert told["surfw/wire/PROTOCOL.md"]["payload"]
     storage = told["surfw/storage/GUIDE.md"]
-    assert "info" not in storage or storage["info"].name == "demo"  # the former where there is no S3
+    assert "info" not in storage or storage["info"].name == "demo"  # the former if S3 is missing
     assert storage["verified"].damage == ()
 
 

@@ -1,4 +1,4 @@
-"""The public surface: one list, complete, sorted, documented, and light to import."""
+"""The public interface: one complete, sorted, documented list, and fast imports."""
 
 import ast
 import inspect
@@ -18,17 +18,17 @@ STUB = Path(surfw.__file__).with_suffix(".pyi")
 
 READ_ONLY = {
     "Advice",
-    "Manifest",  # what a model's manifest holds stands in storage/FORMAT.md
+    "Manifest",  # storage/FORMAT.md describes the contents of a model's manifest
     "Metrics",
     "Progress",
     "ResidencyPlan",
     "Statistics",  # a dictionary, whose keys COMMANDS.md documents
 }
-"""What public calls give and nobody constructs: it is read by its documented attributes."""
+"""Classes that public calls return and nobody constructs; their documented attributes are read."""
 
 
 def listed() -> list[str]:
-    """The names of the stub, in its order."""
+    """The names in the stub, in its order."""
     imports = (node for node in ast.parse(STUB.read_text()).body if isinstance(node, ast.ImportFrom))
     return [alias.name for node in imports for alias in node.names]
 
@@ -76,7 +76,7 @@ def test_what_a_public_signature_mentions_is_public(name: str) -> None:
 
 
 def members(one: Any) -> list[tuple[str, Any]]:
-    """A class's own public methods and properties, and how it is made."""
+    """A class's own public methods and properties, and its constructor."""
     if not isinstance(one, type):
         return []
     found = []
@@ -93,7 +93,7 @@ def hints(function: Any) -> dict[str, Any]:
 
 
 def mentioned(kind: Any) -> set[str]:
-    """The classes of surfw in a type, however deep."""
+    """surfw's classes in a type, however deeply nested."""
     if isinstance(kind, type) and typing.is_typeddict(kind) and kind.__name__.endswith("Options"):
         return {name for inner in typing.get_type_hints(kind).values() for name in mentioned(inner)}
     found = {name for part in typing.get_args(kind) for name in mentioned(part)}

@@ -1,4 +1,4 @@
-"""Whatever is given to a public name: what cannot be used ends in one clear error before anything is done."""
+"""Invalid arguments to any public name give one clear error before anything is done."""
 
 import asyncio
 from collections.abc import Callable

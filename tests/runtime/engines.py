@@ -1,4 +1,4 @@
-"""Engines for tests: over toy sources, and what a test looks at or has them do."""
+"""Engines for tests: over toy sources, with functions that inspect or drive them."""
 
 import threading
 from collections.abc import Iterator, Sequence
@@ -33,7 +33,7 @@ def running(
     tables: dict[str, TableUnit] | None = None,
     metrics: Metrics | None = None,
 ) -> Iterator[Engine]:
-    """An engine over a source, a plain LRU cache where layers are counted; nothing of it is left afterwards."""
+    """Run an engine over a source, a plain LRU cache if layers are counted; it leaves nothing behind."""
     before = set(threading.enumerate())
     io = IoThread()
     policy = policy or ("auto" if budget_bytes else "lru")
@@ -51,14 +51,14 @@ def running(
 
 
 def settle(engine: Engine) -> list[str]:
-    """Wait for everything in flight; what is in memory then."""
+    """Wait for all loads in progress; return the resident chunks."""
     for load in engine.host.loads().values():
         load.exception()
     return engine.resident()
 
 
 def use(engine: Engine, modules: Sequence[str]) -> None:
-    """Run modules one after another, each once all that was fetched ahead has arrived."""
+    """Run modules one after another, each after all prefetched chunks have arrived."""
     for module in modules:
         engine.acquire(module)
         settle(engine)
@@ -76,7 +76,7 @@ def users(engine: Engine) -> dict[str, int]:
 
 
 def spare_bytes(engine: Engine) -> int:
-    """Memory of the ring's empty buffers."""
+    """The bytes of the ring's empty buffers."""
     return sum(buffer.capacity_bytes for buffer in engine.host.spare)
 
 

@@ -1,11 +1,11 @@
-"""Folders that stand for machines: what the kernel would say of memory and control groups."""
+"""Folders that simulate a machine's files about memory and control groups."""
 
 from collections.abc import Mapping
 from pathlib import Path
 
 MIB = 1 << 20
 NO_LIMIT = 9223372036854771712
-"""What version 1 says where there is none."""
+"""The value in version 1 for no limit."""
 
 V1_MOUNTS = (
     "31 23 0:28 / /sys/fs/cgroup rw,relatime - tmpfs tmpfs rw,mode=755",
@@ -19,7 +19,7 @@ V2_MOUNTS = ("30 23 0:26 / /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 r
 def machine(
     root: Path, *, groups: str, mounts: tuple[str, ...], total: int = 16_000 * MIB, available: int = 12_000 * MIB
 ) -> Path:
-    """A machine with so much memory in bytes, and what it says of the process's groups."""
+    """A machine with this many bytes of memory, and these control groups of the process."""
     own = root / "proc/self"
     own.mkdir(parents=True)
     (root / "proc/meminfo").write_text(
@@ -49,7 +49,7 @@ def group_v2(root: Path, path: str, *, limit: int | None = None, high: int | Non
 
 
 def write(folder: Path, files: Mapping[str, str]) -> None:
-    """Files with one line each."""
+    """Write files of one line each."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
         (folder / name).write_text(f"{text}\n")

@@ -1,4 +1,4 @@
-"""Plain torch modules streamed from memory: the engine and the hooks without a store or transformers' models."""
+"""Plain torch modules streamed from memory: the engine and the hooks without a store or transformers."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,7 +23,7 @@ from tests.toys import ToySource, toy_model_of, toy_needs
 
 @dataclass
 class Streamed:
-    """A module with its weights, and the same one without them, under hooks."""
+    """A resident module, and a copy without weights, which hooks fill."""
 
     resident: nn.Module
     model: nn.Module
@@ -32,12 +32,12 @@ class Streamed:
     source: ToySource
 
     def users(self) -> int:
-        """How many times chunks are held at the moment."""
+        """How many holds on chunks exist now."""
         return sum(slot.users for slot in self.engine.table)
 
 
 def raw(tensor: torch.Tensor) -> bytes:
-    """A tensor's bytes."""
+    """The bytes of a tensor."""
     return bytes(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
@@ -53,7 +53,7 @@ def chunk_of(name: str, kind: str, tensors: Mapping[str, torch.Tensor], *, codec
 
 
 def describe(model: nn.Module, state: dict[str, torch.Tensor]) -> tuple[Manifest, ToySource]:
-    """A manifest with a chunk for each unit, and a source that has them."""
+    """A manifest with a chunk for each unit, and a source with the chunks."""
     made = [
         chunk_of(unit.path, unit.kind, {slot.name: state[slot.name] for slot in unit.slots})
         for unit in find_units(model)
@@ -62,13 +62,13 @@ def describe(model: nn.Module, state: dict[str, torch.Tensor]) -> tuple[Manifest
 
 
 def skeleton_of(model: Any) -> Skeleton:
-    """A module as a skeleton: any has units."""
+    """The skeleton of any module with units."""
     return Skeleton(model, torch.float32)
 
 
 @contextmanager
 def streamed(build: Callable[[], nn.Module], *, cache_layers: int | None = 1) -> Iterator[Streamed]:
-    """Build a module twice, and run one of them from memory, layer by layer."""
+    """Build a module twice, and stream one of them from memory, layer by layer."""
     torch.manual_seed(0)
     resident = build().eval()
     with torch.device("meta"):

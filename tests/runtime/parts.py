@@ -1,4 +1,4 @@
-"""Tensors in a chunk of a source in memory, and what reads parts of them."""
+"""Tensors in a chunk of a source in memory, and readers of their parts."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ from tests.toys import ToySource, toy_manifest, toy_model_of
 
 @dataclass
 class Parts:
-    """One chunk `c` with tensors `t0`, `t1`, …, what reads its blocks, and what was read so far."""
+    """A chunk `c` with tensors `t0`, `t1`, …, readers for its blocks, and a record of the reads."""
 
     chunk: Chunk
     tensors: list[torch.Tensor]
@@ -29,13 +29,13 @@ class Parts:
     reads: list[tuple[int, int]] = field(default_factory=list)
 
     def reader(self, manifest: Manifest | None = None, **options: Any) -> RowReader:
-        """What reads rows for the run; by another manifest, if one is given."""
+        """A row reader, optionally with another manifest."""
         return RowReader(
             self.source, manifest or toy_manifest([self.chunk]), self.io, self.metrics, run=lambda: self.run, **options
         )
 
     def blocks_read(self) -> list[list[int]]:
-        """The blocks of every read so far, and forget them."""
+        """Return the blocks of every read so far, and clear the record."""
         found = [list(range(start // BLOCK_BYTES, -(-stop // BLOCK_BYTES))) for start, stop in self.reads]
         self.reads.clear()
         return found

@@ -1,4 +1,4 @@
-"""Real small models from a real store, whose tables are never in memory."""
+"""Small real models from a real store, whose tables are never in memory."""
 
 import asyncio
 import copy
@@ -34,7 +34,7 @@ LEAST_BYTES = 256 * 1024
 
 
 class Recorded(StorageSource):
-    """A store that remembers what was read of it."""
+    """A store that records its reads."""
 
     def __init__(self, backend: StorageBackend) -> None:
         super().__init__(backend)
@@ -45,14 +45,14 @@ class Recorded(StorageSource):
         await super().fetch(manifest, reads, priority=priority)
 
     def blocks(self, chunk: str) -> list[int]:
-        """The blocks read of a chunk, in order, and forget them."""
+        """Return the blocks that were read of a chunk, in order, and clear the record."""
         reads = [read for reads in self.fetches for read in reads if read.chunk.name == chunk]
         self.fetches = [[read for read in reads if read.chunk.name != chunk] for reads in self.fetches]
         return [block for read in reads for block in range(read.start // BLOCK_BYTES, -(-read.stop // BLOCK_BYTES))]
 
 
 class Watched(Engine):
-    """An engine that remembers for which units it was asked for chunks."""
+    """An engine that records for which units chunks were requested."""
 
     acquired: set[str]
 
@@ -77,7 +77,7 @@ class RowWise:
 
 
 def write(family: Family, path: Path, dtype: torch.dtype | None = None, codec: str = "none") -> tuple[Any, Manifest]:
-    """A model in a store at `path`: the resident one, and the manifest."""
+    """Write a model to a store at `path`; return the resident model and the manifest."""
     torch.manual_seed(0)
     family.build().save_pretrained(path / "source")
     cls = getattr(transformers, family.class_name)
@@ -97,9 +97,9 @@ def row_wise(
     keep_bytes: int = 8 * BLOCK_BYTES,
     url: str | None = None,
 ) -> Iterator[RowWise]:
-    """Write it, and open it with all of its tables of at least 256 KiB outside of memory.
+    """Write the model and open it, with all of its tables of at least 256 KiB outside of memory.
 
-    It is read directly, or from a server over the store, whose address is the URL.
+    It is read directly, or from a server for the store at the URL.
     """
     resident, manifest = write(family, path, dtype, codec)
     io, metrics, run = IoThread(), Metrics(), Run()

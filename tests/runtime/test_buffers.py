@@ -1,4 +1,4 @@
-"""Memory for chunks: aligned and large enough, every tensor at a multiple of 64, every byte where it belongs."""
+"""Memory for chunks: aligned and large enough, every tensor at a multiple of 64, every byte in its place."""
 
 import ctypes
 import mmap

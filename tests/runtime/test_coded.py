@@ -1,4 +1,4 @@
-"""Chunks in coded forms: the same tensors, in the same memory, and never those of another payload."""
+"""Chunks in coded forms: the same tensors in the same memory, and never those of another payload."""
 
 import asyncio
 import mmap
@@ -25,7 +25,7 @@ from tests.toys import ToySource, code, coded_model, toy_chunk
 
 
 def weights(name: str, elements: int, *, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> tuple[Chunk, bytes]:
-    """A chunk as a model has it: a large tensor, a small one of another dtype, and one at an odd place."""
+    """A chunk like a model's: a large tensor, a small one of another dtype, and one at an odd offset."""
     chunk, _ = toy_chunk(name, [])
     values = torch.randn(elements, generator=torch.Generator().manual_seed(seed)) * 0.02
     big = values.to(dtype).view(torch.uint8).numpy().tobytes()
@@ -42,7 +42,7 @@ def weights(name: str, elements: int, *, dtype: torch.dtype = torch.bfloat16, se
 
 @pytest.fixture
 def new_loader() -> Iterator[Callable[..., Loader]]:
-    """Makes loaders, whose threads have ended after the test."""
+    """Makes loaders whose threads have ended after the test."""
     with ExitStack() as last:
 
         def made(*args: Any, **options: Any) -> Loader:
@@ -97,7 +97,7 @@ def test_coded_bytes_that_are_mapped_are_decoded_from_there(new_loader: Callable
         async def view(self, manifest, chunk, wanted):
             return View(memoryview(stored), lambda: None) if wanted == form else None
 
-    mapping = Mapping(source.manifests, {})  # nothing can be fetched
+    mapping = Mapping(source.manifests, {})  # all fetches fail
     loader = new_loader(mapping, manifest, forms=FormChoice("lossless"))
     buffer = Buffer(buffer_bytes(chunk, {}))
     asyncio.run(loader.load(manifest.chunks[0], buffer, priority=0, may_map=True))
@@ -170,7 +170,7 @@ GB = 10**9
 
 
 def choice(*, reading: float | None, decoding: float | None, computing: float = 0.0, is_far: bool = False) -> str:
-    """The codec that is chosen at these rates, in bytes per second; `computing` in seconds per GB."""
+    """The codec chosen for these rates in bytes per second; `computing` in seconds per GB."""
     metrics = Metrics()
     metrics.add_seconds("forward", computing + 1)
     metrics.add_seconds("stall", 1)
@@ -190,8 +190,8 @@ def choice(*, reading: float | None, decoding: float | None, computing: float = 
         (2.5 * GB, 2.0 * GB, 0.05, "none"),  # a fast disk, and a slow decoder
         (1.0 * GB, 6.6 * GB, 0.05, "lossless"),  # a slower disk, and a fast decoder
         (20 * GB, 3.4 * GB, 0.05, "none"),  # a page cache
-        (0.117 * GB, 0.1 * GB, 0.05, "none"),  # a tiny processor
-        (2.5 * GB, 6.6 * GB, 2.0, "none"),  # computing takes longest: decoding would only add to it
+        (0.117 * GB, 0.1 * GB, 0.05, "none"),  # a tiny CPU
+        (2.5 * GB, 6.6 * GB, 2.0, "none"),  # computing takes longest, and decoding would add to it
     ],
 )
 def test_the_form_is_taken_that_a_run_is_faster_with(
@@ -248,7 +248,7 @@ def test_a_rate_counts_the_time_in_which_anything_went_on() -> None:
 
 
 def test_a_chunk_is_shared_as_what_it_was_read_in() -> None:
-    """Not as the form that is chosen once it is there: of that, nothing was verified."""
+    """It is shared in the form in which it was read and verified, not in the form that is chosen later."""
     made = chunk, payload = weights("c", 5 * MIB)
     honest, right = coded_model([made], plain=False)
     forged = bytes(len(payload))

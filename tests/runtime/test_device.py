@@ -1,4 +1,4 @@
-"""Devices by name, and what the simulated one notices: it has to, since the exactness on it is worth no more."""
+"""Devices by name, and the errors that the simulated device detects, on which the exactness tests rely."""
 
 import pytest
 import torch

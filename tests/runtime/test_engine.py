@@ -1,4 +1,4 @@
-"""The engine obeys its plan: never too many chunks, never one taken away in use, and failures told to who needs it."""
+"""The engine obeys its plan: it never holds too many chunks, evicts none in use, and raises errors where needed."""
 
 import logging
 import threading
@@ -22,7 +22,7 @@ from tests.toys import Gate, ToySource, toy_chunk, toy_model, toy_model_of
 
 
 class GateOpensWhenStalled(Metrics):
-    """Lets a fetch through only once the engine has counted that it waits."""
+    """Lets a fetch through only after the engine has counted a stall."""
 
     def __init__(self, gate: Gate, name: str) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ def test_the_three_kinds_of_use_are_counted_apart() -> None:
 
 
 class Stalled(Metrics):
-    """Notes that execution has begun to wait."""
+    """Records that execution has begun to wait."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -87,14 +87,14 @@ def test_a_wrong_guess_is_cancelled_and_its_buffer_used_again_only_when_nothing_
         source.gate.open(name)
     with running(manifest, source, cache_layers=1, metrics=metrics) as engine:
         engine.acquire("c0")
-        source.gate.wait_for("c1")  # fetched ahead, into the other buffer
+        source.gate.wait_for("c1")  # prefetched into the other buffer
         guess = engine.host.loads()["c1"]
         metrics.waits.clear()
         found: list[dict[str, bytes]] = []
         other = threading.Thread(target=lambda: found.append(data(engine.acquire("c2"))))
         other.start()
         assert metrics.waits.wait(60)
-        assert engine.resident() == ["c0"]  # the engine can be asked while a run waits
+        assert engine.resident() == ["c0"]  # the engine answers during a run
         assert "c2" not in source.reads
         source.gate.open("c1")
         other.join()
@@ -114,10 +114,10 @@ def test_a_load_that_an_interrupted_run_gave_up_is_made_again_for_the_next_run()
         def first() -> None:
             with suppress(StorageError), engine.running(run):
                 engine.acquire("c0")
-                source.gate.wait_for("c1")  # fetched ahead
+                source.gate.wait_for("c1")  # prefetched
                 metrics.waits.clear()
                 is_next.set()
-                engine.acquire("c2")  # gives c1 up, and waits for its end
+                engine.acquire("c2")  # drops c1, and waits for its end
 
         thread = threading.Thread(target=first)
         thread.start()
@@ -220,7 +220,7 @@ def test_closing_cancels_what_is_in_flight_and_lets_go_of_all_memory() -> None:
 
 
 class Driver:
-    """Runs modules of an engine, and checks after every step that memory is within the plan and all bytes are right."""
+    """Runs modules of an engine; checks after every step that memory is within the plan and all bytes are right."""
 
     def __init__(self, engine: Engine, source: ToySource) -> None:
         self.engine = engine
@@ -254,7 +254,7 @@ class Driver:
 def test_the_invariants_hold_on_any_schedule(
     count: int, cache_layers: int, steps: list[tuple[int, int | None, bool]], failing: set[int]
 ) -> None:
-    """Modules run in any order, some within another, and some fetches fail."""
+    """Modules run in any order, some inside others, and some fetches fail."""
     manifest, source = toy_model([17 * (index + 1) for index in range(count)])
 
     def before_fetch(read: Read) -> None:

@@ -1,4 +1,4 @@
-"""What an engine fetches ahead, and which chunk makes way for it."""
+"""What an engine prefetches, and which chunk is evicted for it."""
 
 import pytest
 
@@ -85,7 +85,7 @@ def test_chunks_that_recur_share_the_room_by_beladys_rule() -> None:
         use(engine, modules)
         before = counts(engine)["hits"]
         use(engine, modules)
-        assert counts(engine)["hits"] - before == 6  # each pair is read once, and found there the second time
+        assert counts(engine)["hits"] - before == 6  # each pair is read once, and still resident the second time
         assert engine.resident_bytes <= 4 * PAGE
 
 
@@ -150,7 +150,7 @@ def test_a_wrong_prediction_does_not_stop_the_fetching_ahead() -> None:
     manifest, source = toy_model([100] * 6)
     with running(manifest, source, cache_layers=2) as engine:
         use(engine, ["c0"])
-        assert "c1" in engine.resident()  # which is not what comes
+        assert "c1" in engine.resident()  # not the next one
         use(engine, ["c3", "c4", "c5", "c3", "c4", "c5", "c3"])
         assert "c1" not in engine.resident()
         before = counts(engine)
@@ -166,7 +166,7 @@ def test_a_chunk_that_arrives_too_late_for_one_who_does_not_need_it_gives_its_bu
     with running(manifest, source, cache_layers=1) as engine:
         engine.acquire("c0")
         engine.release("c0")
-        source.gate.wait_for("c1")  # fetched ahead, and not there yet
+        source.gate.wait_for("c1")  # being prefetched
         engine.acquire("c3")
         engine.release("c3")
         assert engine.resident_bytes == 2 * PAGE

@@ -1,4 +1,4 @@
-"""The plan of an engine changes while it runs: memory is reserved, slots come and go, all is forgotten."""
+"""An engine's plan changes while it runs: memory is reserved, slots are added and removed, all is cleared."""
 
 from contextlib import suppress
 
@@ -143,7 +143,7 @@ def test_chunks_are_fetched_when_asked_for_as_many_as_there_is_room_for() -> Non
 
 @pytest.mark.parametrize("policy", ["auto", "lru"])
 def test_a_run_without_prefetch_keeps_within_a_plan_that_changes(policy: Policy) -> None:
-    """Nothing is asked of the engine between a load and the release of its chunk."""
+    """The engine gets no request between a load and the release of its chunk."""
     manifest, source = toy_model([100] * 10)
     names = list(manifest.by_name)
     with (
@@ -217,7 +217,7 @@ pages = st.integers(1, 5).map(lambda count: count * PAGE)
 def test_whatever_is_reserved_all_buffers_fit_beside_it(
     sizes: list[int], reserves: list[int], budget: int, policy: Policy
 ) -> None:
-    """Also those that wait for their next use, and those of a ring that was larger before."""
+    """This includes the buffers that wait for reuse, and those of an earlier, larger ring."""
     manifest, source = toy_model(sizes)
     cycle = list(manifest.by_name)
     with suppress(ConfigurationError), running(manifest, source, budget_bytes=budget * PAGE, policy=policy) as engine:

@@ -1,4 +1,4 @@
-"""Which experts stay: what is chosen most and lately, within the budget; never what is in use."""
+"""Which experts stay: those chosen most and most recently, within the budget; experts in use are never evicted."""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,7 +9,7 @@ SIZES = {"a": 10, "b": 10}
 
 
 def run(table: ExpertTable, module: str, *used: int) -> Decision:
-    """A forward of a module that uses these experts for a token each."""
+    """Run a forward of a module that uses each of these experts for one token."""
     keys = [(module, index) for index in used]
     table.note(module, [int(index in used) for index in range(8)])
     decision = table.use(keys)

@@ -1,4 +1,4 @@
-"""Weights come before a layer runs and go afterwards; an absent one computes with the real one, never with nothing."""
+"""Weights are loaded before a layer runs and removed afterwards; no computation ever sees missing weights."""
 
 import copy
 import inspect
@@ -35,7 +35,7 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
-    """Weights of its own, a list of layers, and a head."""
+    """Its own weights, a list of layers, and a head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -142,7 +142,7 @@ def test_after_an_interrupt_the_model_can_be_put_in_order() -> None:
 
 
 class OutsideUse(nn.Module):
-    """As DeBERTa-v2: the weights of one module are used by another one, outside of the forward of their own."""
+    """Like DeBERTa-v2: a module's weights are used by another one, outside of the module's own forward."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -188,7 +188,7 @@ class Positions(nn.Module):
 
 
 class ReturnsViews(nn.Module):
-    """Uses what `Positions` returned after layers as large as it have run."""
+    """Uses the view from `Positions` after other layers of the same size have run."""
 
     def __init__(self, wrap: Callable[[torch.Tensor], Any], unwrap: Callable[[Any], torch.Tensor]) -> None:
         super().__init__()
@@ -241,7 +241,7 @@ def test_whoever_reads_weights_outside_of_a_forward_gets_copies_and_pins_nothing
     with caplog.at_level(logging.WARNING, "surfw"), streamed(Net) as net:
         expected = raw(net.resident(X))
         assert raw(net.model(X)) == expected
-        wait(net.engine.host.loads().values())  # what was fetched ahead has come
+        wait(net.engine.host.loads().values())  # the prefetched chunk has arrived
         plan, held = net.engine.plan, net.engine.resident()
         for (name, there), (_, here) in zip(net.resident.named_parameters(), net.model.named_parameters(), strict=True):
             for read in (torch.detach, torch.clone, lambda one: one.data, copy.copy, copy.deepcopy, torch.sum):
@@ -287,7 +287,7 @@ def assign(model: nn.Module) -> None:
 
 
 def adapt(model: nn.Module) -> None:
-    """As LoRA does: a wrapper with weights of its own around the module that is streamed."""
+    """Wrap the streamed module with weights of its own, as LoRA does."""
     torch.manual_seed(1)
     adapter = nn.Sequential(nn.Linear(8, 2), nn.Linear(2, 8))
 
@@ -410,7 +410,7 @@ REAL = torch.arange(12, dtype=torch.float32).reshape(3, 4) - 5
 
 
 class Loads:
-    """Counts how often the real tensor was asked for."""
+    """Counts how often the real tensor was requested."""
 
     def __init__(self) -> None:
         self.count = 0

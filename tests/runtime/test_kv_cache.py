@@ -1,4 +1,4 @@
-"""The KV cache's size: what it will be, against what transformers' generation really leaves behind."""
+"""The predicted size of the KV cache equals the cache after transformers' generation."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +13,7 @@ from tests.exactness.families import FAMILIES, VOCABULARY, Family
 
 PROMPT, NEW, SEQUENCES = 9, 6, 2
 POSITION_BYTES = 8
-"""Layers with a sliding window or a fixed size count in a tensor of one number how far they have come."""
+"""Layers with a sliding window or a fixed size count their tokens in a tensor with one element."""
 
 LLAMA, PLAIN = dict(FAMILIES["llama"].settings), dict(FAMILIES["gpt-neox"].settings)
 LATENT = PLAIN | {
@@ -44,11 +44,11 @@ BOUNDED = {
     "gemma2-window": Family("Gemma2ForCausalLM", LLAMA | WINDOW | {"head_dim": 16}),
     "gemma3-window": Family("Gemma3ForCausalLM", LLAMA | WINDOW | {"head_dim": 16}),
 }
-"""Some layers keep only what their window shows."""
+"""Some layers keep only their window."""
 
 
 def generate(family: Family, dtype: torch.dtype, prompt: int = PROMPT) -> tuple[KvCost, object]:
-    """What the cache was expected to cost, and the cache after a generation."""
+    """Return the expected size of the cache, and the cache after a generation."""
     torch.manual_seed(0)
     model = family.build().to(dtype).eval()
     ids = torch.randint(5, 100, (SEQUENCES, prompt))
@@ -60,7 +60,7 @@ def generate(family: Family, dtype: torch.dtype, prompt: int = PROMPT) -> tuple[
 
 
 def expected_bytes(family: Family, cost: KvCost, prompt: int = PROMPT) -> int:
-    """The last token is put into no decoder; with an encoder, a start token comes before the first one."""
+    """The decoder does not read the last token; with an encoder, a start token precedes the first one."""
     has_encoder = "Conditional" in family.class_name
     return cost.total_bytes(prompt, NEW if has_encoder else NEW - 1, sequences=SEQUENCES)
 
@@ -83,7 +83,7 @@ def test_what_is_expected_bounds_a_sliding_window_from_above(name: str, prompt: 
 
 
 def test_numbers_of_a_known_model() -> None:
-    """TinyLlama: 22 layers, 4 of 32 heads have keys, 64 numbers each: 22 × 2 × 4 × 64 × 2 bytes."""
+    """TinyLlama: 22 layers; 4 of 32 heads have keys and values of 64 numbers: 22 × 2 × 4 × 64 × 2 bytes."""
     config = LlamaConfig(hidden_size=2048, num_hidden_layers=22, num_attention_heads=32, num_key_value_heads=4)
     assert kv_cost(config, torch.bfloat16) == KvCost(22528, 22528, layers=22, itemsize=2)
     assert kv_cost(config, torch.float32).total_bytes(100, 28, sequences=3) == 3 * 128 * 45056
@@ -153,7 +153,7 @@ def test_the_cache_of_an_output_by_each_of_its_names(name: str) -> None:
 
 
 def test_a_tensor_that_is_made_of_others_counts_as_they_do() -> None:
-    """As those of optimum-quanto are, which have no memory of their own to ask for."""
+    """Like those of optimum-quanto, which have no storage of their own."""
     made = TwoTensor(torch.zeros(10), torch.zeros(10))
     assert cache_bytes([made]) == 80
 

@@ -1,4 +1,4 @@
-"""From stored bytes to tensors: the values, their alignment, and other dtypes than the stored ones."""
+"""From stored bytes to tensors: values, alignment, and conversion to other dtypes."""
 
 import asyncio
 import mmap
@@ -109,7 +109,7 @@ def test_a_load_that_is_cancelled_ends_only_when_its_cast_no_longer_writes(monke
 
 
 def cancel_within(owner: type, method: str, loader: Loader, chunk: Chunk, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Cancel a load while a method runs, which must not end it before that has ended; returns how often that ran."""
+    """Cancel a load during a method, which must complete first; return how often the method ran."""
     began, may_end, ended = threading.Event(), threading.Event(), []
     original = getattr(owner, method)
 
@@ -164,7 +164,7 @@ def test_one_chunk_at_a_time_is_cast_in_memory_that_is_told() -> None:
 
 
 class Mapped(ToySource):
-    """A source whose payloads lie in memory that begins at a page, as mapped files do."""
+    """A source whose payloads are at page boundaries in memory, like mapped files."""
 
     async def view(self, manifest: Manifest, chunk: Chunk, form: Form) -> View:
         memory = mmap.mmap(-1, form.stored_bytes)

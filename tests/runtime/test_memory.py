@@ -1,4 +1,4 @@
-"""What weights may take on machines of every kind, what others may still come to take, and what the process took."""
+"""The memory for weights on all kinds of machines, the memory that others may still take, and this process's use."""
 
 import gc
 import json
@@ -42,7 +42,7 @@ GROUPS = Path("/sys/fs/cgroup/memory")
 
 
 def spare_bytes(root: Path) -> int:
-    """The default budget of a machine."""
+    """A machine's default budget."""
     return find_default_budget(root).budget_bytes
 
 
@@ -56,7 +56,7 @@ def test_the_smallest_limit_is_that_of_the_machine_or_of_a_group(tmp_path: Path)
 
 @pytest.fixture(autouse=True)
 def _nothing_is_claimed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever models of other tests have left open."""
+    """Forget the claims of models that other tests left open."""
     monkeypatch.setattr(memory, "_claims", WeakSet())
 
 
@@ -69,7 +69,7 @@ def test_the_peak_remembers_what_was_given_back() -> None:
 
 
 def test_the_peak_is_the_processs_own() -> None:
-    """`ru_maxrss` would start from the peak of the process that started this one."""
+    """`ru_maxrss` would start from the peak of the parent process."""
     held = bytearray(b"1") * (200 * MIB)
     program = "from surfw.runtime.memory import peak_rss_bytes; print(peak_rss_bytes())"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
@@ -93,7 +93,7 @@ def test_the_default_is_what_the_machine_has_where_no_group_has_less(tmp_path: P
 
 
 def test_the_default_is_the_smallest_over_the_levels(tmp_path: Path) -> None:
-    """The group's own limit is far; its ancestor's is near, and another process of it has taken 500 MiB."""
+    """The group's limit is far away; its parent's limit is near, and another process of it has taken 500 MiB."""
     root = machine(tmp_path, groups="0::/a/b\n", mounts=V2_MOUNTS)
     group_v2(root, "a/b", limit=4000 * MIB, anon=100 * MIB)
     group_v2(root, "a", limit=1200 * MIB, anon=600 * MIB)
@@ -146,7 +146,7 @@ def test_a_claim_that_nobody_refers_to_is_given_up() -> None:
 
 
 def test_models_that_open_at_the_same_time_divide_the_memory(tmp_path: Path) -> None:
-    """Each takes two thirds of what there is; none of it is taken twice."""
+    """Each takes two thirds of the free memory, and none of it is taken twice."""
     root = machine(tmp_path, groups="", mounts=())
     all_of_it = spare_bytes(root)
     start, claims = threading.Barrier(8), []
@@ -174,7 +174,7 @@ def test_models_that_open_at_the_same_time_divide_the_memory(tmp_path: Path) -> 
 
 @pytest.fixture
 def group(tmp_path: Path) -> Iterator[Path]:
-    """A group of version 1 that may take 500 MiB, in which there is another without a limit of its own."""
+    """A group of version 1 with a limit of 500 MiB, and a child without its own limit."""
     outer = GROUPS / f"surfw-{os.getpid()}"
     if not (GROUPS / "memory.limit_in_bytes").exists():
         pytest.skip("there is no hierarchy of version 1 at /sys/fs/cgroup/memory")
@@ -239,7 +239,7 @@ V1_GROUPS = "9:name=systemd:/a\n4:memory:/a/b\n1:cpu,cpuacct:/elsewhere\n"
 
 
 def limits(root: Path) -> list[tuple[str, int, int]]:
-    """The limits of the groups, from the process's own outwards."""
+    """The limits of the groups, starting with the process's own."""
     found = read_limits(root)
     assert found[0] == MemoryLimit(root / "proc/meminfo", 16_000 * MIB, 4_000 * MIB)
     groups = root / "sys/fs/cgroup"
@@ -268,7 +268,7 @@ def test_version_2_counts_what_cannot_be_reclaimed(tmp_path: Path) -> None:
         sec_pagetables=MIB, percpu=MIB, sock=5 * MIB, vmalloc=MIB, slab_unreclaimable=9 * MIB, zswap=10 * MIB,
     )  # fmt: skip
     group_v2(root, "user.slice", high=900 * MIB, anon=400 * MIB)
-    (root / "sys/fs/cgroup/memory.stat").write_text("anon 1\n")  # the outermost group has no limit, and no file of one
+    (root / "sys/fs/cgroup/memory.stat").write_text("anon 1\n")  # the root group has neither a limit nor a file for one
     assert limits(root) == [("user.slice/app", 2000, 350), ("user.slice", 900, 400)]
 
 
@@ -289,7 +289,7 @@ def test_a_hybrid_machine_has_its_memory_in_version_1(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("shown", ["/docker/1f", "/"])
 def test_a_container_sees_its_own_group_as_the_outermost(shown: str, tmp_path: Path) -> None:
-    """Docker mounts a container's own group of version 1 as if it were the whole; a namespace says `/` besides."""
+    """Docker mounts a container's own group of version 1 as if it were the root; in a namespace, the path is `/`."""
     mount = f"35 31 0:32 {shown} /sys/fs/cgroup/memory ro,relatime - cgroup cgroup rw,memory"
     root = machine(tmp_path, groups="4:memory:/docker/1f\n", mounts=(mount,))
     group_v1(root, ".", 500 * MIB, total_rss=100 * MIB, hierarchical_memory_limit=400 * MIB)
@@ -341,6 +341,6 @@ print(rss_bytes() - before)
 
 
 def test_products_of_many_shapes_keep_few_kernels() -> None:
-    """Without the bound it is 0.8 GB on a processor with AMX; others compile less."""
+    """Without the bound it takes 0.8 GB on a CPU with AMX; other CPUs compile less."""
     done = subprocess.run([sys.executable, "-c", _PRODUCTS], check=True, capture_output=True, text=True)
     assert int(done.stdout) < 200 * MIB

@@ -1,4 +1,4 @@
-"""Packed parameters compute as their values would, whatever kernel does it, and say what they are."""
+"""Packed parameters compute with their quantised values in every kernel, and describe themselves correctly."""
 
 import copy
 import logging
@@ -34,7 +34,7 @@ EXACTNESS = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 1e-5, 
 
 
 def pack(weight: torch.Tensor, kind: Kind, dtype: torch.dtype) -> tuple[PackedParameter, torch.Tensor]:
-    """A parameter with the weight's values quantised, and these values as float32."""
+    """A parameter with the weight's quantised values, and these values as float32."""
     info = TensorInfo("weight", safetensors_dtype(weight.dtype), tuple(weight.shape), 0)
     (part,) = plan_parts([info], [kind])
     assert part.kind == kind
@@ -59,14 +59,14 @@ def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> to
 
 
 def order_of(kind: Kind) -> Order:
-    """In which torch's kernel reads codes on this processor."""
+    """The order in which torch's kernel reads codes on this processor."""
     order = matrices._find_order(matrices._KINDS[kind].sample(128, 64))
     return order or pytest.skip(f"torch's kernel for {kind} does not work here")
 
 
 @pytest.fixture(params=WAYS)
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Makes all products go one way."""
+    """Force all products to use one way."""
 
     def kernel(kind: Kind) -> Kernel:
         rows = WAYS[request.param]
@@ -77,7 +77,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def assert_near(seen: torch.Tensor, expected: torch.Tensor, inputs: torch.Tensor) -> None:
-    """Within what rounding to the dtype of weights, inputs and result allows."""
+    """Check up to the rounding to the dtypes of weights, inputs and result."""
     assert seen.shape == expected.shape
     assert seen.is_contiguous()
     allowed = EXACTNESS[inputs.dtype] * expected.abs().clamp(min=float(expected.abs().mean()) if len(expected) else 0)
@@ -119,7 +119,7 @@ def test_matrices_of_any_size_in_pieces_of_any_size(kind: Kind, rows: int, colum
         assert torch.equal(weight.packed.unpacked(torch.bfloat16), values.bfloat16())
         assert_near(weight.packed.multiply_many(x), x.double() @ values.double().t(), x)
         x, order = x.bfloat16(), order_of(weight.packed.kind)
-        for way in (order, partial(order)):  # the second one is taken for one that codes have to be brought into
+        for way in (order, partial(order)):  # codes are converted for the second one, which seems to be another order
             assert_near(weight.packed.multiply_few(x, way), x.double() @ values.double().t(), x)
 
 
@@ -157,7 +157,7 @@ def test_embedding(kind: Kind, dtype: torch.dtype, ids: torch.Tensor) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_embedding_refuses(kind: Kind) -> None:
     weight, _ = pack(random(131, 96), kind, torch.float32)
-    for bad in (-1, 131, 191):  # rows that fill a panel up are none
+    for bad in (-1, 131, 191):  # rows that fill up a panel are not counted
         with pytest.raises(IndexError, match="index out of range in self"):
             functional.embedding(torch.tensor([3, bad]), weight)
     with pytest.raises(AssertionError, match="Padding_idx must be within num_embeddings"):
@@ -271,7 +271,7 @@ def test_what_a_thread_keeps(kind: Kind, dtype: torch.dtype, shape: tuple[int, i
 
 @pytest.fixture
 def unmeasured(monkeypatch: pytest.MonkeyPatch) -> Kind:
-    """A kind whose kernel was not measured."""
+    """A kind whose kernel has not been measured."""
     monkeypatch.setattr(matrices, "_KERNELS", {})
     return "int8"
 
@@ -343,7 +343,7 @@ def packed_pair(name: str, kind: Kind, dtype: torch.dtype) -> tuple[Any, Any]:
     for module, other in zip(plain.modules(), toy.modules(), strict=True):
         if not isinstance(module, nn.Linear | nn.Embedding) or module.weight.numel() < 4096:
             continue
-        if id(module.weight) not in done:  # else it is tied to one that was packed
+        if id(module.weight) not in done:  # otherwise it is tied to a packed one
             done[id(module.weight)], values = pack(module.weight.detach(), kind, dtype)
             module.weight.data = values.to(dtype)
         other._parameters["weight"] = done[id(module.weight)]

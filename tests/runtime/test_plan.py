@@ -1,4 +1,4 @@
-"""What stays and what is streamed: the sums are right, what has to fit fits, and no policy could hit more often."""
+"""Which chunks stay and which are streamed: sums are right, plans fit, and no policy could have more hits."""
 
 import pickle
 from collections.abc import Sequence
@@ -176,11 +176,11 @@ def test_the_ceiling_is_bandwidth_over_what_a_pass_reads() -> None:
 
 
 def most_hits(trace: Sequence[str], slots: int) -> int:
-    """The hits of the best offline policy that may bypass, by another way than Belady's rule.
+    """The hits of the best offline policy with bypass, computed in another way than by Belady's rule.
 
-    Between two uses of a chunk, keeping it takes a slot and saves a read. So the most hits are the most such intervals
-    of which no more than `slots` overlap: interval scheduling on several machines, for which taking the one that ends
-    first, on the machine that became free last, is optimal.
+    Keeping a chunk between two uses takes a slot and saves a read. So the most hits are the most such intervals of
+    which no more than `slots` overlap. This is interval scheduling on several machines, where it is optimal to take
+    the interval that ends first, on the machine that became free last.
     """
     last: dict[str, int] = {}
     intervals = []
@@ -200,7 +200,7 @@ def most_hits(trace: Sequence[str], slots: int) -> int:
 
 
 def hits_and_bytes(made: ResidencyPlan, trace: Sequence[str], cycle_length: int) -> tuple[int, int]:
-    """What a cache that obeys the plan hits and reads; also, that it never holds more than the plan says."""
+    """The hits and read bytes of a cache that obeys the plan; checks that it never exceeds the plan."""
     held: dict[str, int] = {}
     floating: dict[str, int] = {}
     hits = read = 0
@@ -209,7 +209,7 @@ def hits_and_bytes(made: ResidencyPlan, trace: Sequence[str], cycle_length: int)
         if name in held or name in floating:
             hits += 1
             continue
-        if index == 0 or trace[index - 1] != name:  # what was used just now is still in the ring
+        if index == 0 or trace[index - 1] != name:  # the most recently used chunk is still in the ring
             read += size
         if name in made.pinned:
             held[name] = size
@@ -224,7 +224,7 @@ def hits_and_bytes(made: ResidencyPlan, trace: Sequence[str], cycle_length: int)
 
 
 def unit_plan(cycle: Sequence[str], before: Sequence[str], slots: int) -> ResidencyPlan:
-    """A plan for chunks of one size, with so many slots beside the two of the ring."""
+    """A plan for chunks of one size, with this many slots beside the ring's two."""
     names = dict.fromkeys([*before, *cycle])
     needs = Needs(name="toy", sizes=dict.fromkeys(names, UNIT))
     return plan_residency(needs, Limit(budget_bytes=(slots + 2) * UNIT), cycle, before)
@@ -237,7 +237,7 @@ def test_no_policy_hits_more_often_on_a_cycle(layers: int) -> None:
     for slots in range(layers + 1):
         made = unit_plan(names, (), slots)
         hits, read = hits_and_bytes(made, names * turns, layers)
-        everything = slots + 2 >= layers  # then the ring is not needed, and its memory is for two chunks more
+        everything = slots + 2 >= layers  # then no ring is needed, and its memory holds two more chunks
         assert hits == most_hits(names * turns, layers if everything else slots)
         first, later = layers * UNIT, (turns - 1) * made.bytes_per_pass
         assert read == first + later
@@ -254,9 +254,9 @@ def test_no_policy_hits_more_often_on_a_cycle(layers: int) -> None:
 def test_no_policy_hits_more_often_with_phases_and_repeated_chunks(
     before: list[str], cycle: list[str], slots: int, turns: int
 ) -> None:
-    """An encoder first, then a decoder in a cycle, with chunks in common, and chunks that run several times.
+    """An encoder first, then a decoder in a cycle, with shared chunks, and chunks that run several times.
 
-    Only once, where the cycle begins, a chunk of the encoder may be missed that might have been kept for it.
+    Only once, where the cycle begins, may a chunk of the encoder be missed that could have been kept.
     """
     made = unit_plan(cycle, before, slots)
     trace = [*before, *cycle * turns]

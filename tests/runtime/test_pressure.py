@@ -1,4 +1,4 @@
-"""Memory that runs short: what counts as pressure, who gives back, and when nobody is asked any more."""
+"""Memory pressure: what counts as pressure, who frees memory, and when nobody is asked any more."""
 
 import threading
 from pathlib import Path
@@ -19,12 +19,12 @@ def seen(left: int, *, reached: int = 0, stalled: float = 0.0, at: float = 0.0, 
 @pytest.mark.parametrize(
     ("before", "now", "missing"),
     [
-        (seen(40 * MIB), seen(40 * MIB, at=1), 0),  # little is left, and nobody complains
+        (seen(40 * MIB), seen(40 * MIB, at=1), 0),  # little is left, but no task waits
         (seen(40 * MIB), seen(40 * MIB, reached=1, at=1), 56 * MIB),
         (seen(40 * MIB), seen(40 * MIB, stalled=0.2, at=1), 56 * MIB),
         (seen(40 * MIB), seen(40 * MIB, stalled=0.05, at=1), 0),
         (seen(40 * MIB, stalled=5), seen(40 * MIB, stalled=5, at=1), 0),
-        (seen(900 * MIB), seen(900 * MIB, reached=99, stalled=1, at=1), 0),  # page cache reaches limits all the time
+        (seen(900 * MIB), seen(900 * MIB, reached=99, stalled=1, at=1), 0),  # page cache often reaches the limits
         (seen(20 * MIB), seen(20 * MIB, at=1), 76 * MIB),  # the next step is a kill
         (seen(20 * MIB), seen(-10 * MIB, at=1), 106 * MIB),
         (seen(0), seen(300 * MIB, reached=1, at=1, limit=20_000 * MIB), 500 * MIB),

@@ -1,4 +1,4 @@
-"""Rows of a table are those of the whole table, wherever blocks end; what is read is what holds them, and verified."""
+"""Rows equal those of the whole table, wherever blocks end; only their blocks are read, and verified."""
 
 import asyncio
 import threading
@@ -117,7 +117,7 @@ def test_a_group_is_under_way_while_the_one_before_is_waited_for_in_the_same_mem
         async def met(manifest: Manifest, reads: Sequence[Read], *, priority: int = 0) -> None:
             begun.append(reads[0].start // BLOCK_BYTES)
             if len(begun) == 1:
-                await asyncio.wait_for(second.wait(), 60)  # the first one ends when the second one has begun
+                await asyncio.wait_for(second.wait(), 60)  # the first one ends after the second one has begun
             if len(begun) == 2:
                 second.set()
             await fetch(manifest, reads, priority=priority)
@@ -241,7 +241,7 @@ TABLE = (torch.arange(SIZE) * 7919 >> 5).to(torch.uint8).reshape(-1, WIDTH)
 
 
 def after_fetches(parts: Parts, ended: Callable[[BaseException | None], None]) -> None:
-    """Tell how each fetch of the source ended, just before it does."""
+    """Report how each fetch of the source ended, just before it ends."""
     fetch = parts.source.fetch
 
     async def watched(manifest: Manifest, reads: Sequence[Read], *, priority: int = 0) -> None:

@@ -1,4 +1,4 @@
-"""A run ends when it is interrupted; the loop beside it hands errors over, and ends with all that it runs."""
+"""A run ends when it is interrupted; the event loop reports its errors, and ends with everything it runs."""
 
 import asyncio
 import gc
@@ -150,7 +150,7 @@ def test_a_job_is_done_only_when_its_coroutine_has_ended() -> None:
     job = io.submit(gate.passes("end"))
     gate.wait_for("end")
     assert job.cancel()
-    assert job.cancel()  # asked twice, it still ends only when it has let go
+    assert job.cancel()  # even after two requests, it ends only after it has released everything
     io.run(where())
     assert not job.done()
     gate.open("end")
@@ -172,7 +172,7 @@ def test_blocking_calls_run_in_threads_that_end_with_it() -> None:
 
 
 class Memory:
-    """What a job works with."""
+    """The memory that a job uses."""
 
 
 def test_a_cancelled_job_lets_go_of_what_it_worked_with_at_once() -> None:
@@ -180,7 +180,7 @@ def test_a_cancelled_job_lets_go_of_what_it_worked_with_at_once() -> None:
         await asyncio.sleep(3600)
 
     io = IoThread()
-    gc.disable()  # or it might let go of it
+    gc.disable()  # otherwise it might release it
     try:
         memory = Memory()
         seen = weakref.ref(memory)

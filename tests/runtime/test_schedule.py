@@ -1,4 +1,4 @@
-"""What runs next: the manifest's order at first, then what was seen."""
+"""What runs next: first predicted from the manifest's order, then from what was observed."""
 
 from collections.abc import Sequence
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""The slot table decides within its plan: whatever is asked, in whatever order, and however loads end."""
+"""The slot table obeys its plan for all requests, in any order, and however loads end."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
@@ -20,7 +20,7 @@ def table_of(
     sizes: dict[str, int] = SIZES, *, pinned: Collection[str] = (), floating: Collection[str] = (), ring: int = 2,
     floating_bytes: int = 0, fixed: Collection[str] = (),
 ) -> SlotTable:  # fmt: skip
-    """A table with a plan of its own making."""
+    """A table with a given plan."""
     return SlotTable(sizes, plan_of(sizes, pinned, floating, ring, floating_bytes, fixed))
 
 
@@ -39,19 +39,19 @@ def plan_of(
 
 
 def names(decision: Decision) -> tuple[str, str]:
-    """What is evicted, and what is loaded."""
+    """The evicted and the loaded chunks."""
     return "".join(slot.name for slot in decision.evict), "".join(slot.name for slot in decision.load)
 
 
 def arrive(table: SlotTable, decision: Decision) -> tuple[str, str]:
-    """Have all loads of a decision end well."""
+    """Complete all loads of a decision successfully."""
     for slot in decision.load:
         table.ended(slot.name, failed=False)
     return names(decision)
 
 
 def run(table: SlotTable, chunks: Sequence[str], after: Sequence[str] = ()) -> list[tuple[str, str]]:
-    """Use chunks one after another, all that was decided having arrived; what was evicted and loaded for each."""
+    """Use chunks one after another, completing all loads; return what was evicted and loaded for each."""
     seen = []
     for index, name in enumerate(chunks):
         evicted, loaded = arrive(table, table.make_ready([name]))
@@ -236,7 +236,7 @@ chunks = st.sampled_from("abcdefgh")
 
 
 class Tiers(RuleBasedStateMachine):
-    """A driver that does anything, in any order, and whose loads end whenever and however they like."""
+    """Runs any operations in any order, with loads that end at any time and in any way."""
 
     @initialize(
         sizes=st.lists(st.integers(1, 4), min_size=8, max_size=8),
@@ -258,7 +258,7 @@ class Tiers(RuleBasedStateMachine):
         self.uses = 0
 
     def obey(self, decision: Decision) -> None:
-        """Check what is decided: nothing in use goes, and what comes is within the plan."""
+        """Check a decision: no chunk in use is evicted, and loads are within the plan."""
         plan, in_use = self.table.plan, {name for held in self.held for name in held}
         for slot in decision.evict:
             assert slot.users == 0
@@ -343,7 +343,7 @@ class Tiers(RuleBasedStateMachine):
 
     @invariant()
     def memory_is_within_the_plan(self) -> None:
-        """As soon as nothing is in use or loading, and something was released, not a byte is over."""
+        """When nothing is in use or loading, and something was released, memory is within the plan."""
         if hasattr(self, "table") and not self.held and all(slot.is_idle for slot in self.table):
             self.obey(self.table.release([], {}))
             plan = self.table.plan

@@ -1,4 +1,4 @@
-"""Models whose tables are never in memory give the bits of the resident ones, and read no more than they need."""
+"""Models whose tables are never in memory give the bits of the resident ones, and read only what they need."""
 
 import asyncio
 from dataclasses import replace
@@ -61,7 +61,7 @@ TABLES = {
     },
     "bert": {"bert.embeddings": ["bert.embeddings.word_embeddings.weight"]},
 }
-"""Units, with the tables that are looked up there."""
+"""Units, with the tables that they look up."""
 
 
 def given(model: Any, batch: int) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Two plans, one behind the other: what the device keeps only passes, all else is the host's, and nothing exceeds."""
+"""Two plans in a row: chunks kept on the device only pass through the host, which keeps the rest, within both plans."""
 
 from dataclasses import replace
 
@@ -15,7 +15,7 @@ PAGE = 4096
 
 @st.composite
 def models(draw: st.DrawFn) -> Needs:
-    """A model whose layers run in a cycle, some of them twice, with a table before and a head behind."""
+    """A model with a cycle of layers, some of which run twice, a table before it and a head after it."""
     sizes = {f"layer{index}": PAGE * draw(st.integers(1, 6)) for index in range(draw(st.integers(1, 8)))}
     order = [*sizes]
     if draw(st.booleans()):

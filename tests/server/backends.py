@@ -1,4 +1,4 @@
-"""Storages that remember what they are asked for, that wait until they are told to go on, or that fail."""
+"""Storages that record requests, wait until they are released, or fail."""
 
 import asyncio
 from pathlib import Path
@@ -8,7 +8,7 @@ from surfw.storage import FilesystemBackend
 
 
 class RecordingBackend(FilesystemBackend):
-    """A folder that writes down every key that reaches it."""
+    """A folder that records the key of every request."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
@@ -28,7 +28,7 @@ class RecordingBackend(FilesystemBackend):
 
 
 class GatedBackend(RecordingBackend):
-    """A folder whose reads of blobs wait for the gate, and fail while it is told to."""
+    """A folder whose reads of blobs wait for the gate, and fail on request."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
@@ -45,5 +45,5 @@ class GatedBackend(RecordingBackend):
 
     @property
     def reads(self) -> int:
-        """How many reads of blobs went through."""
+        """How many reads of blobs were let through."""
         return sum(key.startswith("blobs/") for key in self.asked)

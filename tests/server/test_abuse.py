@@ -1,4 +1,4 @@
-"""Clients that break the protocol are closed with a reason, reach no storage, and cost the others nothing."""
+"""Clients that break the protocol are closed with a reason, reach no storage, and cost other clients nothing."""
 
 import asyncio
 import json
@@ -32,7 +32,7 @@ PATHS = [
     "C:\\canary",
     "x" * 256,
 ]
-"""What a client might say instead of a name."""
+"""Values that a client might send instead of a name."""
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -177,6 +177,6 @@ def test_a_client_that_asks_and_never_reads_is_not_listened_to_for_long(tmp_path
 
 
 def all_answered(server: WeightServer, asked: int) -> bool:
-    """Whether the server has taken in all that was asked, and answered it."""
+    """Whether the server has received and answered all requests."""
     requests = server.stats()["requests"]
     return bool(requests["total"] == asked and requests["in_flight"] == 0)

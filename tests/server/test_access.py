@@ -1,4 +1,4 @@
-"""Tokens: what a file of them says, what each may read, and that whatever changes counts at once."""
+"""Tokens: the format of their file, what each may read, and that changes take effect at once."""
 
 import asyncio
 import contextlib
@@ -165,7 +165,7 @@ def test_a_token_sees_only_its_models(store: Path, tmp_path: Path) -> None:
 
 
 async def check_reports(server: WeightServer) -> None:
-    """What each token is told by `/stats` and `/metrics`, while clients read both models."""
+    """Check what `/stats` and `/metrics` show each token while clients read both models."""
     full = await asyncio.to_thread(read_stats, server.url, token="s3cret-all")
     assert full["models"] == ["org/a", "other"]
     assert {one["model"] for one in full["connections"]} == {"org/a", "other"}
@@ -240,7 +240,7 @@ def test_a_file_that_changes_is_read_again(store: Path, tmp_path: Path, caplog: 
 
             write(tmp_path / "new", "[ci]\ntoken = s3cret-ci").replace(file)
             await until(lambda: told("stays in force"))
-            await asyncio.sleep(0.05)  # which is time for some more looks
+            await asyncio.sleep(0.05)  # time for some more checks of the file
             assert caplog.text.count("stays in force") == 1, "it is said once"
             assert await source.models() == ["other"]
             assert not await server.reload()

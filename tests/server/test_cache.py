@@ -1,4 +1,4 @@
-"""The cache against a dictionary that remembers the order of use."""
+"""The cache compared with a dictionary that records the order of use."""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,7 +19,7 @@ STEPS = st.lists(
 
 
 class Model:
-    """What an LRU in bytes is, said slowly: a list of (key, size), most recently used last."""
+    """A slow LRU cache with a size in bytes: a list of (key, size), most recently used last."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity

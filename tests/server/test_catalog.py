@@ -1,4 +1,4 @@
-"""A catalog reads and parses a manifest once, and serves what the store holds now."""
+"""A catalog reads and parses a manifest once, and serves the current content of the store."""
 
 import asyncio
 import gc
@@ -28,7 +28,7 @@ class Untold(RecordingBackend):
 
 
 class Parsing(Store):
-    """A store that writes down in which threads its manifests are parsed."""
+    """A store that records in which threads its manifests are parsed."""
 
     def __init__(self, backend: StorageBackend) -> None:
         super().__init__(backend)
@@ -187,7 +187,7 @@ def test_what_is_kept_of_a_manifest_is_counted(tmp_path: Path) -> None:
 
     async def main() -> None:
         catalog = Catalog(Store(RecordingBackend(tmp_path)))
-        await catalog.read("b")  # what is imported and compiled on the way is nobody's
+        await catalog.read("b")  # memory for imports and compilation does not count
         tracemalloc.start()
         entry = await catalog.read("a")
         gc.collect()

@@ -1,4 +1,4 @@
-"""What a server says, word by word: windows, turns, cancellation, refusals."""
+"""A server's messages, one by one: windows, turns, cancellation, refusals."""
 
 import asyncio
 from pathlib import Path
@@ -26,7 +26,7 @@ def wanting(manifest: Manifest, index: int = 0, start: int = 0, stop: int | None
 
 
 async def runs(client: BareClient, count: int) -> list[tuple[int, int, int]]:
-    """The next runs' id, start and stop; their bytes are dropped."""
+    """The ids, starts and stops of the next runs; their bytes are dropped."""
     found: list[tuple[int, int, int]] = []
     while len(found) < count:
         message = await client.hear_text()
@@ -260,7 +260,7 @@ def test_a_client_that_waits_for_the_storage_hears_that_it_gets_on(
             await backend.reading.wait()
             if kind == "file":
                 assert (await knows.hear_text())["type"] == "begin"
-            for number in (1, 2):  # as if others before it in line were read
+            for number in (1, 2):  # as if other clients before it in line were read
                 await until(lambda: len(list(server._served.pages.reads.running())) == 1)
                 ((_, own),) = server._served.pages.reads.running()
                 own.read_bytes += number
@@ -290,7 +290,7 @@ def test_manifests_of_others_are_progress_in_line_and_none_for_one_that_hangs(
             for number, name in enumerate(("a", "b", "c")):
                 await client.say("manifest", id=number, model=name)
             await until(lambda: len(catalog._reads) == 3)
-            for count in (1, 3):  # as if others before it in line were read
+            for count in (1, 3):  # as if other clients before it in line were read
                 catalog._reads.read_bytes += 1 if count == 1 else 2
                 assert await client.hear_text() == {"type": "progress", "id": 2, "bytes": count}
             backend.gate.set()
@@ -333,7 +333,7 @@ def test_lines_that_clients_cause_are_sparse_whatever_kind_they_are(
         backend.gate.set()
         backend.failing = True
         async with serving(backend) as server:
-            for _ in range(2):  # what is counted is not another client's line again
+            for _ in range(2):  # no other client's line is counted again
                 async with bare_client(server.url) as client:
                     for number in range(20):
                         await client.say("get", id=number, **wanting(manifest))

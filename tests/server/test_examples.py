@@ -1,4 +1,4 @@
-"""What `examples/operations` shows works: units, containers, dashboards, and the page that lists the metrics."""
+"""The examples in `examples/operations` work: units, containers, dashboards, and the page that lists the metrics."""
 
 import asyncio
 import json
@@ -37,7 +37,7 @@ NAME = re.compile(r"\bsurfw_[a-z_]+\b")
 
 @pytest.fixture(scope="module")
 def exposed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
-    """The names of all samples that a server with a Redis has, with those of their labels."""
+    """The names of all samples that a server with a Redis exports, with their labels."""
     store = tmp_path_factory.mktemp("store")
     make_store(store, sizes=[100])
 
@@ -71,7 +71,7 @@ def test_every_query_of_the_dashboard_is_for_metrics_that_there_are(exposed: dic
         grouped = {one.strip() for by in re.findall(r"\bby \(([^)]*)\)", query) for one in by.split(",")}
         matched = set(re.findall(r'[{,] ?([a-z_]+)[=!]~?"', query))
         assert grouped | matched <= labels, query
-        for name in names:  # a rate is that of a counter, a counter is only of use as a rate
+        for name in names:  # rates are computed only from counters, and counters are only shown as rates
             is_counter = name.endswith(("_total", "_sum", "_count"))
             assert is_counter == bool(re.search(rf"(rate|increase)\({name}\b", query)), query
 
@@ -88,7 +88,7 @@ def test_every_metric_is_in_the_dashboard_and_on_the_page(exposed: dict[str, set
 
 @contextmanager
 def running(command: Sequence[str], home: Path, port: int, **variables: str) -> Iterator[warm.Process]:
-    """A server from an example, once it is ready."""
+    """Run a server from an example; yields when it is ready."""
     process = warm.start(
         [SURFW, *command], modules=warm.COMMANDS, env=environment(home, **variables | {"SURFW_PORT": str(port)}),
         cwd=home, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
@@ -110,7 +110,7 @@ def running(command: Sequence[str], home: Path, port: int, **variables: str) -> 
 
 
 def unit(path: Path) -> dict[str, str]:
-    """The section `[Service]` of a unit; of a key that is there several times, the last."""
+    """The section `[Service]` of a unit; of repeated keys, the last value."""
     parser = ConfigParser(strict=False, interpolation=None)
     parser.optionxform = str  # type: ignore[assignment, method-assign]
     parser.read(path)
@@ -129,7 +129,7 @@ def test_the_unit_starts_a_server_reloads_it_and_waits_for_its_end(tmp_path: Pat
     assert service["Type"] == "notify"
     assert service["ExecReload"] == "/bin/kill -HUP $MAINPID"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
-        manager.bind(f"\0surfw {tmp_path}"[:100])  # systemd may use this kind, too
+        manager.bind(f"\0surfw {tmp_path}"[:100])  # systemd may use this kind of address, too
         manager.settimeout(60)
         address = manager.getsockname().decode().replace("\0", "@", 1)
         with running(command, tmp_path, free_port(), NOTIFY_SOCKET=address) as process:
@@ -154,13 +154,13 @@ def test_systemd_understands_the_unit_and_finds_it_safe(tmp_path: Path) -> None:
 
 
 def instructions() -> list[tuple[str, str]]:
-    """The instructions of the Dockerfile's last stage and those before, in order."""
+    """The instructions of the Dockerfile's stages, in order."""
     lines = re.sub(r"^#.*\n", "", (HERE / "Dockerfile").read_text(), flags=re.MULTILINE).replace("\\\n", " ")
     return [(word, rest.strip()) for word, _, rest in (line.partition(" ") for line in lines.splitlines() if line)]
 
 
 def test_the_container_serves_says_that_it_does_and_stops(tmp_path: Path) -> None:
-    """Its commands and those of the compose file, without the container: with a Python and a Redis of this machine."""
+    """Runs its commands and the compose file's without a container, with this machine's Python and Redis."""
     require_redis()
     found = instructions()
     own = dict(found)

@@ -1,4 +1,4 @@
-"""Turns go to the account that has paid least, one a pass of the loop, and work is done once for all who want it."""
+"""Turns go to the account that has paid least, one per pass of the loop; shared work is done once."""
 
 import asyncio
 import weakref
@@ -95,7 +95,7 @@ def test_a_pass_of_the_loop_has_one_step_and_the_modest_go_first() -> None:
 
 
 class Work:
-    """Work that waits until it is told to go on, and counts."""
+    """Work that counts its runs and waits until it is released."""
 
     def __init__(self, slots: int) -> None:
         self.gate = asyncio.Event()
@@ -114,7 +114,7 @@ class Work:
 
 
 async def settle() -> None:
-    """Let everybody go as far as they can."""
+    """Let all tasks run as far as they can."""
     for _ in range(10):
         await asyncio.sleep(0)
 

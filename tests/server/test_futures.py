@@ -1,4 +1,4 @@
-"""Futures: what is asked for comes first, then what is next in each client's cycle, on one clock for all."""
+"""Futures: requests come first, then the next chunks of each client's cycle, with one clock for all clients."""
 
 import math
 
@@ -23,7 +23,7 @@ def read(futures: Futures, future: Future, chunks: str, *, cost: float = 1.0) ->
 
 
 def order(futures: Futures, chunks: str) -> str:
-    """The chunks, those that are needed soonest first, without those that are never needed."""
+    """The chunks by when they are needed, soonest first, without those that are never needed."""
     when = {chunk: futures.next_use(whole(chunk)) for chunk in chunks}
     return "".join(sorted((one for one in chunks if when[one] < math.inf), key=when.__getitem__))
 

@@ -22,7 +22,7 @@ from tests.stores import make_store
 
 
 def fetch(port: int, path: str, **headers: str) -> tuple[int, str, str]:
-    """Status, content type and body."""
+    """Return status, content type and body."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
     try:
         connection.request("GET", path, headers=headers)
@@ -33,7 +33,7 @@ def fetch(port: int, path: str, **headers: str) -> tuple[int, str, str]:
 
 
 def ask(store: Path, *paths: str) -> list[tuple[int, str, str]]:
-    """What a server of the store answers, after one fetch."""
+    """Return a server's answer after one fetch."""
     manifest = make_store(store, sizes=[100])
     read, _ = whole(manifest.chunks[0])
 

@@ -1,4 +1,4 @@
-"""What happens is logged, and listed in the statistics; who the clients are is known while they are there."""
+"""Events are logged, and listed in the statistics; clients are listed while they are connected."""
 
 import asyncio
 import logging
@@ -21,7 +21,7 @@ from tests.stores import make_store
 
 
 def told(server: Any, kind: str) -> list[str]:
-    """The events of a kind, as the statistics list them."""
+    """The events of a kind in the statistics."""
     return [event["text"] for event in server.stats()["events"] if event["kind"] == kind]
 
 

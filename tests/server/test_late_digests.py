@@ -1,4 +1,4 @@
-"""Digests that are found out by reading: how far that is, for each who waits for them."""
+"""Digests that are computed by reading: the progress is reported to every client that waits for them."""
 
 import asyncio
 from pathlib import Path
@@ -23,7 +23,7 @@ def unread(index: int) -> Chunk:
 
 
 class Unread:
-    """A catalog, and a store, of one model that nobody has read yet."""
+    """A catalog and a store of one model that has not been read yet."""
 
     def __init__(self) -> None:
         self.learned = LearnedDigests()
@@ -50,7 +50,7 @@ def test_progress_is_what_is_read_of_a_chunk_or_of_those_before_it_in_line(tmp_p
             for index, reader in enumerate(readers)
         ]
         await until(lambda: len(list(pages.reads.running())) == 2)
-        late._reads.read_bytes += 5  # as if others were read
+        late._reads.read_bytes += 5  # as if other chunks were read
         assert [reader.progress_bytes for reader in readers] == [0, 0, 5]
         next(own for page, own in pages.reads.running() if page.start == 0).read_bytes += 7
         assert [reader.progress_bytes for reader in readers] == [7, 0, 5]

@@ -1,4 +1,4 @@
-"""What clients can make a server keep: its cache, their windows, and a constant; seen from outside of its process."""
+"""The memory that clients can make a server keep: cache, windows, and a constant; measured from outside the process."""
 
 import time
 from collections.abc import Iterator
@@ -16,13 +16,13 @@ from tests.stores import make_store
 PAGE_BYTES = 4 * MIB
 CLIENTS, GETS = 64, 64
 WINDOW_BYTES = 2 * 512 * 1024
-"""The smallest: two frames."""
+"""The smallest window: two frames."""
 CACHE_MB = 34
 
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
-    """Four chunks of seven pages and a bit: three times the cache."""
+    """Four chunks of slightly more than seven pages: three times the cache."""
     path = tmp_path_factory.mktemp("memory")
     return path, make_store(path, sizes=[7 * PAGE_BYTES + 999] * 4, files={})
 
@@ -34,21 +34,21 @@ def served(stored: tuple[Path, Manifest]) -> Iterator[Served]:
 
 
 def peak_bytes(process: psutil.Process) -> int:
-    """The most memory that the process has had."""
+    """The peak memory of the process."""
     status = Path(f"/proc/{process.pid}/status").read_text()
     return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
 
 
 def from_the_end_of_a_page(manifest: Manifest, number: int) -> dict[str, object]:
-    """A `get` of the last byte of a page, and of all that follows in its chunk."""
+    """A `get` of the last byte of a page and the rest of its chunk."""
     chunk = manifest.chunks[number % 4]
     start = (number // 4 % 7 + 1) * PAGE_BYTES - 1
     asked = {"model": manifest.name, "chunk": chunk.id, "form": "none", "start": start, "stop": chunk.payload_bytes}
-    return asked | {"priority": -number}  # each that comes first sends its one byte before the others go on
+    return asked | {"priority": -number}  # the first byte of each request is sent before any of them continues
 
 
 def come_and_go(served: Served, process: psutil.Process, manifest: Manifest) -> int:
-    """Have many clients ask for much and take little, all at once; returns what the process has when they have left."""
+    """Let many clients request much and read little, all at once; return the process's memory after they have left."""
     port = int(served.url.rpartition(":")[2])
     most = CACHE_MB * MB + CLIENTS * WINDOW_BYTES + 64 * MB
     clients = [RawPeer(port, receive_bytes=4096).shake_hands() for _ in range(CLIENTS)]
@@ -58,7 +58,7 @@ def come_and_go(served: Served, process: psutil.Process, manifest: Manifest) -> 
             message("get", id=number, **from_the_end_of_a_page(manifest, number + shift)) for number in range(GETS)
         ]
         client.send(b"".join(asked))
-    for _ in range(3):  # each takes in half a window, and lets the server send as much again
+    for _ in range(3):  # each reads half a window, and lets the server send as much again
         for client in clients:
             taken = 0
             while taken < WINDOW_BYTES // 2:
@@ -77,7 +77,7 @@ def come_and_go(served: Served, process: psutil.Process, manifest: Manifest) -> 
 
 
 def test_many_slow_clients_with_small_windows(stored: tuple[Path, Manifest], served: Served) -> None:
-    """What they took is given back, or serves those who come next: Python keeps what 4,096 small tasks were made in."""
+    """Their memory is returned, or reused by later clients: Python keeps the memory of 4,096 small tasks."""
     process = psutil.Process(served.process.pid)
     first, *later = [come_and_go(served, process, stored[1]) for _ in range(3)]
     assert first < (CACHE_MB + 112) * MB, "what the clients took is not given back"

@@ -1,4 +1,4 @@
-"""A server that is told to finish, or to look again, while clients are there; and what its metrics say of it."""
+"""A server that is told to finish or reload while clients are connected, and its metrics meanwhile."""
 
 import asyncio
 import re
@@ -26,7 +26,7 @@ ONCE = RetryPolicy(attempts=1)
 
 
 async def ask(client: BareClient, number: int, manifest: Manifest) -> None:
-    """Ask for all of the first chunk."""
+    """Request all of the first chunk."""
     chunk = manifest.chunks[0]
     await client.say(
         "get", id=number, model=manifest.name, chunk=chunk.id, form="none", start=0, stop=chunk.payload_bytes
@@ -34,7 +34,7 @@ async def ask(client: BareClient, number: int, manifest: Manifest) -> None:
 
 
 def metrics(server: WeightServer) -> dict[tuple[str, ...], float]:
-    """What a server's metrics say, by the name of the sample and the values of its labels, by their names."""
+    """A server's metrics, by the name of the sample and its labels."""
     families = text_string_to_metric_families(server.metrics().decode())
     return {(one.name, *one.labels.values()): one.value for family in families for one in family.samples}
 

@@ -1,4 +1,4 @@
-"""What a socket does not take at once goes out as views, in order with all else, and is copied when it has to be."""
+"""What a socket does not accept at once is sent later as views, in order, and copied only if necessary."""
 
 import asyncio
 import errno
@@ -22,7 +22,7 @@ PAGE = bytes(range(256)) * (16 * KIB)
 
 
 class Transport:
-    """A transport that only writes down what it is given."""
+    """A transport that only records what it is given."""
 
     def __init__(self, ours: socket.socket, *, tls: bool) -> None:
         self.extra = {"socket": ours, "sslcontext": "context" if tls else None}
@@ -57,7 +57,7 @@ class Ends:
         return bytes(received)
 
     def send_page(self) -> "weakref.ref[object]":
-        """Send a page, and refer to it no more; what is returned says whether somebody else does."""
+        """Send a page and drop its reference; the result says whether another reference exists."""
         memory = (c_char * len(PAGE)).from_buffer_copy(PAGE)
         self.outbox.write([b"header", memoryview(memory).cast("B")])
         return weakref.ref(memory)

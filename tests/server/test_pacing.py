@@ -1,4 +1,4 @@
-"""Rates hold over time, all clients get their share of a common one, and who takes nothing is closed."""
+"""Rates hold over time, clients share a common rate equally, and clients that read nothing are closed."""
 
 import asyncio
 from pathlib import Path

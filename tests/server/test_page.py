@@ -1,4 +1,4 @@
-"""The page for people, and the events it lives from."""
+"""The web page, and the events that update it."""
 
 import asyncio
 import base64

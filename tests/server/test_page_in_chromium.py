@@ -1,4 +1,4 @@
-"""The page in a real browser: two sizes, four clients that stream, a token, and no request to anybody else."""
+"""The web page in a real browser: two sizes, four streaming clients, a token, and no request to other servers."""
 
 import asyncio
 import json

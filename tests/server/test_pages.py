@@ -1,4 +1,4 @@
-"""Pages: one read for all who want one, each use counted once, never over the budget; pieces of them cover a range."""
+"""Pages: one read for all requests, each use counted once, never over the budget; their pieces cover a range."""
 
 import asyncio
 import contextlib
@@ -29,7 +29,7 @@ def page(index: int) -> Page:
 def run(
     folder: Path, test: Callable[[PageCache, GatedBackend, Metrics], Awaitable[None]], capacity: int = MIN_CACHE_BYTES
 ) -> None:
-    """Run a test over six pages behind a gate."""
+    """Run a test with six pages behind a gate."""
     (folder / "blobs").mkdir()
     (folder / "blobs/x").write_bytes(CONTENT)
 
@@ -347,7 +347,7 @@ def test_pieces_cover_a_range(parts: list[tuple[int, int]], data: st.DataObject)
 
 
 class Announced:
-    """A piece that writes down when its use begins, and when it is given up."""
+    """A piece that records when its use begins, and when it is released."""
 
     size = 1
 

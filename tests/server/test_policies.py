@@ -1,4 +1,4 @@
-"""The schedule policy: an LRU cache where nothing is announced, close to the optimum where everything is."""
+"""The schedule policy: LRU without announced reads, close to the optimum if all reads are announced."""
 
 import math
 

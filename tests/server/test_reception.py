@@ -1,4 +1,4 @@
-"""What clients send is taken in by portions, in turns; what they do not take stops it."""
+"""Clients' messages are processed in portions, in turns; a client that does not read is not processed further."""
 
 import asyncio
 import json
@@ -32,7 +32,7 @@ def test_a_backlog_of_one_client_is_worked_off_between_the_messages_of_others(
     def noted(self: Connection, taken: Any) -> None:
         order.append(self._peer)
         while ask:
-            ask.pop()()  # while the backlog is being worked off
+            ask.pop()()  # while the backlog is processed
         take(self, taken)
 
     monkeypatch.setattr(Connection, "_take", noted)
@@ -137,7 +137,7 @@ def test_a_client_that_reads_nothing_does_not_keep_the_server_from_stopping(
 def test_a_message_in_endless_fragments_is_not_collected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_store(tmp_path, sizes=[100])
     goes_on = asyncio.Event()
-    monkeypatch.setattr(sending.Sender, "keep_up", lambda _: goes_on.wait())  # the client takes nothing
+    monkeypatch.setattr(sending.Sender, "keep_up", lambda _: goes_on.wait())  # the client reads nothing
     first, more = b"\x01\x80" + bytes(4), b"\x00\x80" + bytes(4)
 
     async def main() -> None:
@@ -167,7 +167,7 @@ def test_too_many_connections_without_a_tls_handshake_push_each_other_out(
     async def main() -> None:
         async with serving(tmp_path / "store", ssl=tls) as server:
             silent = [await asyncio.open_connection("127.0.0.1", server.port) for _ in range(6)]
-            async with asyncio.timeout(3):  # less than the server gives a handshake
+            async with asyncio.timeout(3):  # less than the server's time limit for a handshake
                 assert [await silent[index][0].read() for index in (0, 1)] == [b"", b""]
             newcomers = server._newcomers
             assert len(newcomers) == 4

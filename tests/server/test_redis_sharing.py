@@ -1,4 +1,4 @@
-"""What servers share in a Redis: segments are read from the storage once, and nothing that Redis does is an error."""
+"""What servers share in a Redis: segments are read from the storage once, and Redis failures cause no error."""
 
 import asyncio
 import contextlib
@@ -30,13 +30,13 @@ from tests.services.redis import redis_cluster, redis_server, require_redis
 from tests.stores import make_store, payload
 
 SIZES = [PAGE_BYTES + MIB + 5, *[MIB] * 9]
-"""Of the chunks: one of two segments, and small ones, so that transfers of all kinds are measured."""
+"""The chunks' sizes: one of two segments, and small ones, so that all kinds of transfers are measured."""
 SEGMENTS = 1 + len(SIZES)
 LONG_SECONDS = 10
 
 
 class SlowBackend(RecordingBackend):
-    """A folder that takes 20 ms for each read, one after the other, and could be read in parallel."""
+    """A folder that takes 20 ms for each read, one after the other, although it claims parallel reads."""
 
     parallel_reads = 8
     delay = 0.02
@@ -52,7 +52,7 @@ class SlowBackend(RecordingBackend):
 
 
 class Shared:
-    """Caches before one storage, each with a Redis as that of a server of its own."""
+    """Caches for one storage, each with its own connection to Redis, as in separate servers."""
 
     def __init__(self, store: Path, manifest: Manifest, stack: AsyncExitStack) -> None:
         self.backend = SlowBackend(store)
@@ -62,7 +62,7 @@ class Shared:
         self.journal = Journal()
 
     async def server(self, url: str) -> PageCache:
-        """A cache with nothing in it."""
+        """An empty cache."""
         pages, redis = PageCache(self.backend, MIN_CACHE_BYTES, Metrics()), RedisTier(url)
         pages.redis = redis
         self.stack.push_async_callback(pages.close)
@@ -71,7 +71,7 @@ class Shared:
         return pages
 
     async def read(self, *servers: PageCache) -> int:
-        """Read the model from all of them at a time, compare every byte, and return the reads of the storage."""
+        """Read the model from all of them concurrently, compare every byte, and return the storage's reads."""
         before = len(self.backend.asked)
         for pages in servers:
             pages.cache.clear()
@@ -88,13 +88,13 @@ class Shared:
         assert found == self.right[identity]
 
     async def read_until(self, true: Callable[[], bool], pages: PageCache) -> None:
-        """Go on reading until something has come about."""
+        """Read until a condition holds."""
         async with asyncio.timeout(LONG_SECONDS):
             while not true():
                 await self.read(pages)
 
     def events(self) -> list[str]:
-        """What was noted of Redis."""
+        """The recorded events of Redis."""
         return [event["text"] for event in self.journal.recent() if event["kind"] == "redis"]
 
 
@@ -104,7 +104,7 @@ def tier(pages: PageCache) -> RedisTier:
 
 
 async def written(*servers: PageCache) -> None:
-    """Wait for what is written behind the readers' backs."""
+    """Wait for the writes in the background."""
     for pages in servers:
         await asyncio.gather(*(task for task in tier(pages)._tasks if "_write" in repr(task)))
 
@@ -117,7 +117,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
 
 @pytest.fixture(scope="module")
 def own_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A Redis whose settings a test may change for itself; it begins empty."""
+    """An empty Redis whose settings a test may change."""
     require_redis()
     port = free_port()
     with redis_server(tmp_path_factory.mktemp("own"), port):
@@ -302,7 +302,7 @@ def test_wrong_values_and_a_full_redis_while_many_read(
 
             async def read_on(pages: PageCache) -> None:
                 while not is_over.is_set():
-                    await shared.read(pages)  # which compares every byte
+                    await shared.read(pages)  # it compares every byte
 
             async def until(true: Callable[[], bool]) -> None:
                 async with asyncio.timeout(LONG_SECONDS):
@@ -315,7 +315,7 @@ def test_wrong_values_and_a_full_redis_while_many_read(
             redis.set(wrong, bytes(MIB))
             await until(lambda: sum(tier(pages).state["poisoned"] for pages in servers) > 0)
             await until(lambda: redis.get(wrong) == right)
-            redis.config_set("maxmemory", 1)  # less than it has: it takes nothing any more
+            redis.config_set("maxmemory", 1)  # less than it has: it accepts no more data
             redis.delete(missing)
             await until(lambda: any(event.endswith("and is only read") for event in shared.events()))
             before = tier(servers[0]).state["hits"]
@@ -386,7 +386,7 @@ def test_redis_is_killed_and_comes_back_while_it_is_used(store: tuple[Path, Mani
 
 
 class Detour:
-    """Passes TCP connections on, everything later by a delay."""
+    """Forwards TCP connections with a delay."""
 
     def __init__(self, port: int) -> None:
         self.delay = 0.0

@@ -1,4 +1,4 @@
-"""A server with a Redis tells whether it can be reached, does without it, and shows no credentials of it."""
+"""A server reports whether its Redis is reachable, works without it, and never shows its credentials."""
 
 import asyncio
 import contextlib
@@ -25,7 +25,7 @@ UNUSED = {"hits": 0, "misses": 0, "bytes_read": 0, "bytes_written": 0, "poisoned
 
 
 def bypassed(state: Any) -> dict[str, Any]:
-    """The state of a Redis that is bypassed, without why and for how long."""
+    """The state of a bypassed Redis, without the reason and the duration."""
     assert state["bypassed"]
     assert 0 <= state["bypassed_seconds"] < 60
     return {name: value for name, value in state.items() if not name.startswith("bypassed")}
@@ -33,14 +33,14 @@ def bypassed(state: Any) -> dict[str, Any]:
 
 @contextlib.asynccontextmanager
 async def advanced(store: Path, redis_url: str, **settings: Any) -> AsyncIterator[AdvancedWeightServer]:
-    """A server on a free port; nothing of it is left afterwards."""
+    """Run a server on a free port; it leaves nothing behind."""
     async with AdvancedWeightServer(store, redis_url, port=0, **settings) as server:
         yield server
     assert asyncio.all_tasks() == {asyncio.current_task()}
 
 
 def connections(redis_url: str) -> int:
-    """How many clients a Redis has, this one left out."""
+    """The number of a Redis's clients, without this one."""
     with Redis.from_url(redis_url) as redis:
         return int(redis.info("clients")["connected_clients"]) - 1  # type: ignore[index]
 

@@ -1,4 +1,4 @@
-"""Clients of a real server that announce what they read: its cache keeps what they need soonest."""
+"""Clients of a real server announce their reads: its cache keeps what they need soonest."""
 
 import asyncio
 from pathlib import Path
@@ -21,7 +21,7 @@ CHUNKS, PASSES = 24, 4
 
 
 async def misses(store: Path, manifest: Manifest, policy: CachePolicy, record: Path) -> int:
-    """How often three clients miss in a cache for two thirds of the model; each is at another place, and keeps one."""
+    """The misses of three clients at different places, each keeping one chunk; the cache holds two thirds of the model."""
     async with serving(store, cache_size_mb=17, cache_policy=policy, record=record) as server:
         sources = [await open_wire_source(server.url) for _ in range(3)]
         for index, source in enumerate(sources):

@@ -1,4 +1,4 @@
-"""Turns to send are given in order, and those who gave up leave nothing behind."""
+"""Turns to send are given in order, and cancelled waiters leave nothing behind."""
 
 import asyncio
 from typing import Any

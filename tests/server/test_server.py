@@ -1,4 +1,4 @@
-"""A server starts or says why not, serves what the store holds now, and stops without leaving anything behind."""
+"""A server starts or says why not, serves the current content of the store, and stops without leaving anything."""
 
 import asyncio
 import contextlib
@@ -206,7 +206,7 @@ def test_arguments_that_cannot_be_used(arguments: dict[str, Any], complaint: str
 
 
 class Closable(FilesystemBackend):
-    """A folder that says when it is closed."""
+    """A folder that records when it is closed."""
 
     closed = 0
 
@@ -420,7 +420,7 @@ def test_connections_that_are_accepted_while_it_stops_are_closed(tmp_path: Path,
         server = WeightServer(FilesystemBackend(tmp_path), port=0)
         await server.start()
         clients = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(5)]
-        for _ in range(steps):  # so far the loop has got with them
+        for _ in range(steps):  # the loop has come this far with them
             await asyncio.sleep(0)
         await server.stop()
         for client in clients:
@@ -429,4 +429,4 @@ def test_connections_that_are_accepted_while_it_stops_are_closed(tmp_path: Path,
                 assert await asyncio.to_thread(client.recv, 1) == b""
 
     asyncio.run(main())
-    gc.collect()  # a transport that is left open complains
+    gc.collect()  # an open transport gives a warning

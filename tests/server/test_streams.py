@@ -1,4 +1,4 @@
-"""Pages of a far storage: one request for those that follow each other, each of them used as soon as it is there."""
+"""Pages of a remote storage: one request for consecutive pages, each of which is used as soon as it arrives."""
 
 import asyncio
 import gc
@@ -22,7 +22,7 @@ def page(index: int) -> Page:
 
 
 class FarBackend(FilesystemBackend):
-    """Pages of their own number, from a storage that delivers as many as it is told to."""
+    """Pages filled with their number, from a storage that delivers as many as it is told to."""
 
     parallel_reads = 2
 
@@ -168,7 +168,7 @@ def test_a_small_cache_reads_shorter_runs(tmp_path: Path) -> None:
 
 
 class Keeper:
-    """Keeps a view of a page until it is told to let go."""
+    """Keeps a view of a page until it is told to release it."""
 
     def __init__(self, view: memoryview | None) -> None:
         self.view = view

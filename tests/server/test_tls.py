@@ -1,4 +1,4 @@
-"""Certificates from files: whoever shows none, or a bad one, is told why; new ones are taken while the server runs."""
+"""Certificates from files: clients with no or a bad one get the reason; new ones are loaded while the server runs."""
 
 import asyncio
 import logging
@@ -41,7 +41,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 @pytest.fixture
 def files(world: World, tmp_path: Path) -> TlsFiles:
-    """Copies of the server's files, for replacing."""
+    """Copies of the server's files, to be replaced."""
     copies = {name: shutil.copy(getattr(world.server, name), tmp_path) for name in ("certfile", "keyfile", "ca_certs")}
     return TlsFiles(**copies)
 

@@ -1,4 +1,4 @@
-"""A web server for files, in a process of its own: ranges, ETags, conditions, and listings of its folders.
+"""A web server for files in a separate process: ranges, ETags, conditions, and listings of its folders.
 
 `python -m tests.services.http FOLDER PORT`
 """

@@ -1,4 +1,4 @@
-"""Processes of a service: in the foreground, on free ports, with a log, and gone when the tests are gone."""
+"""Processes of services: in the foreground, on free ports, with a log, and ended with the tests."""
 
 import contextlib
 import os
@@ -14,21 +14,21 @@ _POLL_SECONDS = 0.05
 
 
 class ServiceError(Exception):
-    """A service that is installed did not come up."""
+    """An installed service did not start."""
 
 
 def missing(*programs: str) -> list[str]:
-    """Those of the programs that are not installed."""
+    """The programs that are not installed."""
     return [program for program in programs if shutil.which(program) is None]
 
 
 def environment(**more: str) -> dict[str, str]:
-    """The variables for system programs: nothing of the Python that runs the tests."""
+    """Variables for system programs, without those of the Python that runs the tests."""
     return {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")} | more
 
 
 def free_port() -> int:
-    """A TCP port on loopback that nobody uses now."""
+    """A TCP port of the loopback interface that is unused now."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
@@ -36,7 +36,7 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def running(command: list[str], log: Path, env: Mapping[str, str] | None = None) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a program; afterwards, or when the tests are killed, it is killed and waited for."""
+    """Run a program; it is killed and waited for at the end, also if the tests are killed."""
     with log.open("ab") as output:
         process = subprocess.Popen(
             ["setpriv", "--pdeathsig", "KILL", *command],
@@ -68,7 +68,7 @@ def wait_until(true: Callable[[], bool], process: subprocess.Popen[bytes], log: 
 
 
 def answers(port: int, question: bytes, answer: bytes) -> bool:
-    """Whether what listens on a port of loopback has this at the beginning of its answer."""
+    """Whether the answer from a local port starts with this."""
     with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1) as connection:
         connection.sendall(question)
         return answer in connection.recv(1024)

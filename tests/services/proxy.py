@@ -1,4 +1,4 @@
-"""An HTTP proxy before a server: it writes down what is asked, and may hold an answer back or cut it off.
+"""An HTTP proxy for a server: it records requests, and can delay or cut answers.
 
 It forwards whole requests, one after the other on each connection, so that a test decides about each of them.
 """
@@ -12,14 +12,14 @@ from typing import BinaryIO
 from urllib.parse import urlsplit
 
 PASS = -1
-"""Answer as the server does."""
+"""Forward the server's whole answer."""
 
 Judge = Callable[[str], int]
-"""From a request's head to how many bytes of its answer's body get through: `PASS` for all. It may wait."""
+"""Maps a request's head to the number of bytes of its answer's body to forward, `PASS` for all. It may wait."""
 
 
 class Proxy(socketserver.ThreadingTCPServer):
-    """Before the server at `target`."""
+    """A proxy for the server at `target`."""
 
     allow_reuse_address = True
     daemon_threads = True
@@ -40,7 +40,7 @@ class Proxy(socketserver.ThreadingTCPServer):
         return f"http://127.0.0.1:{self.server_address[1]}"
 
     def asked(self, *words: str) -> list[str]:
-        """The heads with all of these words."""
+        """The heads that contain all of these words."""
         return [head for head in self.heads if all(word in head for word in words)]
 
     @contextlib.contextmanager
@@ -75,7 +75,7 @@ class _Handler(socketserver.StreamRequestHandler):
                         return
 
     def answer(self, answers: BinaryIO, most: int, *, is_head: bool) -> bool:
-        """Pass an answer on; False if it was cut off."""
+        """Forward an answer; return False if it was cut."""
         head = _read_head(answers)
         if not head or most == 0:
             return False
@@ -109,7 +109,7 @@ def _length(head: str) -> int:
 
 @contextlib.contextmanager
 def proxy_to(target: str) -> Iterator[Proxy]:
-    """A running proxy."""
+    """Run a proxy."""
     with Proxy(target) as proxy:
         thread = threading.Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
         thread.start()

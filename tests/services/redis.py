@@ -1,4 +1,4 @@
-"""A `redis-server` of the tests' own, which keeps everything in memory; or six of them, which are a cluster."""
+"""A `redis-server` for the tests, which keeps everything in memory, or six of them as a cluster."""
 
 import contextlib
 import subprocess
@@ -11,12 +11,12 @@ import pytest
 from tests.services.processes import answers, free_port, missing, running, wait_until
 
 NODES = 6
-"""Three that have the keys, and a replica of each."""
+"""Three nodes with the keys, and a replica of each."""
 
 
 @contextlib.contextmanager
 def redis_server(folder: Path, port: int, *options: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A Redis on a port of loopback, which answers."""
+    """Run a Redis on a local port; yields when it answers."""
     log = folder / f"redis-{port}.log"
     command = ["redis-server", "--bind", "127.0.0.1", "--port", str(port), "--dir", str(folder), "--save", ""]
     with running([*command, "--appendonly", "no", *options], log) as process:
@@ -25,7 +25,7 @@ def redis_server(folder: Path, port: int, *options: str) -> Iterator[subprocess.
 
 
 def require_redis() -> None:
-    """Skip the test, or fail it, where Redis is not installed."""
+    """Skip the test, or fail it, if Redis is not installed."""
     from tests.conftest import require
 
     if missing("redis-server", "redis-cli", "setpriv"):
@@ -34,7 +34,7 @@ def require_redis() -> None:
 
 @pytest.fixture(scope="session")
 def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The URL of a Redis server, for a cache of at most 64 MB; tests share it, so use keys or databases of your own."""
+    """The URL of a Redis with at most 64 MB, which tests share: use separate keys or databases."""
     require_redis()
     folder, port = tmp_path_factory.mktemp("redis"), free_port()
     with redis_server(folder, port, "--maxmemory", "64mb", "--maxmemory-policy", "allkeys-lfu"):
@@ -43,14 +43,14 @@ def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @contextlib.contextmanager
 def redis_cluster(folder: Path) -> Iterator[dict[int, subprocess.Popen[bytes]]]:
-    """The nodes of a cluster by their ports, those that have the keys first; a lost one is replaced in a second."""
+    """The ports of a cluster's nodes, those with the keys first; a lost node is replaced within a second."""
     ports = [free_port() for _ in range(NODES)]
     with contextlib.ExitStack() as stack:
         nodes = {}
         for port in ports:
             options = ("--cluster-enabled", "yes", "--cluster-node-timeout", "500")
             options += ("--cluster-config-file", f"nodes-{port}.conf", "--cluster-port", str(free_port()))
-            options += ("--repl-diskless-sync-delay", "0")  # only a replica that was filled can replace a node
+            options += ("--repl-diskless-sync-delay", "0")  # only a synchronised replica can replace a node
             nodes[port] = stack.enter_context(redis_server(folder, port, *options))
         places = [f"127.0.0.1:{port}" for port in ports]
         create = ["redis-cli", "--cluster", "create", *places, "--cluster-replicas", "1", "--cluster-yes"]

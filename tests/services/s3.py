@@ -29,7 +29,7 @@ _loaded = functools.cache(botocore.loaders.JSONFileLoader().load_file)
 
 @pytest.fixture(scope="session")
 def _botocore_reads_its_data_once() -> Iterator[None]:
-    """Each session parses 1 MB of JSON about S3, a tenth of a second, and each backend makes two."""
+    """Otherwise each session parses 1 MB of JSON about S3, which takes 0.1 s, and each backend makes two."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(botocore.loaders.JSONFileLoader, "load_file", lambda _, path: _loaded(path))
         yield
@@ -37,13 +37,13 @@ def _botocore_reads_its_data_once() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class S3Service:
-    """Where the server is, and who may use it.
+    """The server's address and its accounts.
 
     Attributes:
         endpoint: its URL.
         key: the access key of the account that owns the buckets.
         secret: that account's secret key.
-        stranger: another account, which may not use the buckets of the first.
+        stranger: another account, without access to the buckets of the first.
     """
 
     endpoint: str
@@ -53,11 +53,11 @@ class S3Service:
 
     @property
     def client(self) -> Any:
-        """botocore's own client, for what surfw does not do."""
+        """botocore's client, for operations that surfw lacks."""
         return _client(self.endpoint, self.key, self.secret)
 
     def bucket(self) -> str:
-        """A new bucket's name."""
+        """Create a bucket; return its name."""
         name = f"surfw-{uuid.uuid4().hex[:12]}"
         self.client.create_bucket(Bucket=name)
         return name
@@ -65,7 +65,7 @@ class S3Service:
 
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory, _botocore_reads_its_data_once: None) -> Iterator[S3Service]:
-    """A real S3 server with its data in memory. All tests share it, in all processes: take a bucket of your own."""
+    """A real S3 server with its data in memory. All tests and processes share it: use separate buckets."""
     from tests.conftest import require
 
     if absent := missing(*PROGRAMS, "setpriv"):
@@ -74,7 +74,7 @@ def s3(tmp_path_factory: pytest.TempPathFactory, _botocore_reads_its_data_once: 
         with ceph_gateway(tmp_path_factory.mktemp("ceph")) as endpoint:
             yield S3Service(endpoint)
         return
-    # The first process starts the server, and stops it once no other uses it. `users` is locked by all who do.
+    # The first process starts the server, and stops it when no other uses it. All users hold a lock on `users`.
     shared = tmp_path_factory.getbasetemp().parent / "ceph.endpoint"
     with shared.with_suffix(".start").open("w") as starting, shared.with_suffix(".users").open("w") as users:
         fcntl.flock(starting, fcntl.LOCK_EX)

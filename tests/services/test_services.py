@@ -1,4 +1,4 @@
-"""The services that other tests rely on are the real ones."""
+"""The services that other tests use are the real ones."""
 
 import os
 import select
@@ -19,7 +19,7 @@ from tests.services.s3 import S3Service
 
 
 def ask_redis(url: str, *words: str) -> bytes:
-    """One command to a Redis server, and the first bytes of its answer."""
+    """Send one command to a Redis server; return the first bytes of its answer."""
     parts = urlsplit(url)
     assert parts.hostname is not None
     with socket.create_connection((parts.hostname, parts.port or 0), timeout=10) as connection:

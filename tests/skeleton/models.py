@@ -14,7 +14,7 @@ from tests.exactness.families import FAMILIES
 
 
 def settings_of(family: str) -> dict[str, Any]:
-    """The configuration of a family, as its `config.json` would have it."""
+    """A family's configuration, as in its `config.json`."""
     found = FAMILIES[family]
     config = getattr(transformers, found.class_name).config_class(**found.settings)
     return dict(json.loads(config.to_json_string(use_diff=False)))

@@ -1,4 +1,4 @@
-"""A skeleton is what `from_pretrained` would set up, and nothing builds it out of a configuration that lies."""
+"""A skeleton equals what `from_pretrained` would set up, and invalid configurations build nothing."""
 
 import copy
 import threading
@@ -27,7 +27,7 @@ class ToyConfig(PreTrainedConfig):
 
 
 class ToyModel(PreTrainedModel):
-    """A user's own model; its `mask` is computed where nothing computes, on the meta device."""
+    """A user's own model; its `mask` cannot be computed on the meta device."""
 
     config_class = ToyConfig
 
@@ -43,7 +43,7 @@ class ToyModel(PreTrainedModel):
 
 
 class ToyWithInit(ToyModel):
-    """The same, and says how its buffers are made."""
+    """The same, with code that fills its buffers."""
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -75,7 +75,7 @@ def _registered() -> Iterator[None]:
 
 
 def registration_hooks() -> list[list[Any]]:
-    """What torch calls whenever a parameter or a module is registered, in the whole process."""
+    """Torch's global hooks for registered parameters and modules."""
     return [
         [*torch_module._global_parameter_registration_hooks.values()],
         [*torch_module._global_module_registration_hooks.values()],
@@ -174,11 +174,11 @@ def test_a_configuration_that_lies_is_stopped_while_it_builds(settings: dict[str
     with pytest.raises(UnsupportedModelError) as caught:
         skeleton_of("llama", tensor_count=50, accepts=shapes.__contains__, **settings)
     assert text in str(caught.value)
-    nn.Linear(97, 97)  # nobody watches any more
+    nn.Linear(97, 97)  # the hooks are removed
 
 
 class ManyModules(PreTrainedModel):
-    """Modules without end, and no parameter in them."""
+    """Modules without end and without parameters."""
 
     config_class = LlamaConfig
 
@@ -195,7 +195,7 @@ def test_modules_without_parameters_are_counted_too() -> None:
 
 
 def test_models_are_built_one_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The guard and the defaults of torch hold for the whole process: another thread has to wait."""
+    """The guard and torch's defaults are global, so another thread has to wait."""
     slow = Pause()
     accepted: list[str] = []
 

@@ -1,4 +1,4 @@
-"""What transformers computes itself is no weight that is missing; what is still to be trained is."""
+"""Weights that transformers computes itself are not missing; weights that are still to be trained are."""
 
 import asyncio
 import copy
@@ -41,7 +41,7 @@ def chunked(folder: Path) -> Path:
 
 
 def drop(folder: Path, word: str) -> int:
-    """Take the tensors out of a checkpoint that have the word in their names."""
+    """Remove the tensors with this word in their names from a checkpoint."""
     tensors = load_file(folder / "model.safetensors")
     kept = {name: tensor for name, tensor in tensors.items() if word not in name}
     save_file(kept, folder / "model.safetensors", {"format": "pt"})
@@ -87,7 +87,7 @@ SPEECH = {
 
 @pytest.mark.parametrize("class_name", ["Wav2Vec2ForCTC", "HubertModel", "WavLMForSequenceClassification", "SEWModel"])
 def test_weights_that_are_made_of_others_before_each_use(class_name: str, tmp_path: Path) -> None:
-    """Weight norm by parametrisation: two tensors are stored, and the weight is made of them."""
+    """Weight norm by parametrisation: two tensors are stored, from which the weight is computed."""
     folder = saved(class_name, tmp_path / "model", SPEECH)
     resident = copy.deepcopy(getattr(transformers, class_name).from_pretrained(folder).eval())
     sound = {"input_values": torch.randn(1, 2000)}

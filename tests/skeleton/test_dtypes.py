@@ -1,4 +1,4 @@
-"""Names of element types, and the one a model is built with."""
+"""Names of element types, and the dtype of a model."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""While a model is built, other threads may do with torch, transformers and the hub whatever they like."""
+"""While a model is built, other threads can use torch, transformers and the hub without restriction."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -28,7 +28,7 @@ from tests.toys import Pause
 
 
 class Other:
-    """A thread of its own, which the test meets."""
+    """Another thread, which the test joins."""
 
     def __init__(self, work: Callable[[], object]) -> None:
         self._thread = threading.Thread(target=self._run, args=(work,))
@@ -42,7 +42,7 @@ class Other:
             self._failed.append(exc)
 
     def end(self) -> None:
-        """Wait for its end; raises what it raised."""
+        """Wait for its end; raise its error."""
         self._thread.join(60)
         assert not self._thread.is_alive()
         for exc in self._failed:
@@ -51,7 +51,7 @@ class Other:
 
 @contextmanager
 def building() -> Iterator[None]:
-    """Another thread is in the middle of building a model, until the end."""
+    """Another thread is building a model until the context ends."""
     pause = Pause()
     shapes = {tuple(slot.tensor.shape) for slot in skeleton_of("llama-tied").slots.values()}
     other = Other(lambda: skeleton_of("llama-tied", accepts=lambda shape: pause() and shape in shapes))
@@ -78,7 +78,7 @@ def is_tied(model: LlamaForCausalLM) -> bool:
 
 def test_others_build_what_they_like_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    _device_constructors.cache_clear()  # listed while a `from_pretrained` had replaced it, `linspace` is not in it
+    _device_constructors.cache_clear()  # listed while `from_pretrained` had replaced it; `linspace` is not in it
     with building():
         assert nn.Linear(7, 3).weight.shape == (3, 7)
         assert is_tied(small_tied())
@@ -128,7 +128,7 @@ def test_weights_are_tied_again_after_transformers_untied_them_meanwhile() -> No
 
 
 class _Turns:
-    """Two threads read a configuration: the first goes in, the second goes in, the first comes out, then the second."""
+    """Two threads read a configuration: the first enters, the second enters, the first leaves, the second leaves."""
 
     first_in, second_in, first_out = threading.Event(), threading.Event(), threading.Event()
 

@@ -1,4 +1,4 @@
-"""What is loaded is what `from_pretrained` would have loaded, whatever the checkpoint looks like."""
+"""Loaded weights equal those of `from_pretrained`, whatever the checkpoint's layout."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ def save(folder: Path, family: str) -> Path:
     torch.manual_seed(1)
     model = FAMILIES[family].build()
     with torch.no_grad():
-        for parameter in model.parameters():  # also norms, which are born as ones
+        for parameter in model.parameters():  # also norms, which are initialised with ones
             parameter.add_(torch.randn_like(parameter) / 10)
     model.save_pretrained(folder)
     return folder
@@ -61,7 +61,7 @@ def plan(skeleton: Skeleton, checkpoint: Checkpoint) -> Loading:
 
 
 def load(folder: Path, *, class_name: str | None = None, dtype: torch.dtype = torch.float32) -> tuple[State, Loading]:
-    """Every tensor that surfw would store, as a state dict, with the ties followed."""
+    """Return every tensor that surfw would store as a state dict, with the tied ones."""
     skeleton, checkpoint = skeleton_for(folder, class_name=class_name, dtype=dtype)
     with checkpoint:
         loading = plan(skeleton, checkpoint)
@@ -80,7 +80,7 @@ def load(folder: Path, *, class_name: str | None = None, dtype: torch.dtype = to
 
 
 def stacked(state: State) -> State:
-    """Slices put together again to the stacks that they are of."""
+    """Join slices to the stacks they come from."""
     stacks: dict[str, list[torch.Tensor]] = {}
     for name, tensor in state.items():
         if parts := split_name(name):
@@ -147,7 +147,7 @@ def test_legacy_names_of_norms(tmp_path: Path) -> None:
 
 
 class Scale(nn.Module):
-    """Has the name of a legacy norm's weight for its own."""
+    """A parameter of its own with the name of a legacy norm's weight."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -189,7 +189,7 @@ def test_a_model_with_a_tied_head_out_of_a_checkpoint_of_its_base(tmp_path: Path
 
 
 def test_experts_of_their_own_become_slices_of_one_stack(tmp_path: Path) -> None:
-    save(tmp_path, "mixtral-experts")  # transformers saves them apart, as they were published
+    save(tmp_path, "mixtral-experts")  # transformers saves them separately, as they were published
     assert sum(".w1.weight" in name for name in load_file(tmp_path / "model.safetensors")) == 16
     loading, _ = same_as_from_pretrained(tmp_path)
     name = "model.layers.0.mlp.experts.gate_up_proj[3]"

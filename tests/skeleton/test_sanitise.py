@@ -1,4 +1,4 @@
-"""What may be believed of a configuration that somebody else wrote: no code, and no absurd sizes."""
+"""What is accepted from an untrusted configuration: no code, and no absurd sizes."""
 
 import json
 import math
@@ -56,7 +56,7 @@ def test_requests_for_code_are_taken_out_at_any_depth(key: str, where: str) -> N
     assert clean == wrap({"hidden_size": 8})
     (line,) = dropped
     assert f"{key}: " in line
-    assert dirty == wrap({"hidden_size": 8, key: CODE[key]})  # the original is left alone
+    assert dirty == wrap({"hidden_size": 8, key: CODE[key]})  # the original is unchanged
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Which generation settings a file may choose: what asks for code, or for another way to run, is taken out."""
+"""Which generation settings a file may choose: those that request code or another way to run are removed."""
 
 import json
 import math
@@ -98,7 +98,7 @@ def test_whatever_a_file_says_it_is_checked_without_another_error(settings: dict
 
 
 def test_every_setting_of_transformers_has_a_rule_or_is_taken_out() -> None:
-    """A new one has to be looked at: add it to the rules, or to what no file may choose."""
+    """A new setting must be added to the rules, or to those that no file may choose."""
     asked = {name: "x" for name in vars(GenerationConfig()) if not name.startswith("_")}
     free = {"transformers_version"}
     clean, _ = sanitise_generation(asked, taken=())

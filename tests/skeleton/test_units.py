@@ -86,7 +86,7 @@ class Leaf(nn.Module):
 
 
 class Group(nn.Module):
-    """Never called itself: it only holds a list."""
+    """Never called itself: it only contains a list."""
 
     def __init__(self) -> None:
         super().__init__()

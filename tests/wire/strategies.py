@@ -1,4 +1,4 @@
-"""Messages of every kind, and texts that are not messages."""
+"""Messages of every kind, and invalid messages."""
 
 import json
 from typing import get_args

@@ -1,4 +1,4 @@
-"""A token is sent in one form, and admitted in that form only."""
+"""A token is sent in one form, and accepted only in that form."""
 
 import contextlib
 

@@ -1,4 +1,4 @@
-"""What a server did in an interval, from two of its reports."""
+"""A server's activity between two of its reports."""
 
 import copy
 from typing import Any
@@ -10,7 +10,7 @@ from tests.wire.test_reports import STATS, WITH_MORE
 
 
 def later(stats: Any, seconds: float, **changes: int) -> Any:
-    """A report of so many seconds later, with these counters higher."""
+    """A report this many seconds later, with these counters increased."""
     after = copy.deepcopy(stats)
     after["server"]["uptime_seconds"] += seconds
     for name, more in changes.items():

@@ -36,7 +36,7 @@ WITH_MORE: ServerStats = STATS | {
     "heat": [{"model": "org/b", "chunks": 2, "resident": [1.0, 0.5], "hits": [3, 0]}],
     "sending": {"slow_clients": 16, "max_bytes_per_second": 17},
 }  # fmt: skip
-"""With what older servers do not report."""
+"""With fields that older servers do not report."""
 PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
 JSON = PLAIN | st.lists(PLAIN, max_size=3) | st.dictionaries(st.text(max_size=5), PLAIN, max_size=3)
 

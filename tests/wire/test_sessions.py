@@ -1,4 +1,4 @@
-"""Two sessions joined in memory are the protocol; each of them takes whatever its peer sends, or refuses it."""
+"""Two sessions joined in memory follow the protocol; each accepts or refuses any message of its peer."""
 
 import json
 from typing import get_args
@@ -39,7 +39,7 @@ LIMITS = WireLimits(
 
 
 def joined() -> tuple[ClientSession, ServerSession]:
-    """A client and a server that have greeted each other."""
+    """A client and a server after their hellos."""
     client, server = ClientSession(LIMITS, client="c"), ServerSession(LIMITS, server="s")
     client.receive(server.hello())
     assert server.receive(client.hello()) is None
@@ -51,7 +51,7 @@ def get(number: int, start: int = 0, stop: int = 3 * FRAME) -> Get:
 
 
 def deliver(client: ClientSession, server: ServerSession, run: Data) -> list[Arrival]:
-    """Send a run in frames, and give back the client's credit when it is due."""
+    """Send a run in frames, and return the client's credit when it is due."""
     client.receive(server.send(run))
     arrivals = []
     for at in range(run.start, run.stop, FRAME):
@@ -178,7 +178,7 @@ def test_progress_is_for_open_requests_and_rises() -> None:
     assert client.receive(server.send(Progress(0, 10))) == Progress(0, 10)
     client.receive(server.send(Data(0, 2 * FRAME, 3 * FRAME)))
     with pytest.raises(RemoteProtocolError):
-        client.receive(encode(Progress(1, 6)))  # within a run
+        client.receive(encode(Progress(1, 6)))  # inside a run
 
 
 def test_no_progress_for_a_client_that_does_not_know_it() -> None:
@@ -368,7 +368,7 @@ def traffic(draw: st.DrawFn) -> list[tuple[str, int]]:
 @settings(deadline=None)
 @given(traffic())
 def test_joined_sessions_always_agree(steps: list[tuple[str, int]]) -> None:
-    """Whatever two well-behaved sides do, neither refuses the other, and each byte arrives once and in order."""
+    """Two correct peers never refuse each other, and each byte arrives once and in order."""
     client, server = joined()
     wanted: dict[int, int] = {}
     came: dict[int, int] = {}
@@ -425,7 +425,7 @@ EVERY_ANSWER = [Models(0, ()), Begin(0, 9, "d"), Data(0, 0, 4), Progress(0, 5), 
 )
 @pytest.mark.parametrize("begun", [False, True])
 def test_both_sides_refuse_what_the_table_has_not(request_: m.Request, begun: bool) -> None:
-    """In every state of an answer, each message is taken by both sides or refused by both."""
+    """In every state of an answer, both sides accept or refuse the same messages."""
     for message in EVERY_ANSWER:
         client, server = joined()
         server.receive(client.send(request_))
