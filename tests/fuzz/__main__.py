@@ -1,12 +1,12 @@
-"""Fuzz the parsers of bytes from outside, guided by what inputs reach in surfw: `pip install "surfw[fuzz]"` first.
+"""Fuzz the parsers of untrusted bytes, guided by the code they reach: first `pip install "surfw[fuzz]"`.
 
     python -m tests.fuzz manifest --seconds 3600     one parser, for an hour
     python -m tests.fuzz --seconds 120               all of them, two minutes in all
-    python -m tests.fuzz gguf --runs 1000000         so many inputs
-    python -m tests.fuzz --plant manifest            with a bug put in, which has to be found
+    python -m tests.fuzz gguf --runs 1000000         this number of inputs
+    python -m tests.fuzz --plant manifest            with a planted bug, which must be found
 
-What inputs reach is kept in `--corpus FOLDER` from run to run; `--keep` takes the smallest into `tests/fuzz/kept`.
-An input that breaks the promise is written to `found/` in that folder, and the exit code is 1.
+Inputs that reach new code are kept in `--corpus FOLDER` for later runs; `--keep` copies the smallest to
+`tests/fuzz/kept`. An input that violates the promise is written to `found/` in that folder, and the exit code is 1.
 """
 
 import argparse
@@ -28,14 +28,14 @@ from tests.fuzz.parsers import PARSERS
 from tests.fuzz.plants import PLANTS, plant
 
 _INPUT_SECONDS = 20
-"""How long one input may take, on a machine that does other things as well."""
+"""How long one input may take on a busy machine."""
 
 _ROOT = Path(__file__).parent.parent.parent
 _RATE = re.compile(rb"stat::number_of_executed_units:\s+(\d+)")
 
 
 class Outcome(NamedTuple):
-    """How a run ended: how many inputs were tried in how many seconds, and what was found."""
+    """How a run ended: the number of inputs, the seconds, and what was found."""
 
     runs: int
     seconds: float
@@ -77,7 +77,7 @@ def fuzz(name: str, folder: Path, *, seconds: float | None, runs: int | None, su
 
 
 def _guided(folder: Path, name: str, *options: str, surfw: Path | None = None) -> subprocess.CompletedProcess[bytes]:
-    """A process that fuzzes a parser, ended."""
+    """Run a process that fuzzes a parser, until it ends."""
     paths = [str(one) for one in (surfw, _ROOT) if one] + [os.environ.get("PYTHONPATH", "")]
     command = [sys.executable, "-P", "-m", "tests.fuzz.guided", name, *options]
     with tempfile.TemporaryDirectory(prefix="surfw-fuzz-", dir=in_memory()) as files:
@@ -86,7 +86,7 @@ def _guided(folder: Path, name: str, *options: str, surfw: Path | None = None) -
 
 
 def _explain(output: str) -> str:
-    """What matters of what a run wrote: the exception and its traceback, or the end."""
+    """The relevant part of a run's output: the exception and its traceback, or the end."""
     _, mark, rest = output.partition("=== Uncaught Python exception: ===")
     return rest.partition("\n\n")[0].strip() if mark else output[-3000:]
 
@@ -135,7 +135,7 @@ def _run(names: list[str], given: argparse.Namespace) -> int:
 
 
 def _smallest(name: str, folder: Path) -> list[bytes]:
-    """The smallest inputs of a corpus that reach all that it reaches, as libFuzzer's merge finds them."""
+    """The smallest inputs of a corpus that reach all the code it reaches, found by libFuzzer's merge."""
     with tempfile.TemporaryDirectory() as merged:
         _guided(folder, name, "-merge=1", "-rss_limit_mb=0", merged, str(folder / name)).check_returncode()
         return [one.read_bytes() for one in Path(merged).iterdir()]

@@ -1,4 +1,4 @@
-"""Parsers of what comes over connections: messages of both sides, frames, and Redis."""
+"""Parsers of data from connections: messages of both sides, frames, and Redis."""
 
 import asyncio
 import json
@@ -48,7 +48,7 @@ def _lines(messages: Sequence[dict[str, Any]]) -> bytes:
 
 
 def client_messages() -> Parser:
-    """What a client sends to a server, a message a line."""
+    """A client's messages to a server, one per line."""
     from surfw.wire import Cancel, Credit, ServerSession
     from surfw.wire.messages import encode, parse_client_message
 
@@ -71,7 +71,7 @@ def client_messages() -> Parser:
 
 
 def server_messages() -> Parser:
-    """What a server sends to a client that has asked for everything, a message a line; `=N` is a frame of N bytes."""
+    """A server's messages to a client that has requested everything, one per line; `=N` is a frame of N bytes."""
     from surfw.wire import ClientSession, Get, GetDigests, GetFile, GetManifest, ListModels
     from surfw.wire.messages import encode, parse_server_message
 
@@ -110,7 +110,7 @@ def _frame(opcode: int, payload: bytes, *, mask: bool = False) -> bytes:
 
 
 def server_frames() -> Parser:
-    """The bytes of a server's WebSocket, in pieces, through the client's connection into memory."""
+    """The bytes of a server's WebSocket, in pieces, which the client's connection reads into memory."""
     from surfw.client.link import Link
     from surfw.wire import Get
     from tests.client.test_connection import HELLO, Memory, Wire, receive
@@ -158,7 +158,7 @@ def server_frames() -> Parser:
 
 
 def client_frames() -> Parser:
-    """The bytes of a client's WebSocket, from its handshake on, through the library into a session."""
+    """The bytes of a client's WebSocket, from its handshake on, which the library passes to a session."""
     from surfw.server.access import EVERYTHING
     from surfw.wire import ServerSession, shown_token
     from surfw.wire.access import is_meant
@@ -202,7 +202,7 @@ def client_frames() -> Parser:
 
 
 def redis() -> Parser:
-    """What a Redis answers when a segment of five bytes is asked for, as bytes of its protocol."""
+    """The bytes with which a Redis answers a request for a segment of five bytes."""
     from blake3 import blake3
     from redis.asyncio.connection import Connection
 
@@ -214,7 +214,7 @@ def redis() -> Parser:
     segment = Segment("0" * 64, 0, blake3(b"12345").digest())
 
     class Pipeline:
-        """As redis-py's, over the bytes of an answer."""
+        """Replaces redis-py's pipeline, reading the bytes of an answer."""
 
         def __init__(self, data: bytes) -> None:
             self._data, self._asked = data, 0

@@ -1,4 +1,4 @@
-"""Parsers of documents that lie in memory: manifests, digests, headers, settings, tokens, statistics."""
+"""Parsers of documents in memory: manifests, digests, headers, settings, tokens, statistics."""
 
 import json
 import re
@@ -22,7 +22,7 @@ from tests.fuzz.parser import Parser
 
 
 def manifest() -> Parser:
-    """`parse_manifest`, and what is made of an accepted manifest; in a store it has its digest in front."""
+    """`parse_manifest`, and the functions that use an accepted manifest; in a store, the digest precedes it."""
     from surfw.manifest import encode_stored_manifest, parse_manifest, parse_stored_manifest
 
     def parse(data: bytes) -> None:
@@ -45,7 +45,7 @@ def manifest() -> Parser:
 
 
 def digests() -> Parser:
-    """Digests that a server sends of a chunk, and lines of the logs of digests."""
+    """Digests of a chunk that a server sends, and lines of the logs of digests."""
     from surfw.manifest import Digester, decode_line, encode_line, parse_digests, read_digests
 
     digester = Digester()
@@ -68,7 +68,7 @@ def digests() -> Parser:
 
 
 def safetensors() -> Parser:
-    """The header of a safetensors file, whose payload is as long as the header says."""
+    """The header of a safetensors file whose payload has the length in the header."""
     from surfw.checkpoint.shard import read_tensors
     from surfw.manifest import TensorInfo
     from surfw.safetensors_header import encode_header, is_header, parse_header
@@ -103,7 +103,7 @@ def safetensors() -> Parser:
 
 
 def statistics() -> Parser:
-    """A server's statistics, and the screen, the line and the rates that are made of them."""
+    """A server's statistics, and the screen, the line and the rates that are derived from them."""
     from rich.console import Console
 
     from surfw.cli.server_view import ServerView, status_line
@@ -117,7 +117,7 @@ def statistics() -> Parser:
         find_shortage(found, 10)
         rates = rates_between(before, found)
         assert len(status_line(found, rates).splitlines()) <= 1
-        if crc32(data) % 64 == 0:  # it takes longer than all the rest
+        if crc32(data) % 64 == 0:  # it would take longer than all the rest
             view = ServerView(stats=found, rates=rates, live=True, where="h")
             Console(file=StringIO(), width=80, height=24).print(view)
 
@@ -125,7 +125,7 @@ def statistics() -> Parser:
 
 
 def tokens() -> Parser:
-    """A server's file of tokens, and what the tokens may do; the token that a request shows."""
+    """A server's file of tokens, the tokens' rights, and the token in a request."""
     from surfw.server.access import EVERYTHING, parse_tokens
     from surfw.wire import shown_token
     from surfw.wire.access import is_meant
@@ -151,7 +151,7 @@ def tokens() -> Parser:
 
 
 def settings() -> Parser:
-    """A file of settings, and variables; each setting is tried with the text that a variable has."""
+    """A file of settings, and variables; each setting is tried with the text of a variable."""
     from surfw.settings import SETTINGS, Settings, read_settings_file
     from tests.fuzz.folder import folder
 
@@ -182,7 +182,7 @@ def settings() -> Parser:
 
 
 def adapter() -> Parser:
-    """The settings of an adapter, and the scaling that they give a module."""
+    """An adapter's settings, and the scaling of a module that follows from them."""
     from surfw.checkpoint.adapter import check_settings, is_saved, scaling_of
 
     def parse(data: bytes) -> None:
@@ -208,7 +208,7 @@ def adapter() -> Parser:
 
 
 def lossless() -> Parser:
-    """A frame of the codec: its sizes are those that the manifest says, and all else comes from outside."""
+    """A frame of the codec: its sizes are those of the manifest, the rest is untrusted."""
     from surfw.codec.lossless import FrameDecoder, encode_frame
 
     payload = bytes(range(256)) * 16 + bytes(4096)
@@ -227,7 +227,7 @@ def lossless() -> Parser:
 
 
 def seals() -> Parser:
-    """A block and its seal, from whoever wrote the store."""
+    """A block and its seal, both untrusted."""
     from surfw.encryption.keys import EncryptionKey, WrongSealError
     from surfw.manifest import SEAL_BYTES
 
@@ -248,7 +248,7 @@ def seals() -> Parser:
 
 
 def ranges() -> Parser:
-    """The headers of an HTTP response to a request for a range, and where a redirect leads."""
+    """The headers of an HTTP response to a range request, and the target of a redirect."""
     from types import SimpleNamespace
 
     from yarl import URL

@@ -101,7 +101,7 @@ def gguf() -> Parser:
 
 
 def key_file() -> Parser:
-    """A file with the key of encrypted models, and one with a token."""
+    """A file with a key for encrypted models, and one with a token."""
     from surfw.encryption.keys import read_key
     from surfw.settings import read_token
 
@@ -133,7 +133,7 @@ def key_file() -> Parser:
 
 
 def disk_cache() -> Parser:
-    """The folder of a disk cache: a manifest, a log of what was learned of it, and the marks of a blob, in parts."""
+    """The folder of a disk cache: a manifest, a log of digests, and the marks of a blob, in parts."""
     from surfw.manifest import digest_blocks, encode_line
     from surfw.sources.disk import CacheFolder
 
@@ -170,7 +170,7 @@ def disk_cache() -> Parser:
 
 
 class _Objects:
-    """The least backend that there can be."""
+    """A minimal backend."""
 
     url = "memory"
 
@@ -191,13 +191,13 @@ class _Objects:
 
 
 def store() -> Parser:
-    """What a store has besides manifests and weights: its marker, and the leases of writers and pruners."""
+    """A store's files other than manifests and weights: its marker, and the leases of writers and pruners."""
     from surfw.storage import StorageBackend, Store
     from surfw.storage.custom import adapt_backend
     from surfw.storage.housekeeping.leases import read_leases
 
     class Backend(_Objects, StorageBackend):
-        """One in memory."""
+        """A backend in memory."""
 
     objects = Backend()
     backend, loop = adapt_backend(objects), asyncio.new_event_loop()

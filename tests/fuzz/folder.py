@@ -1,4 +1,4 @@
-"""Where parsers of files find theirs: a folder in memory, removed with the process."""
+"""The folder for parsers of files: in memory, and removed with the process."""
 
 import atexit
 import os
@@ -11,7 +11,7 @@ _IN_MEMORY = Path("/dev/shm")
 
 
 def in_memory() -> str | None:
-    """A folder in memory, unless another is asked for: libFuzzer's processes remove nothing as they end."""
+    """Make a folder in memory, unless one is given: libFuzzer's processes remove nothing when they end."""
     return str(_IN_MEMORY) if "TMPDIR" not in os.environ and _IN_MEMORY.is_dir() else None
 
 

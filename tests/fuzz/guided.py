@@ -1,7 +1,7 @@
-"""One parser under atheris, which changes inputs by what they reach in surfw: `python -m tests.fuzz` starts this.
+"""Run one parser under atheris, which mutates inputs by the code they reach; `python -m tests.fuzz` starts this.
 
-The process may take `MEMORY_BYTES` more than it has when it begins. It ends with the first input that breaks the
-promise; libFuzzer writes that into the folder that it was told.
+The process may use `MEMORY_BYTES` more than at its start. It ends with the first input that violates the promise, which
+libFuzzer writes to the given folder.
 """
 
 import gc
@@ -21,18 +21,18 @@ from tests.fuzz.mutations import mutate
 from tests.fuzz.parser import MOST_BYTES
 
 MEMORY_BYTES = 512 << 20
-"""What an input of a few kilobytes may make a parser take, with all that the process keeps of its corpus."""
+"""The memory that a parser may use for an input of a few kilobytes, including the process's corpus."""
 
 
 def main(name: str, arguments: list[str]) -> None:
     """Fuzz one parser; the arguments are libFuzzer's."""
-    # Its string hook is left out: it makes every comparison of texts many times slower.
+    # Its string hook is disabled: it makes every comparison of strings many times slower.
     with atheris.instrument_imports(include=["surfw"]):
         from tests.fuzz.parsers import PARSERS
 
         parser = PARSERS[name]()
         for seed in parser.seeds:
-            parser.accepts(seed)  # which imports what is imported late
+            parser.accepts(seed)  # it imports the modules that are imported late
     logging.disable()
     warnings.simplefilter("ignore")
     gc.collect()
@@ -55,7 +55,7 @@ def main(name: str, arguments: list[str]) -> None:
 
 
 def _program(name: str, folder: Path) -> str:
-    """What libFuzzer starts where it wants one more process, as for a merge: this program as an executable file."""
+    """The executable that libFuzzer starts for further processes, as for a merge; it runs this program."""
     file = folder / f"{name}.sh"
     file.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -P -m tests.fuzz.guided {name} "$@"\n')
     file.chmod(0o700)

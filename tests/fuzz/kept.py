@@ -1,7 +1,7 @@
-"""Inputs in files, one a line as Python writes bytes without `b''`: readable, and small differences in a diff.
+"""Inputs in files, one per line as a bytes literal without `b''`: readable, with small diffs.
 
-`kept/NAME.txt` has inputs that together reach all that was ever reached in a parser; `python -m tests.fuzz --keep`
-writes it. `cases/NAME.txt` has those that once broke the promise, each below a comment that says how.
+`kept/NAME.txt` has inputs that together reach all the code ever reached in a parser; `python -m tests.fuzz --keep`
+writes it. `cases/NAME.txt` has inputs that once violated the promise, each below a comment with the reason.
 """
 
 from collections.abc import Iterable
@@ -9,11 +9,11 @@ from pathlib import Path
 
 _HERE = Path(__file__).parent
 MOST_KEPT, _LONGEST = 40, 1000
-"""So many inputs of each parser are kept, of all lengths up to this."""
+"""The number of inputs that are kept of each parser, and their greatest length."""
 
 
 def cases(name: str) -> list[bytes]:
-    """Inputs that once broke the promise."""
+    """Inputs that once violated the promise."""
     return _read(_HERE / "cases" / f"{name}.txt")
 
 
@@ -23,7 +23,7 @@ def kept(name: str) -> list[bytes]:
 
 
 def keep(name: str, inputs: Iterable[bytes]) -> int:
-    """Replace the kept corpus of a parser; return how many inputs it has now."""
+    """Replace the kept corpus of a parser; return its number of inputs."""
     chosen = sorted({one for one in inputs if len(one) <= _LONGEST}, key=lambda one: (len(one), one))
     chosen = chosen[:: -(-len(chosen) // MOST_KEPT) or 1]
     (_HERE / "kept" / f"{name}.txt").write_text("".join(f"{_write(one)}\n" for one in chosen))

@@ -1,6 +1,6 @@
-"""Changes to inputs that keep their structure: values of JSON documents are exchanged, and lines of several documents.
+"""Mutations that keep the structure: values of JSON documents are exchanged, and lines of several documents.
 
-Bytes alone are changed by libFuzzer, which seldom gets a whole document into another one that is still JSON.
+libFuzzer itself only changes bytes, which seldom moves a whole document into another one that remains JSON.
 """
 
 import json
@@ -13,11 +13,11 @@ ODD = (
     "0", "-1", "\0", "\n", "\x1b[2J", "\ud800", "\u2028", "é", "..", "/", "../x", "a/b", "a" * 300, "\x7f", "*", "[",
     [], {}, [[]], [{}], {"": 0}, [0, 0], [1, 2], [None], {"a": {"b": []}},
 )  # fmt: skip
-"""Values that parsers of people's making have stumbled over."""
+"""Values that often break parsers."""
 
 
 def mutate(data: bytes, random: Random, most_bytes: int) -> bytes | None:
-    """The input with a few changes; None if it has no JSON, or the result would be too long."""
+    """Return the input with a few changes; None if it has no JSON, or the result would be too long."""
     lines = data.split(b"\n")
     if len(lines) > 1 and random.random() < 0.3:
         return _fit(b"\n".join(_shuffle(lines, random)), most_bytes)
@@ -33,7 +33,7 @@ def mutate(data: bytes, random: Random, most_bytes: int) -> bytes | None:
 
 
 def change(document: Any, random: Random) -> Any:
-    """A JSON document with one change; the document itself may be changed on the way."""
+    """Return a JSON document with one change; the argument may be modified."""
     places: list[tuple[Any, Any]] = []
     _collect(document, places)
     if not places or random.random() < 0.02:
@@ -68,7 +68,7 @@ def _collect(value: Any, places: list[tuple[Any, Any]]) -> None:
 
 
 def _odd(random: Random) -> Any:
-    return json.loads(json.dumps(random.choice(ODD)))  # a copy, which may be changed
+    return json.loads(json.dumps(random.choice(ODD)))  # a copy, which may be modified
 
 
 def _copy(place: tuple[Any, Any], random: Random) -> Any:

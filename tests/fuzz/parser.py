@@ -1,7 +1,7 @@
-"""What is fuzzed: a parser of bytes from outside, its documented errors, and inputs that it accepts.
+"""What is fuzzed: a parser of untrusted bytes, its documented errors, and valid inputs.
 
-The promise is one sentence: *whatever the bytes are, they are accepted or refused with a documented error of one line;
-there is never another exception, and never more memory than the cap.*
+The promise: *any bytes are accepted, or refused with a documented error of one line; there is never another exception,
+and memory never exceeds the cap.*
 """
 
 from collections.abc import Callable, Sequence
@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from surfw.errors import SurfwError
 
 MOST_BYTES = 4096
-"""The longest input that is tried: no parser needs more to be led anywhere."""
+"""The greatest length of an input: no parser needs more to reach all its code."""
 
 _LONGEST_ERROR = 2500
 
 
 class PromiseError(AssertionError):
-    """An error hides a lack of memory, or its text is no line for people."""
+    """An error was caused by a lack of memory, or its text is not one readable line."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +26,8 @@ class Parser:
     Attributes:
         parse: called with the bytes; it returns if they are accepted.
         errors: the kinds of error that are documented.
-        seeds: inputs of each kind, most of them right.
-        words: what stands in inputs and is hard to guess.
+        seeds: inputs of each kind, most of them valid.
+        words: parts of inputs that are hard to guess.
     """
 
     parse: Callable[[bytes], object]
@@ -36,7 +36,7 @@ class Parser:
     words: Sequence[bytes] = ()
 
     def accepts(self, data: bytes) -> bool:
-        """Whether the bytes are accepted. Any exception breaks the promise."""
+        """Return whether the bytes are accepted. Any other exception violates the promise."""
         try:
             self.parse(data)
         except self.errors as exc:
@@ -47,10 +47,10 @@ class Parser:
 
 
 def expect_memory(error: BaseException) -> None:
-    """Check that no lack of memory lies behind an error: the bytes have asked for more than the cap.
+    """Check that an error was not caused by a lack of memory, which means that the bytes exceeded the cap.
 
     Raises:
-        PromiseError: one does.
+        PromiseError: it was.
     """
     behind: BaseException | None = error
     while behind is not None:
@@ -60,7 +60,7 @@ def expect_memory(error: BaseException) -> None:
 
 
 def expect_line(error: Exception) -> None:
-    """Check that the text of one of surfw's errors is one line, and none that fills a screen.
+    """Check that the text of one of surfw's errors is one line that does not fill a screen.
 
     Raises:
         PromiseError: it is not.

@@ -1,4 +1,4 @@
-"""All parsers of bytes from outside, by name; each is made when it is used, with what it imports."""
+"""All parsers of untrusted bytes, by name; each is created, with its imports, when it is used."""
 
 from collections.abc import Callable, Mapping
 

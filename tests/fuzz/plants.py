@@ -1,4 +1,4 @@
-"""Bugs to find: a line of surfw exchanged for one as somebody may have written it, in a copy of the package."""
+"""Planted bugs: a plausible mistake replaces a line of surfw, in a copy of the package."""
 
 import shutil
 from pathlib import Path
@@ -8,7 +8,7 @@ import surfw
 
 
 class Plant(NamedTuple):
-    """A bug: in a module, what stands there and what stands there instead."""
+    """A bug: a module, the original text, and its replacement."""
 
     module: str
     right: str
@@ -16,23 +16,23 @@ class Plant(NamedTuple):
 
 
 PLANTS = {
-    "manifest": Plant(  # blocks are cut from a text that is not checked to be one
+    "manifest": Plant(  # a text's blocks are cut without a check that it is a text
         "manifest/parser.py",
         '            blocks = bytes.fromhex(document["blocks"])\n',
         '            blocks = bytes.fromhex(document["blocks"].encode("ascii").decode())[: 1 << 20]\n'
         "            assert len(blocks) % 32 == 0\n",
     ),
-    "safetensors": Plant(  # true and false are integers
+    "safetensors": Plant(  # true and false count as integers
         "safetensors_header.py",
         "all(type(size) is int and size >= 0 for size in value)",
         "all(size >= 0 for size in value if not isinstance(size, str))",
     ),
-    "client-messages": Plant(  # a list is as good as a text
+    "client-messages": Plant(  # a list counts as a text
         "wire/messages.py",
         "    return tuple(map(_text(_ID_LENGTH), value))",
         "    return tuple(value[0][0] and one for one in value)",
     ),
-    "gguf": Plant(  # memory for as many values as a file says
+    "gguf": Plant(  # memory for the number of values that a file claims
         "checkpoint/gguf.py",
         "            found = super()._get(",
         "            bytearray(int(count))\n            found = super()._get(",
@@ -47,7 +47,7 @@ PLANTS = {
 
 
 def plant(name: str, folder: Path) -> Path:
-    """A copy of the package with a bug in this parser; returns what to put first on the path."""
+    """Copy the package with a bug in this parser; return the folder to put first on the path."""
     bug, package = PLANTS[name], Path(surfw.__file__).parent
     shutil.copytree(package, folder / "surfw", ignore=shutil.ignore_patterns("__pycache__", "*.md"))
     module = folder / "surfw" / bug.module

@@ -1,4 +1,4 @@
-"""Right documents to start from: a manifest of each version, and what else is easier to make than to write."""
+"""Valid documents to start from: a manifest of each version, and other generated inputs."""
 
 import json
 from collections.abc import Iterator
@@ -65,7 +65,7 @@ def manifests() -> Iterator[Manifest]:
 
 
 def statistics() -> bytes:
-    """What a server with everything says of itself."""
+    """The statistics of a server with all features."""
     client = {
         "number": 3, "name": "surfw/1", "address": "[::1]:9", "connected_seconds": 2.5, "model": "org/m",
         "in_flight": 1, "bytes_sent": 99,

@@ -1,6 +1,6 @@
-"""Parsers of bytes from outside accept them or refuse them with a documented error, and in bounded memory.
+"""Parsers accept untrusted bytes, or refuse them with a documented error, in bounded memory.
 
-`python -m tests.fuzz` tries far more, guided by what inputs reach.
+`python -m tests.fuzz` tries far more inputs, guided by the code they reach.
 """
 
 import tracemalloc
@@ -23,7 +23,7 @@ from tests.fuzz.plants import PLANTS, plant
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::ResourceWarning")
 
 _MEMORY_BYTES = 24 << 20
-"""What an input of 4 KiB may take: a window, a few frames, and memory for a chunk; not what it says that it has."""
+"""The memory for an input of 4 KiB: a window, a few frames, and a chunk, but not the sizes that it claims."""
 
 _parsers: dict[str, Parser] = {}
 

@@ -260,7 +260,7 @@ def test_a_client_that_waits_for_the_storage_hears_that_it_gets_on(
             await backend.reading.wait()
             if kind == "file":
                 assert (await knows.hear_text())["type"] == "begin"
-            for number in (1, 2):  # as if other clients before it in line were read
+            for number in (1, 2):  # as if other reads before it in the queue ran
                 await until(lambda: len(list(server._served.pages.reads.running())) == 1)
                 ((_, own),) = server._served.pages.reads.running()
                 own.read_bytes += number
@@ -290,7 +290,7 @@ def test_manifests_of_others_are_progress_in_line_and_none_for_one_that_hangs(
             for number, name in enumerate(("a", "b", "c")):
                 await client.say("manifest", id=number, model=name)
             await until(lambda: len(catalog._reads) == 3)
-            for count in (1, 3):  # as if other clients before it in line were read
+            for count in (1, 3):  # as if other reads before it in the queue ran
                 catalog._reads.read_bytes += 1 if count == 1 else 2
                 assert await client.hear_text() == {"type": "progress", "id": 2, "bytes": count}
             backend.gate.set()

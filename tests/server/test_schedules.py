@@ -21,7 +21,7 @@ CHUNKS, PASSES = 24, 4
 
 
 async def misses(store: Path, manifest: Manifest, policy: CachePolicy, record: Path) -> int:
-    """The misses of three clients at different places, each keeping one chunk; the cache holds two thirds of the model."""
+    """The misses of three clients at different places, each keeping one chunk; the cache has 2/3 of the model."""
     async with serving(store, cache_size_mb=17, cache_policy=policy, record=record) as server:
         sources = [await open_wire_source(server.url) for _ in range(3)]
         for index, source in enumerate(sources):

@@ -27,7 +27,7 @@ class ToyConfig(PreTrainedConfig):
 
 
 class ToyModel(PreTrainedModel):
-    """A user's own model; its `mask` cannot be computed on the meta device."""
+    """A user's own model; its constructor computes `mask`, which has no effect on the meta device."""
 
     config_class = ToyConfig
 
@@ -43,7 +43,7 @@ class ToyModel(PreTrainedModel):
 
 
 class ToyWithInit(ToyModel):
-    """The same, with code that fills its buffers."""
+    """The same, with a method that fills its buffers."""
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
