@@ -213,12 +213,10 @@ def _warn_of_lost_forms(name: str, before: Sequence[str], codecs: Sequence[str])
     lost = [codec for codec in before if codec not in codecs]
     if not lost:
         return
-    is_tried = "none" in codecs and "lossless" not in before  # `lossless` is kept only where it is smaller
-    kept = {*before, *codecs} - ({"lossless"} if is_tried else set())
     logger.warning(
         "%s is stored as %s too, and will not be any more; to keep that, stop this, and give all of them (codecs, "
         "--codec): %s",
-        name, name_forms(lost), ",".join(codec for codec in CODECS if codec in kept),
+        name, name_forms(lost), ",".join(codec for codec in CODECS if codec in {*before, *codecs}),
     )  # fmt: skip
 
 

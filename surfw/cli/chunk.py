@@ -40,7 +40,6 @@ Examples:
   surfw chunk my-model --from ./store --store s3://bucket/store
 """
 
-_FORM = "Form of the weights"
 _TASKS = {"list": "list", "show": "show", "rm": "rm", "remove": "rm", "prune": "prune", "verify": "verify"}
 """Words that users may type after `chunk`, and the commands they probably meant."""
 
@@ -84,7 +83,7 @@ def chunk(
         str | None,
         typer.Option(
             help="Convert the weights to this dtype, such as bfloat16. [default: unchanged]",
-            rich_help_panel=_FORM,
+            rich_help_panel=options.FORM,
             autocompletion=completion.dtypes,
         ),
     ] = None,
@@ -109,7 +108,7 @@ def chunk(
             metavar="NAMES",
             help="The forms to store, separated by commas: none, lossless, int8, int4; int8 and int4 are not exact. "
             "[default: none, plus lossless where it is at least 10 % smaller]",
-            rich_help_panel=_FORM,
+            rich_help_panel=options.FORM,
         ),
     ] = None,
     quantize: Annotated[

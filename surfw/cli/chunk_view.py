@@ -221,7 +221,7 @@ def _show_forms(forms: "PlannedForms") -> None:
     render.print_table(headings[:width], [row[:width] for row in rows], numbers=headings[1:width])
     if larger := _larger_when_packed(forms.needs):
         render.say(
-            f"the smallest budget of {' and '.join(larger)} includes space to unpack a piece of a matrix at a time, "
+            f"{' and '.join(larger)}: the smallest budget includes space to unpack a piece of a matrix at a time, "
             "which here is more than the form saves"
         )
     if forms.disk is None:
@@ -234,11 +234,9 @@ def _show_forms(forms: "PlannedForms") -> None:
 def _larger_when_packed(needs: "Sequence[FormNeeds]") -> list[str]:
     """Return the packed codecs that need a larger budget than the weights as they are."""
     plain = next((one.least_budget_bytes for one in needs if one.codec == "none"), None)
-    return [
-        one.codec
-        for one in needs
-        if plain is not None and one.codec in PACKED_CODECS and one.least_budget_bytes > plain
-    ]
+    if plain is None:
+        return []
+    return [one.codec for one in needs if one.codec in PACKED_CODECS and one.least_budget_bytes > plain]
 
 
 def _layer_count(prepared: "PreparedModel") -> int:

@@ -144,8 +144,9 @@ def _is_name(word: str, client: WeightClient) -> bool:
     kind = read_address(word).kind
     if is_path(word) or kind in {"server", "web", "storage"}:
         return False
-    named = any(word in {one, one.rpartition("/")[2]} for one in client.models())
-    return named or "/" not in word or not (is_here(word) or kind == "hub")
+    if "/" not in word or any(word in {one, one.rpartition("/")[2]} for one in client.models()):
+        return True
+    return not (is_here(word) or kind == "hub")
 
 
 def guessed(facts: SpeculationFacts | None) -> list[str]:

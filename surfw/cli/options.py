@@ -64,6 +64,9 @@ ConfigFile = Annotated[
     ),
 ]
 
+FORM = "Form of the weights"
+"""The `rich_help_panel` of options of `chunk` that other commands have, too, in another section."""
+
 MORE = "More commands"
 """The `rich_help_panel` of the less common commands, which the help lists under this heading."""
 
@@ -76,7 +79,7 @@ _PANELS = {
         "model", "store", "name", "source", "adapter", "base", "source_order", "revision", "variant", "config_from",
         "codec", "dtype", "on_missing", "storage_options",
     ),
-    "Form of the weights": ("quantize", "dequantize", "in_place"),
+    FORM: ("quantize", "dequantize", "in_place"),
     "Memory, cache and speed": (
         "memory_budget", "cache_layers", "device", "device_memory", "cache_mb", "redis_url", "policy", "prompt_lookup",
         "draft", "disk_cache", "cache_dir", "offline",
@@ -157,7 +160,7 @@ def _find_single_dash(exc: Any, typed: Sequence[str]) -> str | None:
         return None
     offered = {option for one in ctx.command.params for option in one.opts}
     words = (one.partition("=")[0] for one in typed)
-    return next((one for one in words if one.startswith("-") and f"-{one}" in offered), None)
+    return next((one for one in words if one.startswith(unknown) and f"-{one}" in offered), None)
 
 
 def _panel_of(option: Any) -> str:
@@ -232,7 +235,7 @@ class Command(TyperCommand):
         """Write the arguments and options: in sections if there are many options, and each is known to have one."""
         shown = [(one, row) for one in self.get_params(ctx) if (row := one.get_help_record(ctx))]
         arguments = [row for one, row in shown if one.param_type_name == "argument"]
-        known = [(one, row) for one, row in shown if one.name in _PANEL_ORDER]
+        known = [(one, row) for one, row in shown if one.param_type_name == "option" and one.name in _PANEL_ORDER]
         if len(known) <= _MOST_UNGROUPED or len(known) + len(arguments) < len(shown):
             super().format_options(ctx, formatter)
             return
@@ -254,7 +257,8 @@ class Command(TyperCommand):
         """Run the command. If it is interrupted, say so on stderr, with the text of the `KeyboardInterrupt`, if any."""
         try:
             signals.begin(quiet=bool(ctx.params.get("quiet")))
-            return super().invoke(ctx)
+            result = super().invoke(ctx)
+            signals.check()  # a signal may have come in the last step
         except KeyboardInterrupt as exc:
             signals.say(str(exc))
             raise
@@ -263,6 +267,8 @@ class Command(TyperCommand):
                 raise
             signals.say()  # an error after a signal is a consequence of it
             raise KeyboardInterrupt from exc
+        else:
+            return result
 
 
 class Deferred(Command):

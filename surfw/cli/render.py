@@ -194,6 +194,8 @@ def byte_bar(what: str, total_bytes: int | None = None, *, quiet: bool) -> Itera
 def count_bar(what: str, total: int | None, *, quiet: bool) -> Iterator[Callable[..., None]]:
     """Draw a progress bar of `total` prompts, if stderr is a terminal and `quiet` is not set.
 
+    If stdout is a terminal as well, the bar and the notes go to stdout, too, so that lines appear above the bar.
+
     Yields:
         A function that takes `advance`, the number of prompts just done; `tokens`, the total generated so far; and, to
         print above the bar, even if no bar is drawn, `note`, a line for people, and `line`, one for stdout. It may be

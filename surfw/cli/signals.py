@@ -18,7 +18,7 @@ import sys
 import termios
 import threading
 from contextlib import suppress
-from types import CodeType, FrameType
+from types import FrameType
 from typing import Any, NoReturn
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -27,12 +27,16 @@ INTERRUPTED = 128 + signal.SIGINT
 """The exit code that typer gives any interrupted command; `exit_code` tells the signals apart."""
 
 _IMPORT = "<frozen importlib._bootstrap>"
-_TEMPORARY = os.path.join(os.path.dirname(os.__file__), "tempfile.py")  # noqa: PTH118, PTH120 - pathlib is slow to import
+_STARTS = {("subprocess", "__init__"), ("multiprocessing.process", "start")}
+"""The functions that start a process, with their modules."""
+
 _LOOK_SECONDS = 0.01
+_SILENT_SECONDS = 0.5
 _received: list[int] = []
 _modes: list[Any] | None = None
 _is_quiet = _has_said = False
-_waits = False
+_looks = 0
+"""How often it was seen that an interruption has to wait; 0 if none does."""
 
 is_full_screen = False
 """Whether a view has switched the terminal to its alternate screen."""
@@ -43,9 +47,9 @@ is_line_open = False
 
 def set_up() -> None:
     """Make these signals end the process at once, with a line, unless it was started to ignore them."""
-    global _modes, _has_said, _waits  # noqa: PLW0603 - the terminal is the process's
+    global _modes, _has_said, _looks  # noqa: PLW0603 - the terminal is the process's
     _received.clear()
-    _has_said = _waits = False
+    _has_said, _looks = False, 0
     with suppress(OSError, termios.error):
         _modes = termios.tcgetattr(0)
     _handle_all(_end_with_line)
@@ -90,7 +94,7 @@ def is_interrupted() -> bool:
 
 def check() -> None:
     """Raise a deferred `KeyboardInterrupt`, before another import begins."""
-    if _waits and threading.current_thread() is threading.main_thread():
+    if _looks and threading.current_thread() is threading.main_thread():
         import inspect  # slow to import, and rarely needed
 
         _raise_when_possible(inspect.currentframe())
@@ -145,27 +149,33 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 def _raise_when_possible(frame: FrameType | None) -> None:
     """Raise `KeyboardInterrupt` now; within what must not be interrupted, defer it until shortly after that ends."""
-    global _waits  # noqa: PLW0603 - of this process
-    while not (frame is None or _must_end(frame.f_code)):
+    global _looks  # noqa: PLW0603 - of this process
+    while not (frame is None or _is_import(frame) or _must_end(frame)):
         frame = frame.f_back
-    _waits = frame is not None
     if frame is None:
+        _looks = 0
         signal.setitimer(signal.ITIMER_REAL, 0)
         raise KeyboardInterrupt
-    if frame.f_code.co_filename == _IMPORT and not (_is_quiet or _has_said):
+    _looks += 1
+    if not (_is_quiet or _has_said) and (_is_import(frame) or _looks * _LOOK_SECONDS > _SILENT_SECONDS):
         with suppress(RuntimeError):  # the interrupted code may be writing to stderr
-            say("ends after this import")
+            say("ends after this import" if _is_import(frame) else "ends after this step")
     signal.signal(signal.SIGALRM, _look_again)
     signal.setitimer(signal.ITIMER_REAL, _LOOK_SECONDS)
 
 
-def _must_end(code: CodeType) -> bool:
-    """Whether the code imports, makes or removes temporary files, starts a process, or is a finalizer."""
-    return code.co_filename in (_IMPORT, _TEMPORARY) or code.co_name in ("__del__", "_execute_child")
+def _is_import(frame: FrameType) -> bool:
+    return frame.f_code.co_filename == _IMPORT
+
+
+def _must_end(frame: FrameType) -> bool:
+    """Whether the code makes or removes temporary files, starts a process, or is a finalizer."""
+    module, name = frame.f_globals.get("__name__"), frame.f_code.co_name
+    return module == "tempfile" or name == "__del__" or (module, name) in _STARTS
 
 
 def _look_again(_: int, frame: FrameType | None) -> None:
-    if _waits:
+    if _looks:
         _raise_when_possible(frame)
 
 

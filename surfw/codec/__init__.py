@@ -140,12 +140,14 @@ def _run_forms(chunk: Chunk, codec: str) -> tuple[Form, ...]:
 def _not_stored(manifest: Manifest, codec: str, whole: Sequence[str], where: str) -> str:
     """Build the error message; `whole` has the packed codecs in which the model can run."""
     stored = stored_codecs(manifest)
-    place = "STORE" if is_server_url(where) else where
-    source, remark = f"{manifest.name} --from {where} --store {place}", ""
+    remark = ""
     if manifest.origin is not None:  # a model that was not copied has only one form
         source = display_url(manifest.origin.url)
     elif is_server_url(where):
+        source = f"{manifest.name} --from {where} --store STORE"
         remark = " (STORE is the store that the server serves)"
+    else:
+        source = f"{manifest.name} --from {where} --store {where}"
     advice = f"store it so: surfw chunk {source} --codec {','.join([*stored, codec])}{remark}"
     if not has_exact_forms(manifest):
         stored = tuple(whole)  # only some chunks have exact forms

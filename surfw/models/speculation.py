@@ -110,7 +110,7 @@ class Speculation:
         """
         self.is_over = False
         self._metrics, self._prompt_lookup, self._draft, self._own = metrics, prompt_lookup, draft, own
-        self._draft_name = None if draft is None else draft.manifest.name if own is None else own.name
+        self._draft_name = None if draft is None else (own or draft.manifest).name
         self._costs_memory = False
         self._plain, self._guessed = _Counts(), _Counts()
         self._guesses = self._accepted = 0

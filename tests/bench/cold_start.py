@@ -139,7 +139,7 @@ def main() -> None:
 
 def make(checkpoint: Path, store: Path) -> None:
     """Make the checkpoint and its store if they are missing; keep all of it in memory, as the far side does."""
-    if not (checkpoint / "config.json").exists():
+    if not (checkpoint / "tokenizer.json").exists():
         save_words(checkpoint, save_random(checkpoint).config.vocab_size)
     if not (store / "models" / "random.json").exists():
         run(sys.executable, "-m", "surfw", "chunk", str(checkpoint), "--store", str(store), "--codec", "none,lossless")

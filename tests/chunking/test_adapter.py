@@ -190,7 +190,7 @@ def test_a_base_stays_while_adapters_need_it_and_verify_misses_it(home: Path, tm
             assert not (await kept.verify()).damage
             (store / "models" / "base.json").rename(tmp_path / "base.json")
             (missing,) = (await kept.verify("lora")).damage
-            assert (missing.model, missing.part, missing.complaint) == ("lora", "base base", "it is missing")
+            assert (missing.model, missing.part, missing.complaint) == ("base", "", "it is missing; lora needs it")
             (store / "models" / "base.json").write_text("{}")
             for name in (None, "lora"):  # one damage, of the base, whether it is verified itself or not
                 (damaged,) = (await kept.verify(name)).damage

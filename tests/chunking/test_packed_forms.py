@@ -89,7 +89,7 @@ def test_what_has_no_matrix_stays_as_it_is(store: Path, checkpoint: Path, tmp_pa
     ("codecs", "advice"),
     [
         (("none", "int4"), "none,int8,int4"),
-        (("none", "lossless"), "none,int8"),  # the default: lossless was not stored
+        (("none", "lossless"), "none,lossless,int8"),
         (("lossless",), "none,lossless,int8"),
     ],
 )

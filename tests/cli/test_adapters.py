@@ -99,7 +99,7 @@ def test_chunk_and_serve_and_infer_explain_an_adapter_alike(home: Path) -> None:
     ("arguments", "said"),
     [
         (("--dtype", "bfloat16"), "--dtype: does not go with --base, as it is for whole models"),
-        (("--in-place",), "--in-place: is for whole models"),
+        (("--in-place",), "--in-place: does not go with --base, as it is for whole models"),
         (("--codec", "int8"), "--codec: adapters are not quantised"),
     ],
 )

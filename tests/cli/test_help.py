@@ -91,7 +91,12 @@ def test_a_long_help_has_sections(tmp_path: Path) -> None:
     }
     for command in sections:
         shown = surfw(tmp_path, command, "--help").stdout
-        assert all(re.search(f"^ +(-., )?{one}\\b", shown, re.MULTILINE) for one in _visible_options(command))
+        places = [
+            len(re.findall(f"^ +(-., )?{one}(?![\\w-])", shown, re.MULTILINE)) for one in _visible_options(command)
+        ]
+        assert set(places) == {1}
+        arguments = re.findall(r"^  ([A-Z]+) ", shown, re.MULTILINE)
+        assert len(arguments) == len(set(arguments)), "each argument is in one place"
 
 
 def _visible_options(command: str) -> list[str]:

@@ -240,7 +240,7 @@ def interrupt(event, arguments):
         sys.argv[1] = ""
         os.kill(os.getpid(), signal.SIGINT)
 sys.addaudithook(interrupt)
-child = None
+child, started = None, sys.argv[1] != "tempfile.mkdtemp"
 try:
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "file").touch()
@@ -248,8 +248,11 @@ try:
         Path(folder, "other").touch()
     signal.pause()
 except KeyboardInterrupt:
-    print("ends", child is not None)
-    child.kill()
+    print("ends")
+    if child is not None:
+        child.kill()
+    elif started:
+        print("a process is left")
 """
 
 
@@ -260,8 +263,35 @@ def test_what_is_begun_is_not_left_behind(event: str, tmp_path: Path) -> None:
         [sys.executable, "-c", IN_THE_MIDDLE, event], capture_output=True, text=True, check=False, timeout=60,
         env=environment(tmp_path, TMPDIR=str(tmp_path / "tmp"), PYTHONPATH=str(Path(__file__).parents[2])),
     )  # fmt: skip
-    assert (done.stdout, done.stderr) == ("ends True\n", "")
+    assert (done.stdout, done.stderr) == ("ends\n", "")
     assert not list((tmp_path / "tmp").iterdir())
+
+
+AT_THE_END = """
+import os, signal, sys, tempfile
+from surfw.cli.app import app
+from surfw.cli.main import main
+from surfw.cli.options import Command
+
+def interrupt(event, arguments):
+    if event == "os.rmdir":
+        os.kill(os.getpid(), signal.SIGTERM)
+
+@app.command("short", cls=Command)
+def short() -> None:
+    with tempfile.TemporaryDirectory():
+        sys.addaudithook(interrupt)
+
+main()
+"""
+
+
+def test_an_interruption_of_the_last_step_is_not_lost(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", AT_THE_END, "short"], capture_output=True, text=True, check=False, timeout=60,
+        env=environment(tmp_path, PYTHONPATH=str(Path(__file__).parents[2])),
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (143, "surfw: interrupted by SIGTERM\n")
 
 
 SLOW_TO_END = """

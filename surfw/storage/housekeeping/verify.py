@@ -129,28 +129,29 @@ async def verify(store: Store, model: str | None, *, progress: Steps) -> Verifie
 
 async def _check_bases(store: Store, manifests: Sequence[Manifest], *, broken: Container[str]) -> list[Damage]:
     """Check the bases of all adapters, except those that were found `broken` already."""
-    damage = []
+    adapters: dict[str, list[Manifest]] = {}
     for manifest in manifests:
         if manifest.base is not None and manifest.base.name not in broken:
-            damage += await _check_base(store, manifest, manifest.base.name)
-    return damage
+            adapters.setdefault(manifest.base.name, []).append(manifest)
+    return [damage for name, over in adapters.items() for damage in await _check_base(store, name, over)]
 
 
-async def _check_base(store: Store, adapter: Manifest, name: str) -> list[Damage]:
-    """Check the base of an adapter, which has this name."""
-    complaint = ""
+async def _check_base(store: Store, name: str, adapters: Sequence[Manifest]) -> list[Damage]:
+    """Check the base of this name, and that these adapters belong to it."""
     try:
         base = await store.manifest(name)
     except UnknownModelError:
-        complaint = "it is missing"
+        needed_by = f"it is missing; {adapters[0].name}{' and others need' if adapters[1:] else ' needs'} it"
+        return [Damage(model=name, part="", objects=(), complaint=needed_by)]
     except (ConfigurationError, ManifestError, StorageError) as exc:
         return [Damage(model=name, part="", objects=(), complaint=str(exc))]
-    else:
+    damage = []
+    for adapter in adapters:
         try:
             expect_base(adapter, base, where=store.url)
         except ManifestError as exc:
-            complaint = str(exc)
-    return [Damage(model=adapter.name, part=f"base {name}", objects=(), complaint=complaint)] if complaint else []
+            damage.append(Damage(model=adapter.name, part=f"base {name}", objects=(), complaint=str(exc)))
+    return damage
 
 
 def _parse(store: Store, name: str, data: bytes) -> tuple[Manifest, bool]:
