@@ -92,7 +92,7 @@ def test_a_long_help_has_sections(tmp_path: Path) -> None:
     for command in sections:
         shown = surfw(tmp_path, command, "--help").stdout
         places = [
-            len(re.findall(f"^ +(-., )?{one}(?![\\w-])", shown, re.MULTILINE)) for one in _visible_options(command)
+            len(re.findall(f"^  (-., )?{one}(?![\\w-])", shown, re.MULTILINE)) for one in _visible_options(command)
         ]
         assert set(places) == {1}
         arguments = re.findall(r"^  ([A-Z]+) ", shown, re.MULTILINE)
