@@ -116,7 +116,7 @@ def read_server(text: str) -> str:
         return address.as_server
     if address.kind == "folder" and _HOST.fullmatch(text):
         return f"ws://{text}"
-    raise Mistake(f"{display_url(text)} is not the address of a server; expected HOST:PORT or ws://HOST:PORT")
+    raise Mistake(f"{display_url(text)!r} is not the address of a server; expected HOST:PORT or ws://HOST:PORT")
 
 
 def _is_surfw(address: Address, seconds: float, tls: TlsFiles | None) -> bool:

@@ -119,7 +119,10 @@ class Engine:
         self._asked = _DEMAND
         self._beside_bytes = 0
         self.reached: tuple[str, ...] = ()
-        reader = partial(RowReader, loader.source, manifest, io, metrics, dtypes=loader.dtypes, prove=loader.prove)
+        reader = partial(
+            RowReader, loader.source, manifest, io, metrics,
+            dtypes=loader.dtypes, prove=loader.prove, read_frame=loader.read_frame,
+        )  # fmt: skip
         self.experts = self._open_experts(loader, io, plan)
         self.rows = reader(run=lambda: self._run, scratch_bytes=rows_bytes, keep_bytes=rows_bytes)
         self._outside = reader(scratch_bytes=_OUTSIDE_BYTES, keep_bytes=0)

@@ -16,7 +16,7 @@ import torch
 from blake3 import blake3
 
 from surfw import tracing
-from surfw.codec.lossless import DECODERS, FrameDecoder, decoders
+from surfw.codec.lossless import DECODERS, FrameDecoder, decode_frame, decoders
 from surfw.config import ALIGNMENT, BLOCK_BYTES, MIB, aligned
 from surfw.errors import IntegrityError
 from surfw.manifest import Chunk, Form, Manifest, Part, parts_of, payload_digest
@@ -161,17 +161,52 @@ class Loader:
             IntegrityError: the payload does not match the chunk's id.
             StorageError, WireError: it could not be read.
         """
-        if not self._is_pinned or form.codec != "none":
+        if not self._is_pinned or form.is_packed:
             return
         async with self._prove_turn:
             if (chunk.id, form.digest) in self._proven:
                 return
-            digest, piece = blake3(), memoryview(bytearray(min(BLOCK_BYTES, form.stored_bytes)))
-            for start in range(0, form.stored_bytes, BLOCK_BYTES):
-                stop = min(start + BLOCK_BYTES, form.stored_bytes)
-                await self.source.fetch(self.manifest, [Read(chunk, form, start, stop, piece[: stop - start])])
-                await in_thread(digest.update, piece[: stop - start])
+            digest, piece = blake3(), memoryview(bytearray(min(BLOCK_BYTES, chunk.payload_bytes)))
+            for start in range(0, chunk.payload_bytes, BLOCK_BYTES):
+                stop = min(start + BLOCK_BYTES, chunk.payload_bytes)
+                into = piece[: stop - start]
+                if form.frames:
+                    await self.read_frame(chunk, form, start // BLOCK_BYTES, into)
+                else:
+                    await self.source.fetch(self.manifest, [Read(chunk, form, start, stop, into)])
+                await in_thread(digest.update, into)
             self._expect_id(chunk, form, digest.hexdigest())
+
+    async def read_frame(self, chunk: Chunk, form: Form, index: int, into: memoryview) -> int:
+        """Read one frame of a coded form and decode it; return the bytes that were fetched.
+
+        Sources deliver whole blocks of 1 MiB, so up to two of them are read.
+
+        Args:
+            chunk: one of the model's.
+            form: its coded form.
+            index: of the frame, which encodes 1 MiB of the payload from `index` MiB on.
+            into: memory for these payload bytes.
+
+        Raises:
+            IntegrityError: the bytes do not match the manifest, or do not decode.
+            StorageError, WireError: they could not be read.
+        """
+        start = sum(form.frames[:index])
+        stop = start + form.frames[index]
+        low = start // BLOCK_BYTES * BLOCK_BYTES
+        high = min(-(-stop // BLOCK_BYTES) * BLOCK_BYTES, form.stored_bytes)
+        coded = memoryview(bytearray(high - low))
+        await self.source.fetch(self.manifest, [Read(chunk, form, low, high, coded)])
+        decoding = asyncio.get_running_loop().run_in_executor(
+            self._decoders, decode_frame, coded[start - low : stop - low], into
+        )
+        try:
+            await to_its_end(decoding)
+        except ValueError as exc:
+            where = f"frame {index} of chunk {chunk.name} from {self.source.url}"
+            raise IntegrityError(f"{where} does not decode: {exc}; chunk the model again") from exc
+        return high - low
 
     def tensors(self, chunk: Chunk, memory: Buffer | View) -> dict[str, torch.Tensor]:
         """Tensors over filled memory, by name; they keep it alive. Quantised ones are packed parameters.

@@ -5,6 +5,9 @@ torch looks up the ids; a gather copies values, so the bits are those of the who
 dequantised first. `tables_of` finds such tables by the types of a model's modules, not by architecture. The other
 tensors of a module that holds a table (a norm, small embeddings, a bias) are read once and stay resident.
 
+Rows are read from the plain form, or the packed one if the run reads that. If only the lossless form is cached on this
+machine, the frames with the rows are decoded instead: each encodes one block of the payload.
+
 Invariants: sources deliver whole blocks of 1 MiB, and only verified blocks are used. `RowReader.buffer_bytes` bounds
 the memory, however many rows are requested (except that a single range longer than the scratch buffer makes it grow).
 If the rows take several groups of blocks, the next group is in flight while one is awaited. Used by one forward pass at
@@ -37,6 +40,8 @@ from surfw.skeleton.dtypes import torch_dtype
 from surfw.source import ChunkSource, Read
 
 _DEMAND = 0
+_FRAME_BLOCKS = 2
+"""A frame lies in so many blocks of the stored bytes at most."""
 
 Range = tuple[int, int]
 """A range of a chunk's stored bytes: start and exclusive end."""
@@ -55,6 +60,7 @@ class RowReader:
         run: Callable[[], Run] = Run,
         dtypes: Mapping[str, torch.dtype] | None = None,
         prove: Callable[[Chunk, Form], Awaitable[None]] | None = None,
+        read_frame: Callable[[Chunk, Form, int, memoryview], Awaitable[int]] | None = None,
         scratch_bytes: int = 16 * MIB,
         keep_bytes: int = 8 * MIB,
     ) -> None:
@@ -68,6 +74,7 @@ class RowReader:
             run: returns the run that waits for a read.
             dtypes: the dtypes of tensors that do not keep the stored one.
             prove: awaited before parts of a chunk are read.
+            read_frame: see `Loader.read_frame`; without it, no coded form is read.
             scratch_bytes: the most that is read at a time; at least one block.
             keep_bytes: the size of the cache of recently used blocks; 0 for none.
         """
@@ -78,6 +85,7 @@ class RowReader:
         self._run = run
         self._dtypes = dtypes or {}
         self._prove = prove
+        self._read_frame = read_frame
         self._scratch_blocks = max(1, scratch_bytes // BLOCK_BYTES)
         self._keep_blocks = keep_bytes // BLOCK_BYTES
         self._scratch: Buffer | None = None
@@ -175,7 +183,8 @@ class RowReader:
         if not groups:
             return
         most = max(map(len, groups))
-        is_ahead = len(groups) > 1 and most <= self._scratch_blocks <= self._keep_blocks
+        form = self._form(chunk)
+        is_ahead = len(groups) > 1 and most <= self._scratch_blocks <= self._keep_blocks and not form.frames
         if is_ahead:
             self._kept.clear()
         if self._scratch is not None and self._scratch.capacity_bytes < most * BLOCK_BYTES:
@@ -188,7 +197,7 @@ class RowReader:
         try:
             for at in range(len(groups)):
                 while begun < min(at + len(buffers), len(groups)):
-                    under_way.append(self._start(chunk, groups[begun], buffers[begun % len(buffers)].view))
+                    under_way.append(self._start(chunk, form, groups[begun], buffers[begun % len(buffers)].view))
                     begun += 1
                 missing, job = under_way.popleft()
                 self._wait(job)
@@ -204,21 +213,25 @@ class RowReader:
             self._keep(chunk, missing)
 
     def _start(
-        self, chunk: Chunk, blocks: Sequence[int], scratch: memoryview
+        self, chunk: Chunk, form: Form, blocks: Sequence[int], scratch: memoryview
     ) -> tuple[dict[int, memoryview], Future[None]]:
         """Copy the cached blocks of a group, and start one fetch for the others, with one read per run of neighbours.
 
         Returns:
             Where each of the other blocks goes, and the fetch.
         """
-        form, missing = form_in_parts(chunk), {}
+        missing, size = {}, chunk.payload_bytes if form.frames else form.stored_bytes
         for place, block in enumerate(blocks):
-            into = scratch[place * BLOCK_BYTES :][: min(BLOCK_BYTES, form.stored_bytes - block * BLOCK_BYTES)]
+            into = scratch[place * BLOCK_BYTES :][: min(BLOCK_BYTES, size - block * BLOCK_BYTES)]
             if kept := self._kept.get((chunk.name, block)):
                 self._kept.move_to_end((chunk.name, block))
                 into[:] = kept
             else:
                 missing[block] = into
+        if form.frames and missing:
+            while len(self._kept) > max(0, self._keep_blocks - _FRAME_BLOCKS):
+                self._kept.popitem(last=False)
+            return missing, self._io.submit(self._decode(chunk, form, missing))
         reads = []
         for first, last in plan_runs(list(missing)):
             at, start = blocks.index(first) * BLOCK_BYTES, first * BLOCK_BYTES
@@ -252,6 +265,25 @@ class RowReader:
         await self._source.fetch(self._manifest, reads, priority=_DEMAND)
         self._metrics.add("fetched_bytes", sum(read.stop - read.start for read in reads))
         self._metrics.latency("fetch").observe(time.perf_counter() - start)
+
+    async def _decode(self, chunk: Chunk, form: Form, blocks: Mapping[int, memoryview]) -> None:
+        """Read and decode the frames of these blocks, one at a time."""
+        assert self._read_frame is not None
+        if self._prove is not None:
+            await self._prove(chunk, form)
+        for block, into in blocks.items():
+            start = time.perf_counter()
+            self._metrics.add("fetched_bytes", await self._read_frame(chunk, form, block, into))
+            self._metrics.add("decoded_bytes", into.nbytes)
+            self._metrics.latency("fetch").observe(time.perf_counter() - start)
+
+    def _form(self, chunk: Chunk) -> Form:
+        """The form to read rows from: the coded one if that is cached on this machine, and the plain one is not."""
+        form, coded = form_in_parts(chunk), chunk.form("lossless")
+        if form.is_packed or coded is None or self._read_frame is None:
+            return form
+        near = {one.codec for one in self._source.near(self._manifest, chunk)}
+        return coded if "lossless" in near and "none" not in near else form
 
     def _keep(self, chunk: Chunk, read: Mapping[int, memoryview]) -> None:
         for block in list(read)[-self._keep_blocks :] if self._keep_blocks else ():

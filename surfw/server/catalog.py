@@ -139,11 +139,11 @@ class Catalog:
                 more = f" and {len(names) - _MOST_NOTED} more" if len(names) > _MOST_NOTED else ""
                 self._journal.note("models", f"{count(len(names), 'model')} {what}: {few}{more}")
 
-    def pass_bytes(self, model: str) -> int:
-        """Return the fewest bytes that one pass over a model reads; 0 if not known at the moment."""
+    def pass_bytes(self, model: str) -> tuple[int, int]:
+        """Return the fewest and the most bytes that one pass over a model reads; 0 if not known at the moment."""
         entry = self._entries.get(model)
-        chunks = entry.manifest.chunks if entry else ()
-        return sum(min(form.stored_bytes for form in chunk.forms) for chunk in chunks)
+        sizes = [[form.stored_bytes for form in chunk.forms] for chunk in (entry.manifest.chunks if entry else ())]
+        return sum(map(min, sizes)), sum(map(max, sizes))
 
     async def read(self, model: str, reader: Reader | None = None) -> Entry:
         """Return the model as it is in the store now."""

@@ -149,10 +149,10 @@ class ServedStore:
 
     def note_reading(self, model: str) -> None:
         """Note that a client reads this model, and report if the cache is too small for it and was not for others."""
-        size, known = self.catalog.pass_bytes(model), self.cache_shortage
+        (size, most), known = self.catalog.pass_bytes(model), self.cache_shortage
         if size <= max(self.pages.cache.capacity_bytes, known["pass_bytes"] if known else 0):
             return
-        helpful_mb = -(-(size + MIN_CACHE_BYTES) // (_MB_STEP * MB)) * _MB_STEP
+        helpful_mb = -(-(most + MIN_CACHE_BYTES) // (_MB_STEP * MB)) * _MB_STEP
         self.cache_shortage = {"model": model, "pass_bytes": size, "cache_mb": helpful_mb}
         self._journal.note(
             "cache",

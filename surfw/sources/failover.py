@@ -381,7 +381,8 @@ class Failover(ChunkSource):
             self._table.set_aside(index, why)
         elif not is_final:
             if standing.failed_at is None:
-                logger.info("%s failed: %s", standing.url, why)
+                level = logging.WARNING if len(self._open) > 1 else logging.INFO
+                logger.log(level, "%s failed, and is tried again later: %s", standing.url, why)
             self._table.failed(index, now, why)
 
     def _wait_for(self, index: int, at: float) -> None:

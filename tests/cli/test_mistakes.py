@@ -105,8 +105,8 @@ MISTAKES = [
     ("chunk none --from ./store", 1, "store has no model 'none'; it has: org/first, second"),
     ("infer second a --codec zip", 2, "'zip' is not one of 'auto', 'none', 'lossless'"),
     ("stats --every 5", 2, "--every needs --watch; add it, or leave --every out"),
-    ("stats ''", 2, " is not the address of a server; expected HOST:PORT or ws://HOST:PORT"),
-    ("stats ./store", 2, "./store is not the address of a server; expected HOST:PORT or ws://HOST:PORT"),
+    ("stats ''", 2, "'' is not the address of a server; expected HOST:PORT or ws://HOST:PORT"),
+    ("stats ./store", 2, "'./store' is not the address of a server; expected HOST:PORT or ws://HOST:PORT"),
     # Places and names.
     ("chunk ./nowhere", 1, "./nowhere is not a directory here; give the directory of a checkpoint, or a hub id"),
     ("chunk org/name", 1, "(HF_HUB_OFFLINE is set); check the network and the name, or give a local directory"),

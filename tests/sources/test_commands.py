@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from surfw.checkpoint import demo_checkpoint
+from tests.checkpoints import save_llama
 from tests.cli.run import complaint, surfw
 from tests.servers import serve
 from tests.test_signing import OTHER, private_pem, public_pem
@@ -55,6 +56,25 @@ def test_a_model_is_pulled_and_runs_when_its_server_is_gone(tmp_path: Path) -> N
     assert f"holds no model of {server.url}, and nothing is fetched offline" in complaint(
         surfw(tmp_path, *infer, "--offline")
     )
+
+
+def test_rows_of_a_pulled_table_are_read_offline(tmp_path: Path) -> None:
+    """Only the coded form of the embedding table is cached, and the budget has no room for the whole table."""
+    save_llama(tmp_path / "wide", layers=6, hidden=512, vocab_size=8192)
+    assert surfw(tmp_path, "chunk", str(tmp_path / "wide"), "--name", "wide", "--dtype", "bfloat16").returncode == 0
+    pin = f"wide@b3:{json.loads(surfw(tmp_path, 'show', 'wide', '--json').stdout)['identity']}"
+    infer = ("infer", "--prompt", "Weight streaming is", "--max-new-tokens", "5", "--ignore-eos", "--json", "--explain")
+    expected = json.loads(surfw(tmp_path, *infer, "--source", str(tmp_path / "store")).stdout)
+    with serve(tmp_path / "store") as server:
+        pulled = json.loads(surfw(tmp_path, "pull", server.url, "--json").stdout)
+    assert pulled["stored_bytes"] < expected["explain"]["pinned_bytes"], "as coded forms"
+    budget = str(expected["explain"]["least_budget_bytes"])
+    for more in ((), ("--codec", "lossless"), ("--model", pin)):
+        done = surfw(tmp_path, *infer, "--offline", "--source", server.url, "--memory-budget", budget, *more)
+        assert done.returncode == 0, done.stderr
+        answer = json.loads(done.stdout)
+        assert answer["token_ids"] == expected["token_ids"]
+        assert answer["explain"]["by_rows"]
 
 
 def test_a_form_that_was_not_pulled_is_missed_before_torch_is_imported(tmp_path: Path) -> None:

@@ -139,10 +139,14 @@ def after(blocks: int, happens: Callable[[], None]) -> Callable[[int], None]:
 
 
 @pytest.mark.parametrize("blocks", [0, 5, 13])
-def test_when_the_first_is_lost_only_what_is_missing_is_asked_of_the_second(tmp_path: Path, blocks: int) -> None:
+def test_when_the_first_is_lost_only_what_is_missing_is_asked_of_the_second(
+    tmp_path: Path, blocks: int, caplog: pytest.LogCaptureFixture
+) -> None:
     _, one, other = run(tmp_path, lambda one, _: setattr(one, "before", after(blocks, lost)))
     assert one.delivered == blocks
     assert other.delivered == 24 - blocks
+    (said,) = {record.message for record in caplog.records if record.levelno == logging.WARNING}
+    assert said.startswith("ws://one failed, and is tried again later: ")
     assert set((one.asked + other.asked).values()) == {1}
 
 
