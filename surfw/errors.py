@@ -160,7 +160,7 @@ class UnknownModelError(ModelError):
         self.known = sorted(known)
         fitting = [one for one in self.known if one.rpartition("/")[2] == name]
         if not self.known:
-            or_none = ", or none that the token may read" if where.startswith("ws") else ""
+            or_none = ", or none that the token may read" if where.startswith(("ws://", "wss://")) else ""
             text = f"{where} holds no model yet{or_none}; put one there with 'surfw chunk MODEL'"
         elif name is None:
             text = f"{where} holds {len(self.known)} models; choose one with --model (model=): {_some(self.known)}"

@@ -434,6 +434,11 @@ class ChunkSource(ABC):
         return 0
 
     @property
+    def is_offline(self) -> bool:
+        """Whether only local copies are read, so that what is not there is an error."""
+        return False
+
+    @property
     def refetched_blocks(self) -> int:
         """The number of blocks that arrived damaged and were refetched."""
         return 0
@@ -532,6 +537,11 @@ class SourceInFront(ChunkSource):
     def identify(self, manifest: Manifest, digest: str) -> str:
         """Return the id of a chunk whose payload has this BLAKE3."""
         return self._source.identify(manifest, digest)
+
+    @property
+    def is_offline(self) -> bool:
+        """Whether only local copies are read."""
+        return self._source.is_offline
 
     @property
     def buffered_bytes(self) -> int:

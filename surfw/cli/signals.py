@@ -29,6 +29,8 @@ INTERRUPTED = 128 + signal.SIGINT
 _IMPORT = "<frozen importlib._bootstrap>"
 _STARTS = {("subprocess", "__init__"), ("multiprocessing.process", "start")}
 """The functions that start a process, with their modules."""
+_CHILD = ("multiprocessing.process", "_bootstrap")
+"""The outermost function of a process that was forked; what is outside of it belongs to the parent."""
 
 _LOOK_SECONDS = 0.01
 _SILENT_SECONDS = 0.5
@@ -151,7 +153,7 @@ def _raise_when_possible(frame: FrameType | None) -> None:
     """Raise `KeyboardInterrupt` now; within what must not be interrupted, defer it until shortly after that ends."""
     global _looks  # noqa: PLW0603 - of this process
     while not (frame is None or _is_import(frame) or _must_end(frame)):
-        frame = frame.f_back
+        frame = frame.f_back if _function(frame) != _CHILD else None
     if frame is None:
         _looks = 0
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -170,8 +172,13 @@ def _is_import(frame: FrameType) -> bool:
 
 def _must_end(frame: FrameType) -> bool:
     """Whether the code makes or removes temporary files, starts a process, or is a finalizer."""
-    module, name = frame.f_globals.get("__name__"), frame.f_code.co_name
-    return module == "tempfile" or name == "__del__" or (module, name) in _STARTS
+    module, name = function = _function(frame)
+    return module == "tempfile" or name == "__del__" or function in _STARTS
+
+
+def _function(frame: FrameType) -> tuple[object, str]:
+    """The names of a frame's module and function."""
+    return frame.f_globals.get("__name__"), frame.f_code.co_name
 
 
 def _look_again(_: int, frame: FrameType | None) -> None:

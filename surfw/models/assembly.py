@@ -181,7 +181,10 @@ def assemble(
     forms = FormChoice(settings.codec, is_far=not is_local_url(client.url), metrics=metrics, near=near)
     if settings.codec not in {"auto", *stored_codecs(manifest)}:
         logger.warning("%s is not stored in the form '%s'; what is there is read", manifest.name, settings.codec)
-    find_needs = partial(model_needs, manifest, dtypes, units, buffered_bytes=client.source.buffered_bytes)
+    find_needs = partial(
+        model_needs, manifest, dtypes, units,
+        buffered_bytes=client.source.buffered_bytes, is_offline=client.source.is_offline,
+    )  # fmt: skip
     phases = find_phases(manifest, skeleton)
     device = open_device(settings.device)
     if device is None:
@@ -388,6 +391,7 @@ def model_needs(
     *,
     buffered_bytes: int = IN_FLIGHT_BYTES,
     keeps_operands: bool = False,
+    is_offline: bool = False,
 ) -> Needs:
     """Calculate what a model needs in memory.
 
@@ -397,6 +401,7 @@ def model_needs(
         tables: the units that can run without their tables in memory.
         buffered_bytes: the most that the source holds besides the memory it fills.
         keeps_operands: see `Loader`.
+        is_offline: whether rows of tables may have to be decoded, as the source has nothing but a cache.
     """
     chunks = [chunk for chunk in manifest.chunks if chunk.kind != "expert"]
     known = describe_needs(
@@ -417,7 +422,9 @@ def model_needs(
         in_flight_bytes=IN_FLIGHT_BYTES + decoding_bytes,
         scratch={chunk.name: scratch_bytes(chunk, dtypes) for chunk in manifest.chunks},
         tables=frozenset(manifest.home[name].name for name in looked_up) - known.fixed,
-        table_bytes=2 * ROWS_BYTES + sum(manifest.tensors[name].nbytes for name in others),
+        table_bytes=2 * ROWS_BYTES
+        + sum(manifest.tensors[name].nbytes for name in others)
+        + (decoding_bytes if is_offline else 0),
         expert_bytes=sum(number * size for number, size in experts),
         least_expert_bytes=max((number * size for number, size in experts), default=0),
         expert_pass_bytes=sum(min(number, chosen or number) * size for number, size in experts),

@@ -18,7 +18,7 @@ from blake3 import blake3
 from surfw import tracing
 from surfw.codec.lossless import DECODERS, FrameDecoder, decode_frame, decoders
 from surfw.config import ALIGNMENT, BLOCK_BYTES, MIB, aligned
-from surfw.errors import IntegrityError
+from surfw.errors import IntegrityError, ModelClosedError
 from surfw.manifest import Chunk, Form, Manifest, Part, parts_of, payload_digest
 from surfw.runtime import matrices, shared
 from surfw.runtime.buffers import Buffer, buffer_capacity, plan_layout, spread
@@ -155,13 +155,15 @@ class Loader:
         return view
 
     async def prove(self, chunk: Chunk, form: Form) -> None:
-        """Verify a whole chunk, once, before parts of it are used; only if its block digests are not trusted.
+        """Verify a whole chunk, once, before parts of it are used, unless its block digests vouch for the payload.
+
+        Those of a coded form vouch for the coded bytes only; those of a pinned model are not trusted.
 
         Raises:
             IntegrityError: the payload does not match the chunk's id.
             StorageError, WireError: it could not be read.
         """
-        if not self._is_pinned or form.is_packed:
+        if form.is_packed or (form.codec == "none" and not self._is_pinned):
             return
         async with self._prove_turn:
             if (chunk.id, form.digest) in self._proven:
@@ -198,14 +200,18 @@ class Loader:
         high = min(-(-stop // BLOCK_BYTES) * BLOCK_BYTES, form.stored_bytes)
         coded = memoryview(bytearray(high - low))
         await self.source.fetch(self.manifest, [Read(chunk, form, low, high, coded)])
-        decoding = asyncio.get_running_loop().run_in_executor(
-            self._decoders, decode_frame, coded[start - low : stop - low], into
-        )
+        frame = coded[start - low : stop - low]
+        try:
+            decoding = asyncio.get_running_loop().run_in_executor(self._decoders, decode_frame, frame, into)
+        except RuntimeError as exc:
+            raise ModelClosedError(f"{self.manifest.name} was closed while it was read") from exc
         try:
             await to_its_end(decoding)
         except ValueError as exc:
-            where = f"frame {index} of chunk {chunk.name} from {self.source.url}"
-            raise IntegrityError(f"{where} does not decode: {exc}; chunk the model again") from exc
+            where = f"chunk {chunk.name} from {self.source.url}: frame {index}"
+            raise IntegrityError(
+                f"{where} is not what the codec 'lossless' writes: {exc}; chunk the model again"
+            ) from exc
         return high - low
 
     def tensors(self, chunk: Chunk, memory: Buffer | View) -> dict[str, torch.Tensor]:

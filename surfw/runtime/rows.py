@@ -5,8 +5,8 @@ torch looks up the ids; a gather copies values, so the bits are those of the who
 dequantised first. `tables_of` finds such tables by the types of a model's modules, not by architecture. The other
 tensors of a module that holds a table (a norm, small embeddings, a bias) are read once and stay resident.
 
-Rows are read from the plain form, or the packed one if the run reads that. If only the lossless form is cached on this
-machine, the frames with the rows are decoded instead: each encodes one block of the payload.
+Rows are read from the plain form, or the packed one if the run reads that. Offline, if only the lossless form is
+cached, the frames with the rows are decoded instead: each encodes one block of the payload.
 
 Invariants: sources deliver whole blocks of 1 MiB, and only verified blocks are used. `RowReader.buffer_bytes` bounds
 the memory, however many rows are requested (except that a single range longer than the scratch buffer makes it grow).
@@ -278,9 +278,9 @@ class RowReader:
             self._metrics.latency("fetch").observe(time.perf_counter() - start)
 
     def _form(self, chunk: Chunk) -> Form:
-        """The form to read rows from: the coded one if that is cached on this machine, and the plain one is not."""
+        """The form to read rows from: the coded one if nothing else is there offline."""
         form, coded = form_in_parts(chunk), chunk.form("lossless")
-        if form.is_packed or coded is None or self._read_frame is None:
+        if form.is_packed or coded is None or self._read_frame is None or not self._source.is_offline:
             return form
         near = {one.codec for one in self._source.near(self._manifest, chunk)}
         return coded if "lossless" in near and "none" not in near else form

@@ -48,7 +48,6 @@ class DiskCache(SourceInFront):
         kept_bytes: stored bytes written to the cache.
         healed_blocks: blocks found damaged in the cache.
         folder: the cache folder.
-        is_offline: whether there is no source, so that a miss is an error.
     """
 
     def __init__(self, source: ChunkSource | None, folder: CacheFolder, url: str) -> None:
@@ -61,7 +60,7 @@ class DiskCache(SourceInFront):
         """
         super().__init__(source or OfflineSource(folder, url))
         self.url = url
-        self.is_offline = source is None
+        self._is_offline = source is None
         self.near_bytes = self.far_bytes = self.kept_bytes = self.healed_blocks = 0
         self.folder = folder
         self._local = LocalReader()
@@ -447,6 +446,11 @@ class DiskCache(SourceInFront):
         if not any(self.near(run, chunk) for chunk in chosen):
             codecs = dict.fromkeys(form.codec for chunk in chosen for form in chunk.forms)
             raise missing(f"{manifest.name} as {' or '.join(codecs)}", "is not", self.folder)
+
+    @property
+    def is_offline(self) -> bool:
+        """Whether there is no source, so that a miss is an error."""
+        return self._is_offline
 
     @property
     def buffered_bytes(self) -> int:

@@ -267,6 +267,29 @@ def test_what_is_begun_is_not_left_behind(event: str, tmp_path: Path) -> None:
     assert not list((tmp_path / "tmp").iterdir())
 
 
+FORKED = """
+import multiprocessing, time
+from surfw.cli import signals
+signals.set_up()
+signals.begin()
+child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+child.start()
+time.sleep(0.2)
+child.terminate()
+child.join(20)
+print("ended", child.exitcode is not None)
+child.kill()
+"""
+
+
+def test_a_forked_process_is_ended_by_one_signal(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FORKED], capture_output=True, text=True, check=False, timeout=60,
+        env=environment(tmp_path, PYTHONPATH=str(Path(__file__).parents[2])),
+    )  # fmt: skip
+    assert done.stdout == "ended True\n"
+
+
 AT_THE_END = """
 import os, signal, sys, tempfile
 from surfw.cli.app import app

@@ -12,12 +12,14 @@ import torch
 
 from surfw.codec.lossless import FrameDecoder
 from surfw.config import BLOCK_BYTES, MIB
-from surfw.errors import IntegrityError
-from surfw.manifest import Chunk, TensorInfo, digest_blocks
+from surfw.errors import IntegrityError, ModelClosedError
+from surfw.manifest import Chunk, Form, Manifest, TensorInfo, digest_blocks
 from surfw.metrics import Metrics
 from surfw.runtime.buffers import Buffer
 from surfw.runtime.forms import FormChoice
 from surfw.runtime.loader import Loader, buffer_bytes
+from surfw.runtime.rows import RowReader
+from surfw.runtime.run import IoThread
 from surfw.source import View
 from tests.runtime.engines import running
 from tests.runtime.test_loader import cancel_within
@@ -260,3 +262,55 @@ def test_a_chunk_is_shared_as_what_it_was_read_in() -> None:
         assert not any(raw(first.acquire(module))["c.w"]), "the first chunk of a near source is read as it is"
         with running(honest, right, budget_bytes=64 * MIB) as second:
             assert raw(second.acquire(module))["c.w"] == payload[: 10 * MIB]
+
+
+class OfflineCache(ToySource):
+    """A cache that has only coded forms."""
+
+    is_offline = True
+
+    def near(self, manifest: Manifest, chunk: Chunk) -> tuple[Form, ...]:
+        del manifest
+        return (chunk.forms[-1],)
+
+
+@pytest.mark.parametrize("is_pinned", [True, False])
+@pytest.mark.parametrize("damage", ["", "payload", "frame"])
+def test_rows_are_decoded_if_only_the_coded_form_is_cached(
+    damage: str, is_pinned: bool, new_loader: Callable[..., Loader]
+) -> None:
+    """Nothing is used before the payload was compared with the chunk's id: digests cover only the coded bytes."""
+    made = _, payload = weights("c", 5 * MIB + 77)
+    manifest, source = coded_model([made])
+    (chunk,) = manifest.chunks
+    if damage == "payload":
+        form, stored = code(*weights("c", 5 * MIB + 77, seed=1))
+    else:
+        form, stored = chunk.forms[-1], source.payloads[chunk.forms[-1].digest]
+        if damage == "frame":
+            start = sum(form.frames[:3])
+            stored = stored[: start + 2] + b"\x55" + stored[start + 3 :]
+            digest, blocks = digest_blocks([stored])
+            form = replace(form, digest=digest, blocks=blocks)
+    manifest = replace(manifest, chunks=(replace(chunk, forms=(chunk.forms[0], form)),))
+    cache = OfflineCache(source.manifests, {form.digest: stored})
+    loader, io, metrics = new_loader(cache, manifest, is_pinned=is_pinned), IoThread(), Metrics()
+    try:
+        reader = RowReader(
+            cache, manifest, io, metrics,
+            prove=loader.prove, read_frame=loader.read_frame, scratch_bytes=4 * MIB, keep_bytes=4 * MIB,
+        )  # fmt: skip
+        if damage:
+            expected = {"payload": "decodes from its form 'lossless' to", "frame": "frame 3 is not what the codec"}
+            with pytest.raises(IntegrityError, match=expected[damage]):
+                reader.tensor("c.w")
+            return
+        for _ in range(2):  # the second time, some blocks are kept
+            for tensor in chunk.tensors:
+                seen = reader.tensor(tensor.name)
+                assert bytes(seen.view(torch.uint8).numpy()) == payload[tensor.offset : tensor.offset + tensor.nbytes]
+        loader.close()
+        with pytest.raises(ModelClosedError, match="was closed while it was read"):
+            reader.tensor("c.w")
+    finally:
+        io.close()
