@@ -239,7 +239,10 @@ def test_a_model_that_was_signed_stays_so_until_it_changes(tmp_path: Path, caplo
 def test_commands_sign_and_run_only_what_is_signed(tmp_path: Path) -> None:
     private, public = private_pem(tmp_path / "key.pem"), public_pem(tmp_path / "key.pub")
     chunk = ("chunk", str(demo_checkpoint()), "--name", "toy")
-    assert "--sign: does not go with --in-place, which stores no weights" in surfw(tmp_path, *chunk, "--sign", private, "--in-place").stderr
+    assert (
+        "--sign: does not go with --in-place, which stores no weights"
+        in surfw(tmp_path, *chunk, "--sign", private, "--in-place").stderr
+    )
     plain = surfw(tmp_path, *chunk, "-q")
     assert plain.returncode == 0
     infer = ("infer", "toy", "--prompt-ids", "1,2", "--max-new-tokens", "1", "-q")
