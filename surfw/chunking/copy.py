@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import replace
 from functools import partial
-from itertools import accumulate
 
 from surfw.chunking.plan import ChunkPlan, PlannedChunk, PlannedTensor, with_exact_rest
 from surfw.chunking.prepare import find_matrices
@@ -26,8 +25,7 @@ from surfw.codec import (
     stored_codecs,
     stored_packed_codecs,
 )
-from surfw.codec.lossless import FRAME_BYTES, decode_frame
-from surfw.config import BLOCK_BYTES
+from surfw.codec.lossless import FRAME_BYTES, CodedRange
 from surfw.encryption import EncryptionKey
 from surfw.errors import ConfigurationError, IntegrityError, NotAStoreError, StorageError, UnknownModelError
 from surfw.manifest import Chunk, Form, Manifest, ModelFile, check_model_name, payload_digest
@@ -285,18 +283,10 @@ class SourcePayloads:
 
     def _decode(self, chunk: Chunk, form: Form, start: int, destination: memoryview) -> None:
         first, stop = start // FRAME_BYTES, -(-(start + len(destination)) // FRAME_BYTES)
-        ends = [0, *accumulate(form.frames)]
-        low = ends[first] // BLOCK_BYTES * BLOCK_BYTES  # only whole blocks can be verified
-        high = min(-(-ends[stop] // BLOCK_BYTES) * BLOCK_BYTES, form.stored_bytes)
-        coded = memoryview(bytearray(high - low))
-        self._fetch(chunk, form, low, coded)
-        for index in range(first, stop):
-            frame = coded[ends[index] - low : ends[index + 1] - low]
-            into = destination[index * FRAME_BYTES - start :][:FRAME_BYTES]
-            try:
-                decode_frame(frame, into)
-            except ValueError as exc:
-                raise IntegrityError(
-                    f"chunk {chunk.name} from {self._source.url}: frame {index} is not what the codec {form.codec!r} "
-                    f"writes: {exc}; chunk the model again"
-                ) from exc
+        place = CodedRange(form.frames, first, stop)
+        coded = memoryview(bytearray(place.high - place.low))
+        self._fetch(chunk, form, place.low, coded)
+        try:
+            place.decode(coded, destination)
+        except IntegrityError as exc:
+            raise IntegrityError(f"chunk {chunk.name} from {self._source.url}: {exc}; chunk the model again") from exc

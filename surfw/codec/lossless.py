@@ -15,7 +15,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from surfw.config import BLOCK_BYTES, MIB
 from surfw.errors import IntegrityError
@@ -67,6 +67,44 @@ def decode_frame(frame: bytes | memoryview, into: memoryview) -> None:
         _decompress(frame, into)
     except RuntimeError as exc:  # Blosc's
         raise ValueError(str(exc)) from exc
+
+
+def decode_numbered(index: int, frame: bytes | memoryview, into: memoryview) -> None:
+    """Decode frame `index` of a chunk.
+
+    Raises:
+        IntegrityError: it is not a valid frame of a payload of this size; the message names the frame.
+    """
+    try:
+        decode_frame(frame, into)
+    except ValueError as exc:
+        raise IntegrityError(f"frame {index} is not what the codec 'lossless' writes: {exc}") from exc
+
+
+class CodedRange:
+    """Where some frames lie in the stored bytes of a chunk, in whole blocks, since only these can be verified.
+
+    Attributes:
+        low: where the first block starts.
+        high: where the last block stops, exclusive.
+    """
+
+    def __init__(self, sizes: Sequence[int], first: int, stop: int) -> None:
+        """Locate the frames from `first` to `stop`, exclusive, of a chunk whose frames have these sizes."""
+        ends = [0, *accumulate(sizes)]
+        self._first, self._ends = first, ends[first : stop + 1]
+        self.low = ends[first] // BLOCK_BYTES * BLOCK_BYTES
+        self.high = min(-(-ends[stop] // BLOCK_BYTES) * BLOCK_BYTES, ends[-1])
+
+    def decode(self, coded: memoryview, into: memoryview) -> None:
+        """Decode the frames from the bytes between `low` and `high`.
+
+        Raises:
+            IntegrityError: a frame is damaged; the contents of `into` are then undefined.
+        """
+        for number, (start, stop) in enumerate(pairwise(self._ends)):
+            payload = into[number * FRAME_BYTES :][:FRAME_BYTES]
+            decode_numbered(self._first + number, coded[start - self.low : stop - self.low], payload)
 
 
 _own = threading.local()
@@ -123,10 +161,7 @@ class FrameDecoder:
         while (taken := self._take(arrived, reach)) is not None:
             index, frame = taken
             into = self._into[self._payload_start(index) : self._payload_start(index + 1)]
-            try:
-                decode_frame(frame, into)
-            except ValueError as exc:
-                raise IntegrityError(f"frame {index} is not what the codec 'lossless' writes: {exc}") from exc
+            decode_numbered(index, frame, into)
 
     def _take(self, arrived: int, reach: int) -> tuple[int, memoryview] | None:
         """Take the next frame; it is copied if other threads may overwrite it before it is decoded.

@@ -16,7 +16,7 @@ import torch
 from blake3 import blake3
 
 from surfw import tracing
-from surfw.codec.lossless import DECODERS, FrameDecoder, decode_frame, decoders
+from surfw.codec.lossless import DECODERS, CodedRange, FrameDecoder, decoders
 from surfw.config import ALIGNMENT, BLOCK_BYTES, MIB, aligned
 from surfw.errors import IntegrityError, ModelClosedError
 from surfw.manifest import Chunk, Form, Manifest, Part, parts_of, payload_digest
@@ -194,25 +194,19 @@ class Loader:
             IntegrityError: the bytes do not match the manifest, or do not decode.
             StorageError, WireError: they could not be read.
         """
-        start = sum(form.frames[:index])
-        stop = start + form.frames[index]
-        low = start // BLOCK_BYTES * BLOCK_BYTES
-        high = min(-(-stop // BLOCK_BYTES) * BLOCK_BYTES, form.stored_bytes)
-        coded = memoryview(bytearray(high - low))
-        await self.source.fetch(self.manifest, [Read(chunk, form, low, high, coded)])
-        frame = coded[start - low : stop - low]
+        place = CodedRange(form.frames, index, index + 1)
+        coded = memoryview(bytearray(place.high - place.low))
+        await self.source.fetch(self.manifest, [Read(chunk, form, place.low, place.high, coded)])
         try:
-            decoding = asyncio.get_running_loop().run_in_executor(self._decoders, decode_frame, frame, into)
+            decoding = asyncio.get_running_loop().run_in_executor(self._decoders, place.decode, coded, into)
         except RuntimeError as exc:
             raise ModelClosedError(f"{self.manifest.name} was closed while it was read") from exc
         try:
             await to_its_end(decoding)
-        except ValueError as exc:
-            where = f"chunk {chunk.name} from {self.source.url}: frame {index}"
-            raise IntegrityError(
-                f"{where} is not what the codec 'lossless' writes: {exc}; chunk the model again"
-            ) from exc
-        return high - low
+        except IntegrityError as exc:
+            where = f"chunk {chunk.name} from {self.source.url}"
+            raise IntegrityError(f"{where}: {exc}; chunk the model again") from exc
+        return len(coded)
 
     def tensors(self, chunk: Chunk, memory: Buffer | View) -> dict[str, torch.Tensor]:
         """Tensors over filled memory, by name; they keep it alive. Quantised ones are packed parameters.
